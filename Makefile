@@ -1,0 +1,39 @@
+# Everything runs in .venv, made from setup.cfg under the versions of constraints.txt.
+# On Linux, PyPI's torch brings CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the CPU build.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := outputs/models/SmolLM2-135M-Instruct
+RECIPE ?= recipes/quickstart/grpo_cpu.yaml
+STEPS ?= 8
+
+.PHONY: help install check test demo clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: $(VENV)/.installed  ## make .venv with everything for development
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,demo,plots,dev]'
+	touch $@
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install  ## all tests but those that need real vLLM or a GPU
+	$(BIN)/python -m pytest -m 'not vllm and not gpu'
+
+demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=40 makes it longer)
+	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/one_cpu.yaml \
+		-m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS)
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)
+
+clean:  ## remove .venv and outputs
+	rm -rf $(VENV) outputs

@@ -1,0 +1,5 @@
+import sys
+
+from dual_rollout.cli import main
+
+sys.exit(main())

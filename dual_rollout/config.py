@@ -1,0 +1,111 @@
+"""Everything a rollout can be told, in one dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorConfig:
+    """How to sample from q* between two servers. Validated at construction; frozen, picklable.
+
+    Raises:
+        ValueError: a value out of range, naming the field and what to set it to.
+    """
+
+    theta_url: str = _option("http://127.0.0.1:8000", "Base URL of the policy's server (π_θ).")
+    t_url: str = _option("http://127.0.0.1:8001", "Base URL of the target's server (π_t).")
+    theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.")
+    t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.")
+    tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.")
+    top_k: int = _option(100, "Candidates asked from each server; at most the servers' --max-logprobs.")
+    support: Literal["union", "tail"] = _option(
+        "union", 'Mass outside both lists: "union" truncates and renormalises, "tail" keeps it as one atom.'
+    )
+    missing: Literal["floor", "exact"] = _option(
+        "floor", 'A candidate one list lacks: "floor" bounds it by that list, "exact" asks the server for it.'
+    )
+    decoding: Literal["auto", "lockstep"] = _option("auto", "Decoding mode.")
+    alpha_method: Literal["kl_symmetry", "fixed"] = _option("kl_symmetry", "How α is chosen per token.")
+    fixed_alpha: float | None = _option(None, 'The α of alpha_method "fixed", in [0, 1].')
+    alpha_min: float = _option(0.0, "Lower bound on α.")
+    alpha_max: float = _option(1.0, "Upper bound on α.")
+    temperature: float = _option(1.0, "Divides both models' logits before the geometric path.")
+    seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.")
+    ignore_eos: bool = _option(False, "Do not stop at EOS.")
+    max_concurrency: int = _option(64, "Sequences in flight at once.")
+    max_retries: int = _option(5, "Repeats after a transport error, 429 or 502-504.")
+    request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.")
+    total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.")
+    connection_pool_size: int = _option(32, "Open connections per server.")
+    show_progress: bool = _option(False, "Show a progress bar.")
+
+    def __post_init__(self) -> None:
+        for name in ("theta_url", "t_url"):
+            url = getattr(self, name)
+            if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+                raise ValueError(f"{name} must be a URL such as http://127.0.0.1:8000, got {url!r}")
+            object.__setattr__(self, name, url.rstrip("/").removesuffix("/v1"))
+        for spec in fields(self):
+            choices = _CHOICES.get(spec.name)
+            if choices and getattr(self, spec.name) not in choices:
+                raise ValueError(f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r}")
+        for name in ("top_k", "max_concurrency", "connection_pool_size"):
+            self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")
+        self._check("max_retries", lambda v: _is_int(v) and v >= 0, "a whole number >= 0")
+        for name in ("temperature", "request_timeout", "total_timeout"):
+            self._check(name, lambda v: _is_real(v) and v > 0, "a finite number > 0")
+        for name in ("alpha_min", "alpha_max"):
+            self._check(name, lambda v: _is_real(v) and 0 <= v <= 1, "a number in [0, 1]")
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(f"alpha_min ({self.alpha_min}) must not exceed alpha_max ({self.alpha_max})")
+        if self.alpha_method == "fixed":
+            self._check("fixed_alpha", lambda v: _is_real(v) and 0 <= v <= 1, 'in [0, 1] with alpha_method "fixed"')
+        elif self.fixed_alpha is not None:
+            raise ValueError('fixed_alpha is set, but alpha_method is not "fixed": set one or drop the other')
+        if self.seed is not None:
+            self._check("seed", lambda v: _is_int(v) and v >= 0, "a whole number >= 0, or None")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CoordinatorConfig:
+        """A config from plain key-value pairs; an unknown key is a `ValueError` that names the nearest valid one."""
+        names = [spec.name for spec in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ValueError(f"unknown key {key!r} in CoordinatorConfig{did_you_mean(key, names)}")
+        return cls(**values)
+
+    def _check(self, name: str, valid: Any, expected: str) -> None:
+        if not valid(getattr(self, name)):
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def did_you_mean(key: str, names: list[str]) -> str:
+    """The tail of an error message about an unknown key: the nearest of `names`, or nothing when none is near."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "support": ("union", "tail"),
+    "missing": ("floor", "exact"),
+    "decoding": ("auto", "lockstep"),
+    "alpha_method": ("kl_symmetry", "fixed"),
+}

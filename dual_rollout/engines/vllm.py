@@ -1,0 +1,228 @@
+"""The client of an unmodified vLLM server (and of the embedded one, which speaks the same)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dual_rollout.engines.base import EngineInfo, TokenIds
+from dual_rollout.engines.http import HttpTransport
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.types import NO_TOKEN, TopK
+
+logger = logging.getLogger(__name__)
+
+_KEY_PREFIX = "token_id:"
+_MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
+_MASS_TOLERANCE = 1e-2
+_NEVER = -9999.0  # vLLM writes -inf as -9999
+
+# vLLM fills what is not said from the model's generation_config.json, so everything is said.
+_PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+class VLLMEngine:
+    """One model behind a vLLM server's HTTP API; implements `Engine`."""
+
+    def __init__(self, transport: HttpTransport, model: str | None = None):
+        self.url = transport.url
+        self._http = transport
+        self._wanted = model
+        self._info: EngineInfo | None = None
+        self._processed: bool | None = None
+
+    async def describe(self) -> EngineInfo:
+        if self._info is None:
+            answer = await self._http.get("/v1/models")
+            cards = answer.get("data") if isinstance(answer, dict) else None
+            if not cards:
+                raise EngineProtocolError("/v1/models lists no model", url=self.url)
+            served = [card.get("id") for card in cards]
+            name = self._wanted or served[0]
+            if name not in served:
+                raise EngineRejectedError(
+                    f"serves {served}, not {name!r}: set theta_model/t_model to one of these",
+                    url=self.url,
+                    status=404,
+                )
+            card = cards[served.index(name)]
+            self._info = EngineInfo(name, card.get("root"), card.get("max_model_len"))
+        return self._info
+
+    async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
+        if temperature == 1.0:
+            return await self._lists(prompts, k, temperature)
+        if await self._reports_processed(prompts[0]):
+            return await self._lists(prompts, k, temperature)
+        return at_temperature(await self._lists(prompts, k, 1.0), temperature)
+
+    async def named_logprobs(
+        self, prompts: Sequence[TokenIds], token_ids: Sequence[TokenIds], temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
+            raise EngineRejectedError(
+                'missing="exact" at temperature != 1 needs --logprobs-mode processed_logprobs',
+                url=self.url,
+                status=400,
+            )
+        # A server applies one list of names to a whole request, hence one request per prompt. In some vLLM versions
+        # such a request garbles the lists of ordinary ones that share its step: never send both at once.
+        return await asyncio.gather(
+            *(self._named(prompt, ids, temperature) for prompt, ids in zip(prompts, token_ids, strict=True))
+        )
+
+    async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
+        (choice,) = await self._complete([token_ids], temperature=0.0, prompt_logprobs=1)
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(token_ids):
+            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
+        own, top = [], []
+        for token, row in zip(token_ids[start:], rows[start:], strict=True):
+            values = {int(key): entry["logprob"] for key, entry in row.items()}
+            if token not in values:
+                raise EngineProtocolError(f"prompt_logprobs lacks the prompt's own token {token}", url=self.url)
+            own.append(values[token])
+            top.append(max(values.values()))
+        return np.array(own, dtype=np.float64), np.array(top, dtype=np.float64)
+
+    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+        bias = {str(token): -100.0 for token in excluded}
+        (choice,) = await self._complete([prompt], logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
+        return int(choice["logprobs"]["tokens"][0].removeprefix(_KEY_PREFIX))
+
+    async def reload_weights(self, path: str) -> None:
+        try:
+            await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            await self._http.post("/reset_prefix_cache")
+        except EngineRejectedError as error:
+            if error.status == 404:
+                raise EngineRejectedError(
+                    "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1",
+                    url=self.url,
+                    status=404,
+                ) from error
+            raise
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
+        rows = []
+        for choice in await self._complete(prompts, logprobs=k, temperature=_on_wire(temperature)):
+            row = self._top_logprobs(choice)
+            if len(row) > k:
+                # Not one of the k: the token the server happened to sample. S must not depend on it.
+                row = {key: value for key, value in row.items() if key != choice["logprobs"]["tokens"][0]}
+            rows.append(row)
+        return self._pack(rows, k)
+
+    async def _reports_processed(self, prompt: TokenIds) -> bool:
+        """Whether log-probabilities follow the temperature; measured on `prompt`, once."""
+        if self._processed is None:
+            one = await self._lists([prompt], 1, 1.0)
+            half = await self._lists([prompt], 1, 0.5)
+            self._processed = bool(abs(one.logprobs[0, 0] - half.logprobs[0, 0]) > 1e-4)
+            if not self._processed:
+                logger.warning(
+                    "%s reports raw log-probabilities; at temperature != 1 the mass outside the top-k list is "
+                    "approximated. Start it with --logprobs-mode processed_logprobs to have them exact.",
+                    self.url,
+                )
+        return self._processed
+
+    async def _named(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
+        values: list[float] = []
+        for first in range(0, len(token_ids), _MAX_NAMED_TOKENS):
+            names = list(token_ids[first : first + _MAX_NAMED_TOKENS])
+            (choice,) = await self._complete(
+                [prompt], logprobs=0, logprob_token_ids=names, temperature=_on_wire(temperature)
+            )
+            row = self._top_logprobs(choice)
+            try:
+                values += [row[f"{_KEY_PREFIX}{token}"] for token in names]
+            except KeyError as error:
+                raise EngineProtocolError(
+                    'does not report named tokens (logprob_token_ids): set missing="floor" or use a newer vLLM',
+                    url=self.url,
+                ) from error
+        return self._as_logprobs(values)
+
+    async def _complete(self, prompts: Sequence[TokenIds], **options: Any) -> list[dict[str, Any]]:
+        """The choices of a one-token completion, one per prompt, in order."""
+        info = await self.describe()
+        payload = {
+            "model": info.model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "return_tokens_as_token_ids": True,
+            **_PLAIN_SAMPLING,
+            **options,
+        }
+        answer = await self._http.post("/v1/completions", payload)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != len(prompts):
+            raise EngineProtocolError(f"expected {len(prompts)} choices in the answer", url=self.url)
+        choices.sort(key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(len(prompts))):
+            raise EngineProtocolError("the choices in the answer are not numbered 0, 1, 2, ...", url=self.url)
+        return choices
+
+    def _top_logprobs(self, choice: Mapping[str, Any]) -> dict[str, float]:
+        try:
+            return choice["logprobs"]["top_logprobs"][0]
+        except (KeyError, TypeError, IndexError) as error:
+            raise EngineProtocolError("a choice has no logprobs.top_logprobs", url=self.url) from error
+
+    def _pack(self, rows: list[dict[str, float]], k: int) -> TopK:
+        """Rows of `{"token_id:7": -0.3}` as arrays; parsed in bulk, the hot spot of the client."""
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        if not len(rows) or lengths.min() == 0:
+            raise EngineProtocolError("an empty list of log-probabilities", url=self.url)
+        keys = " ".join(chain.from_iterable(rows))
+        values = self._as_logprobs(list(chain.from_iterable(row.values() for row in rows)))
+        if keys.count(_KEY_PREFIX) != len(values):
+            raise EngineProtocolError(
+                "tokens are not written as token_id:N; the server does not honour return_tokens_as_token_ids",
+                url=self.url,
+            )
+        ids = np.fromstring(keys.replace(_KEY_PREFIX, ""), dtype=np.int64, sep=" ")
+        width = int(lengths.max())
+        token_ids = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)
+        logprobs = np.full((len(rows), width), -np.inf)
+        filled = np.arange(width) < lengths[:, None]
+        token_ids[filled], logprobs[filled] = ids, values
+        # Impossible tokens are no candidates; some versions also pad rows with them.
+        token_ids[logprobs == -np.inf] = NO_TOKEN
+        self._check_complete(token_ids, logprobs, k)
+        if width > k:
+            order = np.lexsort((token_ids, -logprobs), axis=1)[:, :k]
+            token_ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (token_ids, logprobs))
+        return TopK(token_ids, logprobs)
+
+    def _check_complete(self, token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> None:
+        """A list of fewer than k tokens must hold all there is."""
+        short = (token_ids != NO_TOKEN).sum(axis=1) < k
+        if short.any() and (np.exp(logprobs[short]).sum(axis=1) < 1 - _MASS_TOLERANCE).any():
+            raise EngineProtocolError(
+                f"a list holds fewer than {k} tokens, yet not all the mass. Is another client using "
+                "logprob_token_ids on this server? That garbles the lists of requests in the same step.",
+                url=self.url,
+            )
+
+    def _as_logprobs(self, values: list[Any]) -> np.ndarray:
+        logprobs = np.array(values, dtype=np.float64)
+        if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
+            raise EngineProtocolError("log-probabilities are NaN or positive", url=self.url)
+        return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
+
+
+def _on_wire(temperature: float) -> float:
+    """At temperature 0 vLLM reports log_softmax(logits) in both log-probability modes, like at 1, and the list never
+    holds a sampled token beyond the k most likely."""
+    return 0.0 if temperature == 1.0 else temperature

@@ -1,0 +1,25 @@
+"""The mathematics: numpy only, stateless, batched, float64, natural logarithms throughout."""
+
+from dual_rollout.functional.candidates import TAIL_TOKEN, Candidates, merge_lists, merge_top_k_candidates
+from dual_rollout.functional.diagnostics import compute_diagnostics
+from dual_rollout.functional.kl_symmetry import compute_q_star, log_partition, solve_kl_symmetry
+from dual_rollout.functional.law import Law, position_law
+from dual_rollout.functional.sampling import sample_from_distribution, sample_rows
+from dual_rollout.functional.weights import effective_sample_size, importance_weights
+
+__all__ = [
+    "TAIL_TOKEN",
+    "Candidates",
+    "Law",
+    "compute_diagnostics",
+    "compute_q_star",
+    "effective_sample_size",
+    "importance_weights",
+    "log_partition",
+    "merge_lists",
+    "merge_top_k_candidates",
+    "position_law",
+    "sample_from_distribution",
+    "sample_rows",
+    "solve_kl_symmetry",
+]

@@ -1,0 +1,164 @@
+"""From two top-k lists to two distributions over one set of candidates.
+
+S is the union of both lists. A candidate that one list lacks gets there the smallest probability listed, capped so
+that all such candidates together never exceed the mass that the list leaves open. What lies outside S is either
+cut off (`support="union"`) or kept as one more atom, the tail (`support="tail"`), with each model's open mass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dual_rollout.types import NO_TOKEN, TopK
+
+Support = Literal["union", "tail"]
+
+TAIL_TOKEN = NO_TOKEN
+"""Stands for "some token outside S" where a candidate's id is expected."""
+
+_LAST = np.iinfo(np.int64).max  # sorts padding behind every token id
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """S for B positions, with both models' log-probabilities on it (nats, normalised over S and, if kept, the tail).
+
+    Attributes:
+        token_ids: `(B, S)` int64, ascending among the valid ones; `NO_TOKEN` at holes and for the tail.
+        logp_theta, logp_t: `(B, S)`, `-inf` at holes. With `support="tail"` the last column is the tail.
+        exact_theta, exact_t: `(B, S)` log π_θ and log π_t as the servers listed them; NaN where floored.
+        coverage_theta, coverage_t: `(B,)` mass of each list.
+        has_tail: whether the last column is the tail.
+    """
+
+    token_ids: np.ndarray
+    logp_theta: np.ndarray
+    logp_t: np.ndarray
+    exact_theta: np.ndarray
+    exact_t: np.ndarray
+    coverage_theta: np.ndarray
+    coverage_t: np.ndarray
+    has_tail: bool
+
+    def missing(self, row: int, exact: np.ndarray) -> list[int]:
+        """Ids of S in `row` that are not listed in `exact` (one of `exact_theta`, `exact_t`)."""
+        ids = self.token_ids[row]
+        return ids[(ids != NO_TOKEN) & np.isnan(exact[row])].tolist()
+
+
+def merge_top_k_candidates(
+    logprobs_theta: Mapping[int, float], logprobs_t: Mapping[int, float], *, support: Support = "union"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both models' probabilities on the union of their lists.
+
+    Args:
+        logprobs_theta, logprobs_t: `{token id: log-probability in nats}`; `-inf` means impossible.
+        support: "union" truncates to S and renormalises; "tail" appends one atom, id `TAIL_TOKEN`, for the rest.
+
+    Returns:
+        `(candidates, probs_theta, probs_t)`, each `(S,)`; ids ascending (the tail last), probabilities summing to 1.
+
+    Raises:
+        ValueError: an empty list, a negative id, a NaN or positive log-probability, an unknown `support`.
+    """
+    merged = merge_lists(_as_row("logprobs_theta", logprobs_theta), _as_row("logprobs_t", logprobs_t), support)
+    keep = merged.token_ids[0] != NO_TOKEN
+    if merged.has_tail:
+        keep[-1] = True
+    return merged.token_ids[0][keep], np.exp(merged.logp_theta[0][keep]), np.exp(merged.logp_t[0][keep])
+
+
+def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
+    """The batched form of `merge_top_k_candidates`: `(B, K)` lists to `(B, S)` candidates with S = 2K (+ 1)."""
+    if support not in ("union", "tail"):
+        raise ValueError(f'support must be "union" or "tail", got {support!r}')
+    width = theta.token_ids.shape[1]
+    ids = np.concatenate([theta.token_ids, t.token_ids], axis=1)
+    ids[ids == NO_TOKEN] = _LAST
+    # Stable: of a token in both lists the π_θ entry comes first, the π_t entry right behind it.
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids = np.take_along_axis(ids, order, axis=1)
+    logp = np.take_along_axis(np.concatenate([theta.logprobs, t.logprobs], axis=1), order, axis=1)
+
+    valid = ids != _LAST
+    pair = np.zeros_like(valid)
+    pair[:, :-1] = valid[:, :-1] & (ids[:, :-1] == ids[:, 1:])
+    second = np.zeros_like(valid)
+    second[:, 1:] = pair[:, :-1]
+    from_theta = valid & (order < width)
+    keep = valid & ~second
+    exact_theta = np.where(from_theta, logp, np.nan)
+    exact_t = np.where(pair, np.roll(logp, -1, axis=1), np.where(valid & ~from_theta, logp, np.nan))
+
+    floored_theta, coverage_theta = _floor(exact_theta, keep)
+    floored_t, coverage_t = _floor(exact_t, keep)
+    if support == "tail":
+        floored_theta, floored_t = _with_tail(floored_theta), _with_tail(floored_t)
+        unknown = np.full((len(ids), 1), np.nan)
+        exact_theta, exact_t = np.hstack([exact_theta, unknown]), np.hstack([exact_t, unknown])
+        ids, keep = (
+            np.hstack([ids, np.full((len(ids), 1), _LAST)]),
+            np.hstack([keep, np.zeros((len(ids), 1), bool)]),
+        )
+    return Candidates(
+        token_ids=np.where(keep, ids, NO_TOKEN),
+        logp_theta=_normalise(floored_theta),
+        logp_t=_normalise(floored_t),
+        exact_theta=np.where(keep, exact_theta, np.nan),
+        exact_t=np.where(keep, exact_t, np.nan),
+        coverage_theta=coverage_theta,
+        coverage_t=coverage_t,
+        has_tail=support == "tail",
+    )
+
+
+def _floor(exact: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities on S with missing candidates floored, `-inf` at holes; and the mass of the list."""
+    listed = keep & ~np.isnan(exact)
+    logp = np.where(listed, exact, -np.inf)
+    coverage = np.exp(logp).sum(axis=1)
+    missing = keep & ~listed
+    count = missing.sum(axis=1)
+    smallest = np.where(listed, exact, np.inf).min(axis=1)
+    with np.errstate(divide="ignore"):
+        share = np.log(np.maximum(1.0 - coverage, 0.0)) - np.log(np.maximum(count, 1))
+    return np.where(missing, np.minimum(smallest, share)[:, None], logp), coverage
+
+
+def _with_tail(logp: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.maximum(1.0 - np.exp(logp).sum(axis=1), 0.0))
+    return np.hstack([logp, tail[:, None]])
+
+
+def _normalise(logp: np.ndarray) -> np.ndarray:
+    return logp - np.log(np.exp(logp).sum(axis=1, keepdims=True))
+
+
+def at_temperature(top: TopK, temperature: float) -> TopK:
+    """Raw (temperature 1) lists turned into those of softmax(logits / temperature).
+
+    The normaliser needs Σ π^(1/T) over the whole vocabulary. What the list leaves open enters as if it were made
+    of tokens as likely as the last one listed: exact when the list holds all mass, an upper bound for T < 1, an
+    approximation otherwise. Servers that report processed log-probabilities need none of this.
+    """
+    with np.errstate(divide="ignore"):
+        open_mass = np.maximum(1.0 - np.exp(top.logprobs).sum(axis=1, keepdims=True), 0.0)
+        smallest = np.where(np.isfinite(top.logprobs), top.logprobs, np.inf).min(axis=1, keepdims=True)
+        open_log = np.log(open_mass) + (1.0 / temperature - 1.0) * smallest
+    scaled = top.logprobs / temperature
+    log_z = np.logaddexp(np.log(np.exp(scaled).sum(axis=1, keepdims=True)), open_log)
+    return TopK(top.token_ids, scaled - log_z)
+
+
+def _as_row(name: str, logprobs: Mapping[int, float]) -> TopK:
+    ids = np.fromiter(logprobs.keys(), dtype=np.int64, count=len(logprobs))
+    values = np.fromiter(logprobs.values(), dtype=np.float64, count=len(logprobs))
+    possible = values > -np.inf
+    if not possible.any() or (ids < 0).any() or np.isnan(values).any() or (values > 1e-6).any():
+        raise ValueError(f"{name} must map token ids >= 0 to log-probabilities <= 0, at least one above -inf")
+    return TopK(ids[None], values[None])

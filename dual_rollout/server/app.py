@@ -1,0 +1,508 @@
+"""HTTP routes of the embedded server, with vLLM's paths, JSON and status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+import orjson
+from aiohttp import web
+
+from dual_rollout.server import SERVER_VERSION
+from dual_rollout.server.model_runner import ModelRunner
+from dual_rollout.server.protocol import (
+    APIError,
+    Limits,
+    SamplingParams,
+    check_prompt,
+    invalid,
+    not_found,
+    parse_completion_sampling,
+    parse_generate_sampling,
+    parse_prompts,
+    parse_token_ids,
+)
+from dual_rollout.server.sampler import TokenLogprobs
+from dual_rollout.server.scheduler import Scheduler, Sequence, ServerClosing
+from dual_rollout.server.weights import read_weights, write_weights
+
+logger = logging.getLogger("dual_rollout.server")
+
+MAX_BODY_BYTES = 256 * 2**20
+LOWEST_LOGPROB = -9999.0
+
+
+@dataclass
+class Adapter:
+    """A served LoRA adapter; ``internal_name`` differs at every load, so old rows are never reused."""
+
+    path: str
+    internal_name: str
+
+
+class EmbeddedApp:
+    """Turns HTTP requests into scheduler groups and finished sequences into vLLM's JSON."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        tokenizer: Any,
+        limits: Limits,
+        *,
+        model_path: str,
+        model_names: list[str],
+        enable_lora: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.model_path = model_path
+        self.model_names = model_names
+        self.enable_lora = enable_lora
+        self.adapters: dict[str, Adapter] = {}
+        self.started = int(time.time())
+        self._adapter_numbers = itertools.count(1)
+        self._id_keys = [f"token_id:{token_id}" for token_id in range(limits.vocab_size)]
+        self._decoded: dict[int, str] = {}
+
+    def routes(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_errors])
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/version", self.version)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/inference/v1/generate", self.generate)
+        app.router.add_post("/tokenize", self.tokenize)
+        app.router.add_post("/detokenize", self.detokenize)
+        app.router.add_post("/reset_prefix_cache", self.reset_prefix_cache)
+        app.router.add_post("/collective_rpc", self.collective_rpc)
+        if self.enable_lora:
+            app.router.add_post("/v1/load_lora_adapter", self.load_lora_adapter)
+            app.router.add_post("/v1/unload_lora_adapter", self.unload_lora_adapter)
+        return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.scheduler.alive else 503)
+
+    async def version(self, request: web.Request) -> web.Response:
+        return _json({"version": SERVER_VERSION})
+
+    async def models(self, request: web.Request) -> web.Response:
+        cards = [
+            self._model_card(name, root=self.model_path, max_model_len=self.limits.max_model_len)
+            for name in self.model_names
+        ]
+        for name, adapter in self.adapters.items():
+            cards.append(self._model_card(name, root=adapter.path, parent=self.model_names[0]))
+        return _json({"object": "list", "data": cards})
+
+    def _model_card(
+        self, name: str, *, root: str, parent: str | None = None, max_model_len: int | None = None
+    ) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "dual_rollout",
+            "root": root,
+            "parent": parent,
+            "max_model_len": max_model_len,
+            "permission": [],
+        }
+
+    async def completions(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        prompts = parse_prompts(body.get("prompt"))
+        params = parse_completion_sampling(body, self.limits)
+        name, adapter = self._served(body)
+        ids = [self._encode(p, body) if isinstance(p, str) else p for p in prompts]
+        for prompt in ids:
+            check_prompt(prompt, self.limits, params.max_tokens)
+        sequences = await self._run(ids, params, adapter)
+        as_ids = bool(body.get("return_tokens_as_token_ids"))
+        return_ids = bool(body.get("return_token_ids"))
+        choices = [
+            {
+                "index": index,
+                "text": self._text(sequence),
+                "logprobs": self._completion_logprobs(sequence, as_ids),
+                "finish_reason": sequence.finish_reason,
+                "stop_reason": sequence.stop_reason,
+                "token_ids": sequence.output_ids if return_ids else None,
+                "prompt_logprobs": self._prompt_logprobs(sequence),
+                "prompt_token_ids": sequence.tokens[: sequence.num_prompt] if return_ids else None,
+                "routed_experts": None,
+            }
+            for index, sequence in enumerate(sequences)
+        ]
+        return _json(
+            {
+                "id": f"cmpl-{body.get('request_id') or uuid.uuid4().hex}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": name,
+                "choices": choices,
+                "service_tier": None,
+                "system_fingerprint": None,
+                "usage": _usage(sequences, params.n),
+            }
+        )
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        token_ids = parse_token_ids(body, "token_ids")
+        if not token_ids:
+            raise invalid("token_ids", "List should have at least 1 item after validation, not 0")
+        if body.get("stream"):
+            raise APIError("stream=true is not supported by the embedded server.", param="stream")
+        sampling: Any = body.get("sampling_params")
+        params = parse_generate_sampling(sampling, self.limits, len(token_ids))
+        name, adapter = self._served(body)
+        check_prompt(token_ids, self.limits, None)
+        sequences = await self._run([token_ids], params, adapter)
+        # vLLM lists log-probabilities here only when `logprobs` itself is set.
+        count = sampling.get("logprobs")
+        choices = [
+            {
+                "index": index,
+                "logprobs": None if count is None else self._generate_logprobs(sequence, count),
+                "finish_reason": sequence.finish_reason,
+                "token_ids": sequence.output_ids,
+                "routed_experts": None,
+                "sampling_mask": None,
+            }
+            for index, sequence in enumerate(sequences)
+        ]
+        return _json(
+            {
+                "request_id": f"generate-tokens-{body.get('request_id') or uuid.uuid4().hex}",
+                "model": name,
+                "created": int(time.time()),
+                "choices": choices,
+                "usage": _usage(sequences, params.n),
+                "prompt_logprobs": self._prompt_logprobs(sequences[0]),
+                "prompt_token_id_logprobs": _prompt_scores(sequences[0]),
+                "prompt_token_ids": token_ids if body.get("return_token_ids") else None,
+                "mm_placeholders": None,
+                "metrics": None,
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+            }
+        )
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        self._served(body)
+        if isinstance(body.get("messages"), list):
+            ids = self._apply_chat_template(body)
+        elif isinstance(body.get("prompt"), str):
+            ids = self._encode(body["prompt"], body)
+        else:
+            raise invalid("prompt", "Field required")
+        strings = self.tokenizer.convert_ids_to_tokens(ids) if body.get("return_token_strs") else None
+        return _json(
+            {
+                "count": len(ids),
+                "max_model_len": self.limits.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        self._served(body)
+        ids = parse_token_ids(body, "tokens")
+        if ids and max(ids) >= self.limits.vocab_size:
+            raise APIError(f"Token id {max(ids)} is out of vocabulary")
+        return _json({"prompt": self.tokenizer.decode(ids)})
+
+    async def reset_prefix_cache(self, request: web.Request) -> web.Response:
+        """Forget unused rows. False, as in vLLM, while requests hold some: call again when they are done."""
+
+        def reset() -> bool:
+            if request.query.get("reset_running_requests", "").lower() in ("1", "true"):
+                self.scheduler.recompute_running()
+            return self.scheduler.cache.clear()
+
+        return _json({"success": await asyncio.wrap_future(self.scheduler.between_steps(reset))})
+
+    async def collective_rpc(self, request: web.Request) -> web.Response:
+        body = await _body(request, any_content_type=True)
+        method = body.get("method")
+        if method is None:
+            raise APIError("Missing 'method' in request body", type="Bad Request")
+        path = (body.get("kwargs") or {}).get("weights_path")
+        if method != "reload_weights" or not isinstance(path, str):
+            raise APIError(
+                f"Call to collective_rpc method failed: the embedded server has only reload_weights with a "
+                f"weights_path (got {method!r})",
+                status=500,
+                type="InternalServerError",
+            )
+        started = time.perf_counter()
+        try:
+            await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._reload(path)))
+        except (ValueError, OSError) as error:
+            raise APIError(
+                f"Call to collective_rpc method failed: {error}", status=500, type="InternalServerError"
+            ) from error
+        logger.info("reloaded weights from %s in %.2f s", path, time.perf_counter() - started)
+        return _json({"results": [None]})
+
+    def _reload(self, path: str) -> None:
+        """In the model's thread. All rows were computed with the old weights: none may be used again."""
+        weights = read_weights(self.runner.model, path)
+        self.scheduler.recompute_running()
+        self.scheduler.cache.clear()
+        write_weights(self.runner.model, weights)
+
+    async def load_lora_adapter(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        name, path = body.get("lora_name"), body.get("lora_path")
+        if not (isinstance(name, str) and name and isinstance(path, str) and path):
+            raise APIError("Both 'lora_name' and 'lora_path' must be provided.", type="InvalidUserInput")
+        if name in self.model_names:
+            raise APIError(f"The lora adapter '{name}' conflicts with a served base model.", type="InvalidUserInput")
+        if name in self.adapters and not body.get("load_inplace"):
+            raise APIError(
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
+                "place, set "
+                "'load_inplace' to True.",
+                type="InvalidUserInput",
+            )
+        try:
+            await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._load_adapter(name, path)))
+        except FileNotFoundError as error:
+            raise APIError(f"Loading lora {name} failed: {error}", status=404, type="NotFoundError") from error
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise APIError(str(error), status=500, type="InternalServerError") from error
+        logger.info("loaded LoRA adapter %s from %s", name, path)
+        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload_lora_adapter(self, request: web.Request) -> web.Response:
+        name = (await _body(request)).get("lora_name")
+        if name not in self.adapters:
+            raise APIError(f"The lora adapter '{name}' cannot be found.", status=404, type="NotFoundError")
+        await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._unload_adapter(name)))
+        return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _load_adapter(self, name: str, path: str) -> None:
+        """In the model's thread. The new adapter replaces the old one only once it is loaded."""
+        internal = f"lora_{next(self._adapter_numbers)}"
+        self.runner.load_adapter(internal, path)
+        old = self.adapters.get(name)
+        self.adapters[name] = Adapter(path, internal)
+        if old is not None:
+            self.scheduler.move_adapter(old.internal_name, internal)
+            self.runner.unload_adapter(old.internal_name)
+
+    def _unload_adapter(self, name: str) -> None:
+        internal = self.adapters.pop(name).internal_name
+        self.scheduler.fail_adapter(internal, not_found(name))
+        self.runner.unload_adapter(internal)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        counters = self.scheduler.metrics
+        labels = f'engine="0",model_name="{self.model_names[0]}"'
+        lines = []
+        for kind, name, value in (
+            ("gauge", "num_requests_running", self.scheduler.num_running),
+            ("gauge", "num_requests_waiting", self.scheduler.num_waiting),
+            ("counter", "prompt_tokens_total", counters.prompt_tokens),
+            ("counter", "generation_tokens_total", counters.generation_tokens),
+            ("counter", "prefix_cache_queries_total", counters.prefix_cache_queries),
+            ("counter", "prefix_cache_hits_total", counters.prefix_cache_hits),
+        ):
+            lines += [f"# TYPE vllm:{name.removesuffix('_total')} {kind}", f"vllm:{name}{{{labels}}} {value}"]
+        lines.append("# TYPE vllm:iteration_tokens_total histogram")
+        lines.append(f'vllm:iteration_tokens_total_bucket{{{labels},le="+Inf"}} {counters.steps}')
+        lines.append(f"vllm:iteration_tokens_total_count{{{labels}}} {counters.steps}")
+        lines.append(f"vllm:iteration_tokens_total_sum{{{labels}}} {counters.computed_tokens}")
+        lines.append("# TYPE vllm:request_success counter")
+        for reason, count in counters.finished.items():
+            lines.append(f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}')
+        return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
+
+    async def _run(self, prompts: list[list[int]], params: SamplingParams, adapter: str | None) -> list[Sequence]:
+        group = self.scheduler.submit(prompts, params, adapter)
+        try:
+            return await asyncio.wrap_future(group.future)
+        except asyncio.CancelledError:
+            self.scheduler.abort(group)
+            raise
+
+    def _served(self, body: dict[str, Any]) -> tuple[str, str | None]:
+        """The served name to answer with, and the adapter's internal name."""
+        name = body.get("model")
+        if not name or name in self.model_names:
+            return self.model_names[0], None
+        if name in self.adapters:
+            return name, self.adapters[name].internal_name
+        raise not_found(name)
+
+    def _encode(self, text: str, body: dict[str, Any]) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=body.get("add_special_tokens") is not False)
+
+    def _apply_chat_template(self, body: dict[str, Any]) -> list[int]:
+        if body.get("chat_template") is not None:
+            raise APIError("chat_template in the request is not supported by the embedded server.")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                body["messages"],
+                tokenize=False,
+                add_generation_prompt=body.get("add_generation_prompt", True),
+                continue_final_message=bool(body.get("continue_final_message")),
+                **(body.get("chat_template_kwargs") or {}),
+            )
+        except Exception as error:  # templates raise whatever their authors chose
+            raise APIError(str(error)) from error
+        return self.tokenizer.encode(text, add_special_tokens=bool(body.get("add_special_tokens")))
+
+    def _decode(self, token_id: int) -> str:
+        text = self._decoded.get(token_id)
+        if text is None:
+            text = self._decoded[token_id] = self.tokenizer.decode([token_id])
+        return text
+
+    def _text(self, sequence: Sequence) -> str:
+        """The output without the token that stopped it, and without special tokens."""
+        ids = sequence.output_ids
+        return self.tokenizer.decode(ids[:-1] if sequence.finish_reason == "stop" else ids, skip_special_tokens=True)
+
+    def _completion_logprobs(self, sequence: Sequence, as_ids: bool) -> dict[str, Any] | None:
+        if not sequence.params.wants_logprobs:
+            return None
+        name = self._id_keys.__getitem__ if as_ids else self._decode
+        # With logprobs=-1 vLLM's completions list nothing beside the sampled token's own value.
+        listed = [] if sequence.params.logprobs == -1 else sequence.logprobs
+        tokens = [name(entry.token_ids[0]) for entry in sequence.logprobs]
+        return {
+            "text_offset": list(itertools.accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
+            "token_logprobs": [max(entry.logprobs[0], LOWEST_LOGPROB) for entry in sequence.logprobs],
+            "tokens": tokens,
+            "top_logprobs": [_as_dict(entry, name) for entry in listed] or [{} for _ in tokens],
+        }
+
+    def _generate_logprobs(self, sequence: Sequence, count: int) -> dict[str, Any]:
+        """vLLM cuts this list to ``count`` entries with the sampled token first."""
+        content = []
+        for entry in sequence.logprobs:
+            listed = [
+                {"token": key, "logprob": logprob, "bytes": None}
+                for key, logprob in _as_dict(entry, self._id_keys.__getitem__).items()
+            ]
+            content.append({**listed[0], "top_logprobs": listed if count == -1 else listed[: max(count, 1)]})
+        return {"content": content}
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[dict[str, Any] | None] | None:
+        """None for the first token, then one row per prompt token computed in this request."""
+        if sequence.params.prompt_logprobs is None:
+            return None
+        rows: list[dict[str, Any] | None] = [None]
+        for entry in sequence.prompt_rows:
+            ranks = itertools.chain((entry.rank,), itertools.count(1))
+            rows.append(
+                {
+                    str(token_id): {
+                        "logprob": max(logprob, LOWEST_LOGPROB),
+                        "rank": rank,
+                        "decoded_token": self._decode(token_id),
+                    }
+                    for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=False)
+                }
+            )
+        return rows
+
+
+def _as_dict(entry: TokenLogprobs, name: Callable[[int], str]) -> dict[str, float]:
+    values = entry.logprobs
+    if min(values) < LOWEST_LOGPROB:
+        values = [max(value, LOWEST_LOGPROB) for value in values]
+    return dict(zip(map(name, entry.token_ids), values, strict=True))
+
+
+def _prompt_scores(sequence: Sequence) -> str | None:
+    """Scores of named tokens as base64 ``.npy``; None when they begin before the first computed row."""
+    params = sequence.params
+    if params.prompt_logprob_token_ids is None or sequence.prompt_scores_missed:
+        return None
+    empty = np.empty((0, len(params.prompt_logprob_token_ids)), dtype=np.float32)
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([empty, *sequence.prompt_scores]), allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _usage(sequences: list[Sequence], n: int) -> dict[str, Any]:
+    """Counts over all prompts; like vLLM, ``cached_tokens`` is that of the last prompt."""
+    prompt_tokens = sum(sequence.num_prompt for sequence in sequences[::n])
+    completion_tokens = sum(len(sequence.tokens) - sequence.num_prompt for sequence in sequences)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sequences[-n].cached_tokens,
+            "created_cache_tokens": None,
+            "multimodal_tokens": None,
+        },
+        "completion_tokens_details": None,
+    }
+
+
+async def _body(request: web.Request, *, any_content_type: bool = False) -> dict[str, Any]:
+    if not any_content_type and request.content_type != "application/json":
+        raise APIError(
+            "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed",
+            type="Bad Request",
+        )
+    try:
+        body = orjson.loads(await request.read())
+    except orjson.JSONDecodeError as error:
+        raise APIError(
+            f"1 validation error:\n  {{'type': 'json_invalid', 'loc': 'body', 'msg': 'JSON decode error: {error}'}}",
+            type="Bad Request",
+            param="body",
+        ) from error
+    if not isinstance(body, dict):
+        raise APIError(
+            "1 validation error:\n  {'loc': 'body', 'msg': 'Input should be a valid dictionary'}",
+            type="Bad Request",
+            param="body",
+        )
+    return body
+
+
+def _json(content: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(content), status=status, content_type="application/json")
+
+
+@web.middleware
+async def _answer_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except APIError as error:
+        return _json(error.body, error.status)
+    except web.HTTPException as error:
+        phrase = HTTPStatus(error.status).phrase
+        return _json(APIError(phrase, status=error.status, type=phrase).body, error.status)
+    except ServerClosing as error:
+        return _json(APIError(str(error), status=503, type="Service Unavailable").body, 503)
+    except Exception as error:
+        logger.exception("%s %s failed", request.method, request.path)
+        return _json(APIError(str(error), status=500, type="InternalServerError").body, 500)

@@ -1,0 +1,1 @@
+"""Training with rollouts from q*: the only package that knows TRL."""

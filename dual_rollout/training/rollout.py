@@ -1,0 +1,300 @@
+"""`DualRollout`: q* as the rollout function of a TRL trainer, or of any other training loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.exceptions import RolloutError
+from dual_rollout.functional.weights import effective_sample_size
+from dual_rollout.types import GenerationOutput, Prompt
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class RolloutBatch:
+    """Sequences from q* as tensors: prompts padded on the left, completions on the right.
+
+    Attributes:
+        prompt_ids, prompt_mask: `(B, P)` long; mask 1 at real tokens.
+        completion_ids, completion_mask: `(B, T)` long.
+        alpha: `(B, T)` float32; 0 at padding, like all of the following.
+        importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
+        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    alpha: torch.Tensor
+    importance_weights: torch.Tensor
+    logprobs_q: torch.Tensor
+    logprobs_theta: torch.Tensor
+    logprobs_t: torch.Tensor
+
+    @classmethod
+    def from_outputs(cls, outputs: Sequence[GenerationOutput], pad_token_id: int) -> RolloutBatch:
+        """Pad and stack outputs that all succeeded."""
+        prompts = [output.prompt_token_ids for output in outputs]
+        completions = [output.generated_tokens for output in outputs]
+        return cls(
+            prompt_ids=pad_rows(prompts, pad_token_id, left=True),
+            prompt_mask=pad_rows([[1] * len(row) for row in prompts], 0, left=True),
+            completion_ids=pad_rows(completions, pad_token_id),
+            completion_mask=pad_rows([[1] * len(row) for row in completions], 0),
+            alpha=pad_rows([output.alpha_history for output in outputs], 0.0),
+            importance_weights=pad_rows([output.importance_weights for output in outputs], 0.0),
+            logprobs_q=pad_rows([output.logprobs_q for output in outputs], 0.0),
+            logprobs_theta=pad_rows([output.logprobs_theta for output in outputs], 0.0),
+            logprobs_t=pad_rows([output.logprobs_t for output in outputs], 0.0),
+        )
+
+    def to(self, device: torch.device | str) -> RolloutBatch:
+        """The same batch with all tensors on `device`."""
+        return RolloutBatch(**{spec.name: getattr(self, spec.name).to(device) for spec in fields(self)})
+
+
+class DualRollout:
+    """Draws rollouts from q* between two servers.
+
+    Give it to a trainer, `GRPOTrainer(rollout_func=DualRollout(config))`, or call `generate` in a loop of your own.
+    Synchronous outside; inside, one event loop in a background thread keeps its connections for its whole life.
+    Use as a context manager, or `close()` it.
+
+    Args:
+        config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
+        tokenizer: the policy's; the trainer's, or the one `config` names, when None.
+    """
+
+    def __init__(self, config: CoordinatorConfig, tokenizer: Any = None):
+        self.config = config
+        self.tokenizer = tokenizer
+        self._seed = secrets.randbits(32) if config.seed is None else config.seed
+        self._calls = 0
+        self._loop: _LoopThread | None = None
+        self._coordinator: DualVLLMCoordinator | None = None
+
+    def __call__(self, prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
+        """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
+
+        Returns:
+            `prompt_ids`, `completion_ids` and `logprobs` (log q*) as TRL requires, and per row the lists `alpha`,
+            `importance_weights`, `logprobs_theta`, `logprobs_t`, which reach the reward functions by these names.
+
+        Raises:
+            RolloutError: a sequence failed.
+            ValueError: the trainer asks for what q* cannot honour.
+        """
+        check_trainer(trainer)
+        if self.tokenizer is None:
+            self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        started = time.perf_counter()
+        outputs = self._generate(
+            prompts,
+            t_prompts=getattr(trainer, "t_prompts", None),
+            max_tokens=trainer.max_completion_length,
+            temperature=trainer.temperature,
+            process=trainer.accelerator.process_index,
+        )
+        _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
+        return {
+            "prompt_ids": [output.prompt_token_ids for output in outputs],
+            "completion_ids": [output.generated_tokens for output in outputs],
+            "logprobs": [output.logprobs_q for output in outputs],
+            "alpha": [output.alpha_history for output in outputs],
+            "importance_weights": [output.importance_weights for output in outputs],
+            "logprobs_theta": [output.logprobs_theta for output in outputs],
+            "logprobs_t": [output.logprobs_t for output in outputs],
+        }
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_generations: int = 1,
+        t_prompts: Sequence[Prompt] | None = None,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+    ) -> RolloutBatch:
+        """`num_generations` sequences per prompt, those of one prompt next to each other.
+
+        Successive calls draw from successive random streams of `config.seed`.
+
+        Raises:
+            RolloutError: a sequence failed.
+        """
+        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+        repeated_t = None if t_prompts is None else [prompt for prompt in t_prompts for _ in range(num_generations)]
+        outputs = self._generate(repeated, t_prompts=repeated_t, max_tokens=max_tokens, temperature=temperature)
+        tokenizer = self._open().tokenizer
+        pad = 0 if tokenizer is None else tokenizer.pad_token_id
+        return RolloutBatch.from_outputs(outputs, 0 if pad is None else pad)
+
+    def reload_policy_weights(self, folder: str) -> None:
+        """Make π_θ's server load the safetensors in `folder` and drop its prefix cache; π_t's is left alone."""
+        coordinator = self._open()
+        self._run(coordinator.theta.reload_weights(folder))
+
+    def close(self) -> None:
+        """Close the connections and end the background thread."""
+        if self._coordinator is not None:
+            self._run(self._coordinator.aclose())
+            self._coordinator = None
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        t_prompts: Sequence[Prompt] | None,
+        max_tokens: int,
+        temperature: float | None,
+        process: int = 0,
+    ) -> list[GenerationOutput]:
+        seed = np.random.SeedSequence([self._seed, process, self._calls]).generate_state(1, np.uint64)[0]
+        self._calls += 1
+        outputs = self._run(
+            self._open().generate_batch(
+                prompts,
+                t_prompts=t_prompts,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=int(seed),
+                return_diagnostics=True,
+            )
+        )
+        failed = [(i, output.error) for i, output in enumerate(outputs) if output.error is not None]
+        if failed:
+            i, error = failed[0]
+            raise RolloutError(f"{len(failed)} of {len(outputs)} sequences failed; the first is number {i}: {error}")
+        return outputs
+
+    def _open(self) -> DualVLLMCoordinator:
+        if self._coordinator is None:
+            self._coordinator = DualVLLMCoordinator(self.config, tokenizer=self.tokenizer)
+        return self._coordinator
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            self._loop = _LoopThread()
+        return self._loop.run(coroutine)
+
+
+class _LoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dual-rollout", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # on Ctrl-C the requests end with the caller
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of a TRL trainer that would make log q* something other than the law of its samples."""
+    args = trainer.args
+    for name, neutral in (
+        ("top_p", (1.0,)),
+        ("top_k", (0, -1, None)),
+        ("min_p", (None, 0.0)),
+        ("repetition_penalty", (1.0,)),
+    ):
+        value = getattr(args, name, neutral[0])
+        if value not in neutral:
+            raise ValueError(
+                f"{name}={value} is not offered with q*, whose weights would be wrong: set it to {neutral[0]}"
+            )
+    mode = getattr(args, "vllm_importance_sampling_mode", "")
+    if trainer.use_vllm and args.vllm_importance_sampling_correction and mode.startswith("sequence"):
+        raise ValueError(
+            f"vllm_importance_sampling_mode={mode!r} multiplies the weights of a whole sequence, which vanish "
+            'exponentially for samples from q*: set it to "token_truncate"'
+        )
+
+
+def pad_rows(
+    rows: Sequence[Sequence[float]], value: float, *, left: bool = False, width: int | None = None
+) -> torch.Tensor:
+    """Rows of unlike length as one `(B, T)` tensor: long for ints, float32 for floats."""
+    dtype = torch.float32 if isinstance(value, float) else torch.long
+    width = max(map(len, rows)) if width is None else width
+    padded = torch.full((len(rows), width), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        if row:
+            columns = slice(width - len(row), width) if left else slice(0, len(row))
+            padded[i, columns] = torch.tensor(row, dtype=dtype)
+    return padded
+
+
+def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int, seconds: float) -> None:
+    """Add this rollout's figures to the trainer's metrics, over all processes."""
+    alpha = np.concatenate([output.alpha_history for output in outputs])
+    weights = np.concatenate([output.importance_weights for output in outputs])
+    residual = np.concatenate([output.diagnostics["kl_diff"] for output in outputs])
+    mass = np.concatenate(
+        [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
+    )
+    local = {
+        "sampling/alpha/min": alpha.min(),
+        "sampling/alpha/mean": alpha.mean(),
+        "sampling/alpha/max": alpha.max(),
+        "sampling/kl_residual/max": residual.max(),
+        "sampling/top_k_mass/min": mass.min(),
+        "sampling/top_k_mass/mean": mass.mean(),
+        "sampling/effective_sample_size_ratio": effective_sample_size(weights),
+        "rollout/tokens_per_second": len(alpha) / seconds,
+        "rollout/seconds": seconds,
+        "rollout/retry_total": float(retries),
+    }
+    mode = "train" if trainer.model.training else "eval"
+    values = torch.tensor(list(local.values()), dtype=torch.float32, device=trainer.accelerator.device)
+    gathered = trainer.accelerator.gather(values).view(-1, len(local)).cpu()
+    for name, column in zip(local, gathered.T, strict=True):
+        reduce = _REDUCTIONS.get(name.rsplit("/", 1)[-1], torch.Tensor.mean)
+        trainer._metrics[mode][name].append(reduce(column).item())
+
+
+_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "min": torch.Tensor.min,
+    "max": torch.Tensor.max,
+    "tokens_per_second": torch.Tensor.sum,
+    "retry_total": torch.Tensor.sum,
+}

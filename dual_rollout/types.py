@@ -1,0 +1,80 @@
+"""Plain data that crosses the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+ChatMessages = Sequence[Mapping[str, str]]
+Prompt = str | ChatMessages | Sequence[int]
+"""A raw string, chat messages (rendered with the model's own chat template), or token ids."""
+
+FinishReason = Literal["stop", "length"]
+
+NO_TOKEN = -1
+"""Padding in arrays of token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The k most likely next tokens of B sequences.
+
+    Attributes:
+        token_ids: `(B, K)` int64 in no particular order, `NO_TOKEN` where a row has fewer than K.
+        logprobs: `(B, K)` float64 in nats, `-inf` at padding.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(slots=True)
+class GenerationOutput:
+    """One sequence drawn from q*, with what the policy update needs. Lists hold one float per generated token.
+
+    Attributes:
+        prompt: the prompt as given.
+        prompt_token_ids: the ids π_θ saw.
+        generated_text: decoded without special tokens; None when no tokenizer could be loaded.
+        generated_tokens: sampled ids, the stop token included when there was one.
+        finish_reason: "stop" (a stop token) or "length" (`max_tokens`); None when `error` is set.
+        alpha_history: α of every position, in [0, 1].
+        logprobs_q: log q*(y), nats. This is the law y was really drawn from.
+        logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
+        logprobs_t: log π_t(y), nats; exact where π_t's server listed or scored y, NaN for a tail token.
+        importance_weights: π_θ(y) / q*(y).
+        diagnostics: per-token lists and `<name>_mean`/`<name>_max` summaries, when asked for.
+        error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.
+    """
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    generated_text: str | None = None
+    generated_tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    alpha_history: list[float] = field(default_factory=list)
+    logprobs_q: list[float] = field(default_factory=list)
+    logprobs_theta: list[float] = field(default_factory=list)
+    logprobs_t: list[float] = field(default_factory=list)
+    importance_weights: list[float] = field(default_factory=list)
+    diagnostics: dict[str, list[float] | float] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """One token of a streamed generation.
+
+    `text` may be empty: bytes of a character that is not complete yet are held back until it is.
+    `importance_weight` is NaN in the rare case that log π_θ of the token has to be fetched afterwards.
+    """
+
+    token_id: int
+    text: str
+    alpha: float
+    logprob_q: float
+    importance_weight: float
+    finish_reason: FinishReason | None

@@ -1,0 +1,101 @@
+"""Two servers with known laws: a first-order Markov chain behind vLLM's completions API.
+
+The next-token law after a prompt is row `prompt[-1]` of a transition matrix, so that the exact q* and the frequency
+of every sequence can be enumerated. It answers what the client uses and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+
+
+class MarkovServer:
+    """`transitions` is `(V, V)`, each row a distribution. Not part of vLLM's behaviour but useful in tests:
+    `requests` keeps every completion payload, `ignore` names request fields to act as if unknown."""
+
+    def __init__(self, transitions: np.ndarray, *, max_model_len: int | None = 4096, ignore: tuple[str, ...] = ()):
+        self.transitions = transitions
+        self.requests: list[dict[str, Any]] = []
+        self.url = ""
+        self._ignore = ignore
+        self._max_model_len = max_model_len
+        self._rng = np.random.default_rng(0)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[MarkovServer]:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._completions)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "chain", "max_model_len": self._max_model_len}]})
+
+    async def _completions(self, request: web.Request) -> web.Response:
+        payload = await request.json()
+        self.requests.append(payload)
+        options = {key: value for key, value in payload.items() if key not in self._ignore}
+        prompts = options["prompt"] if isinstance(options["prompt"][0], list) else [options["prompt"]]
+        vocabulary = len(self.transitions)
+        if any(token >= vocabulary for prompt in prompts for token in prompt):
+            message = "Token id is out of vocabulary"
+            return web.json_response({"error": {"message": message, "code": 400}}, status=400)
+        await asyncio.sleep(0)
+        return web.json_response({"choices": [self._choice(i, prompt, options) for i, prompt in enumerate(prompts)]})
+
+    def _choice(self, index: int, prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
+        with np.errstate(divide="ignore"):
+            raw = np.log(self.transitions[prompt[-1]])
+        rng = np.random.default_rng(options["seed"]) if "seed" in options else self._rng
+        biased = raw.copy()
+        for token, bias in options.get("logit_bias", {}).items():
+            biased[int(token)] += bias
+        temperature = options.get("temperature", 1.0)
+        if temperature == 0:
+            token = int(np.argmax(biased))
+        else:
+            law = np.exp((biased - biased.max()) / temperature)
+            token = int(rng.choice(len(law), p=law / law.sum()))
+        logprobs = None
+        if options.get("logprobs") is not None:
+            named = options.get("logprob_token_ids")
+            listed = named if named is not None else np.argsort(-raw, kind="stable")[: options["logprobs"]].tolist()
+            entries = {f"token_id:{i}": max(float(raw[i]), -9999.0) for i in [token, *listed]}
+            logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [entries]}
+        return {
+            "index": index,
+            "logprobs": logprobs,
+            "prompt_logprobs": self._prompt_logprobs(prompt, options),
+        }
+
+    def _prompt_logprobs(self, prompt: list[int], options: dict[str, Any]) -> list[Any] | None:
+        if options.get("prompt_logprobs") is None:
+            return None
+        rows: list[Any] = [None]
+        for before, token in itertools.pairwise(prompt):
+            law = self.transitions[before]
+            listed = [token, *np.argsort(-law)[: options["prompt_logprobs"]].tolist()]
+            rows.append({str(i): {"logprob": float(np.log(law[i]))} for i in listed})
+        return rows
+
+
+def random_chain(rng: np.random.Generator, vocabulary: int, sharpness: float = 1.5) -> np.ndarray:
+    """A transition matrix with softmax(normal · sharpness) rows."""
+    logits = rng.normal(size=(vocabulary, vocabulary)) * sharpness
+    matrix = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return matrix / matrix.sum(axis=1, keepdims=True)

@@ -1,0 +1,50 @@
+"""Real vLLM servers for the tests of this folder, started once per session."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_model import make_tiny_model, perturbed_copy
+from tests.vllm.servers import VllmServer, running
+
+
+@dataclass(frozen=True)
+class ServerPair:
+    """The policy's and the target's server: two tiny models with one tokenizer and nearby distributions."""
+
+    theta: VllmServer
+    t: VllmServer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The hook sees the items of the whole session, and must run before `-m` deselects.
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stop_servers_when_terminated() -> None:
+    """SIGTERM ends the session like Ctrl-C, so that fixtures are torn down and no server is left behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
+    """Two servers on different cores. A test that changes their weights puts them back."""
+    folder = tmp_path_factory.mktemp("vllm")
+    # vLLM's CPU attention has no kernel for heads of 16, the tiny model's default; these are of 32.
+    theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
+    t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
+    pair = ServerPair(
+        theta=VllmServer(theta, core=0, log=folder / "theta.log"),
+        t=VllmServer(t, core=1, log=folder / "t.log"),
+    )
+    with running(pair.theta, pair.t):
+        yield pair

