@@ -47,6 +47,7 @@ def make_tiny_model(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM's CPU attention knows
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.get_vocab()["<|im_start|>"],

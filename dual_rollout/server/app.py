@@ -158,6 +158,9 @@ class EmbeddedApp:
                 "service_tier": None,
                 "system_fingerprint": None,
                 "usage": _usage(sequences, params.n),
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+                "metrics": None,
             }
         )
 
@@ -499,8 +502,7 @@ async def _answer_errors(
     except APIError as error:
         return _json(error.body, error.status)
     except web.HTTPException as error:
-        phrase = HTTPStatus(error.status).phrase
-        return _json(APIError(phrase, status=error.status, type=phrase).body, error.status)
+        return _json({"detail": HTTPStatus(error.status).phrase}, error.status)
     except ServerClosing as error:
         return _json(APIError(str(error), status=503, type="Service Unavailable").body, 503)
     except Exception as error:

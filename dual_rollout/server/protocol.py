@@ -191,9 +191,9 @@ def check_prompt(token_ids: Sequence[int], limits: Limits, max_tokens: int | Non
         )
     if length == limit:
         raise APIError(
-            f"The decoder prompt (length {length}) plus the number of requested output tokens (at least "
-            "1) is "
-            f"longer than the maximum model length of {limit}. Make sure that `max_model_len` is no "
+            f"The decoder prompt (length {length}) plus the number of requested output tokens "
+            f"(at least 1) is longer than the maximum model length of {limit}. Make sure that "
+            "`max_model_len` is no "
             "smaller than the number of text tokens (prompt + requested output tokens)."
         )
     if max(token_ids) >= limits.vocab_size:

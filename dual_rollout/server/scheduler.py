@@ -339,14 +339,15 @@ class Scheduler:
             row_of = {position: first_row + row for row, position in enumerate(sorted(work.positions))}
             first_row += len(row_of)
             self.metrics.computed_tokens += work.end - work.start
-            self.cache.commit(sequence.kv, work.start, sequence.tokens[work.start : work.end])  # type: ignore[arg-type]
+            assert sequence.kv is not None
+            self.cache.commit(sequence.kv, work.start, sequence.tokens[work.start : work.end])
             sequence.num_computed = work.end
             sequence.num_stored = max(sequence.num_stored, work.end)
             _collect_prompt_rows(sequence, work, row_of, logits)
             if work.end == len(sequence.tokens):
                 drawing.append((sequence, row_of[work.end - 1]))
             for follower in work.followers:
-                follower.kv = self.cache.share(sequence.kv)  # type: ignore[arg-type]
+                follower.kv = self.cache.share(sequence.kv)
                 follower.num_stored = follower.num_computed = len(follower.tokens)
                 self._running.append(follower)
                 drawing.append((follower, row_of[len(follower.tokens) - 1]))

@@ -1,0 +1,117 @@
+"""Recipes: every shipped one parses, mistakes are named, and both ways to launch one do the same thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dual_rollout.training.arguments import parse_recipe
+from dual_rollout.training.script import load_data
+from dual_rollout.training.tasks import final_answer
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "model_name_or_path" in path.read_text())
+QUICKSTART = ROOT / "recipes/quickstart/grpo_cpu.yaml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_parses(path: Path) -> None:
+    recipe = parse_recipe(["--config", str(path)])
+    config = recipe.dual.coordinator_config("http://127.0.0.1:1", "http://127.0.0.1:2")
+    assert config.top_k == yaml.safe_load(path.read_text()).get("dual_top_k", 100)
+
+
+def write_recipe(tmp_path: Path, **changes: object) -> str:
+    values = {**yaml.safe_load(QUICKSTART.read_text()), **changes}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [("dual_topk", "dual_top_k"), ("num_generation", "num_generations"), ("dual_alpha", "dual_alpha_min")],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown key '{wrong}'.*did you mean '{nearest}'"):
+        parse_recipe(["--config", write_recipe(tmp_path, **{wrong: 1})])
+    with pytest.raises(ValueError, match=f"unknown flag --{wrong}.*did you mean '{nearest}'"):
+        parse_recipe(["--config", str(QUICKSTART), f"--{wrong}", "1"])
+
+
+def test_flags_override_the_recipe(tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(QUICKSTART), "--dual_top_k", "7", "--max_steps", "3"])
+    assert (recipe.dual.dual_top_k, recipe.training.max_steps) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dual_task": "no_such_task"}, "no_such_task"),
+        ({"dual_task_options": '{"min_terms": 9, "max_terms": 2}'}, "dual_task_options"),
+        ({"dual_t_prompt_template": "{no_column}"}, "no_column"),
+        ({"dataset_name": "some/dataset"}, "exactly one of dual_task and dataset_name"),
+        ({"reward_funcs": ["no_such_module.reward"]}, "no_such_module"),
+    ],
+)
+def test_wrong_data_is_named_before_anything_is_loaded(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data(parse_recipe(["--config", write_recipe(tmp_path, **changes)]))
+
+
+def test_the_target_prompt_is_filled_from_the_columns(tmp_path: Path) -> None:
+    dataset, _ = load_data(parse_recipe(["--config", write_recipe(tmp_path, dual_task_size=3)]))
+    for row in dataset["train"]:
+        assert row["prompt"][-1]["content"] == row["question"]
+        assert row["t_prompt"][-1]["content"] == f"{row['question']} (The correct answer is {row['answer']}.)"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("It is 3 + 4 = 7.", "7"), ("<answer> x </answer> 9", "x"), ("no idea ", "no idea"), ("so -2.5", "-2.5")],
+)
+def test_final_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_models: tuple[Path, Path]) -> None:
+    launchers = {
+        "train": [sys.executable, "-m", "dual_rollout.cli", "train"],
+        "accelerate": [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(ROOT / "recipes/accelerate_configs/one_cpu.yaml")),
+            *("-m", "dual_rollout.training.script", "--config"),
+        ],
+    }
+    rewards, tables = {}, {}
+    for name, launcher in launchers.items():
+        folder = tmp_path / name
+        recipe = write_recipe(
+            tmp_path,
+            model_name_or_path=str(tiny_models[0]),
+            dual_t_model_name_or_path=str(tiny_models[1]),
+            dual_top_k=20,
+            dual_seed=5,
+            output_dir=str(folder),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=5,
+        )
+        done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in entries] == [1, 2]
+        rewards[name] = [(entry["reward"], entry["sampling/alpha/mean"]) for entry in entries]
+        tables[name] = done.stdout
+        assert (folder / "model.safetensors").exists()
+    assert rewards["train"] == pytest.approx(rewards["accelerate"], abs=1e-4)
+    for label in ("reward", "α mean", "weight π_θ/q* mean", "ESS ratio", "tokens/s", "rollout, s", "update, s"):
+        assert label in tables["train"]
