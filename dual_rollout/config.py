@@ -6,8 +6,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
+
+AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 
 
 def _option(default: Any, help: str) -> Any:
@@ -24,6 +26,8 @@ class CoordinatorConfig:
 
     theta_url: str = _option("http://127.0.0.1:8000", "Base URL of the policy's server (π_θ).")
     t_url: str = _option("http://127.0.0.1:8001", "Base URL of the target's server (π_t).")
+    theta_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_θ.")
+    t_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_t.")
     theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.")
     t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.")
     tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.")
@@ -34,11 +38,23 @@ class CoordinatorConfig:
     missing: Literal["floor", "exact"] = _option(
         "floor", 'A candidate one list lacks: "floor" bounds it by that list, "exact" asks the server for it.'
     )
-    decoding: Literal["auto", "lockstep"] = _option("auto", "Decoding mode.")
-    alpha_method: Literal["kl_symmetry", "fixed"] = _option("kl_symmetry", "How α is chosen per token.")
+    decoding: Literal["auto", "lockstep", "block"] = _option(
+        "auto",
+        'How positions are asked for: "lockstep" one by one, "block" with drafts of π_θ, "auto" what is measured to be '
+        "fastest. All give the same law.",
+    )
+    num_draft_tokens: int | None = _option(
+        None, "Tokens per draft at most; adapted to the measured acceptance when unset."
+    )
+    alpha_method: AlphaMethod = _option(
+        "kl_symmetry",
+        'How α is chosen per token: "kl_symmetry" (equally far from both), "fixed", "ess_balance" (equal effective '
+        'sample sizes), "entropy" (the surer model has the larger say), "kl_budget" (as far from π_θ as allowed).',
+    )
     fixed_alpha: float | None = _option(None, 'The α of alpha_method "fixed", in [0, 1].')
-    alpha_min: float = _option(0.0, "Lower bound on α.")
-    alpha_max: float = _option(1.0, "Upper bound on α.")
+    kl_budget: float | None = _option(None, 'The bound of alpha_method "kl_budget" on KL(q‖π_θ) per token, in nats.')
+    alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.")
+    alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.")
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.")
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.")
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
@@ -59,6 +75,10 @@ class CoordinatorConfig:
             choices = _CHOICES.get(spec.name)
             if choices and getattr(self, spec.name) not in choices:
                 raise ValueError(f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r}")
+        for name in ("theta_model", "t_model", "tokenizer"):
+            self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
+        for name in ("ignore_eos", "show_progress"):
+            self._check(name, lambda v: isinstance(v, bool), "True or False")
         for name in ("top_k", "max_concurrency", "connection_pool_size"):
             self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")
         self._check("max_retries", lambda v: _is_int(v) and v >= 0, "a whole number >= 0")
@@ -72,6 +92,14 @@ class CoordinatorConfig:
             self._check("fixed_alpha", lambda v: _is_real(v) and 0 <= v <= 1, 'in [0, 1] with alpha_method "fixed"')
         elif self.fixed_alpha is not None:
             raise ValueError('fixed_alpha is set, but alpha_method is not "fixed": set one or drop the other')
+        if self.alpha_method == "kl_budget":
+            self._check("kl_budget", lambda v: _is_real(v) and v >= 0, 'a number >= 0 with alpha_method "kl_budget"')
+        elif self.kl_budget is not None:
+            raise ValueError('kl_budget is set, but alpha_method is not "kl_budget": set one or drop the other')
+        if self.num_draft_tokens is not None:
+            self._check("num_draft_tokens", lambda v: _is_int(v) and v >= 1, "a whole number >= 1, or None")
+        if self.decoding == "block" and self.missing == "exact":
+            raise ValueError('missing="exact" asks per position, which decoding="block" does not: set one of them')
         if self.seed is not None:
             self._check("seed", lambda v: _is_int(v) and v >= 0, "a whole number >= 0, or None")
 
@@ -104,8 +132,10 @@ def _is_real(value: Any) -> bool:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "theta_engine": ("vllm", "sglang"),
+    "t_engine": ("vllm", "sglang"),
     "support": ("union", "tail"),
     "missing": ("floor", "exact"),
-    "decoding": ("auto", "lockstep"),
-    "alpha_method": ("kl_symmetry", "fixed"),
+    "decoding": ("auto", "lockstep", "block"),
+    "alpha_method": get_args(AlphaMethod),
 }

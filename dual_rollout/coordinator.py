@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.decoding import DecodingSequence, DecodingStats, decode_lockstep
-from dual_rollout.engines import EngineInfo, HttpStats, HttpTransport, VLLMEngine
+from dual_rollout.decoding import DecodingSequence, DecodingStats, Recorder, Tuner, decode
+from dual_rollout.engines import Engine, EngineInfo, HttpStats, HttpTransport, SGLangEngine, VLLMEngine
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
 from dual_rollout.types import GenerationOutput, Prompt, StreamChunk
@@ -23,6 +23,7 @@ from dual_rollout.types import GenerationOutput, Prompt, StreamChunk
 logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS_PER_REQUEST = 1024  # vLLM refuses longer lists
+_ENGINES: dict[str, Callable[[HttpTransport, str | None], Engine]] = {"vllm": VLLMEngine, "sglang": SGLangEngine}
 
 
 @dataclass(slots=True)
@@ -55,6 +56,9 @@ class DualVLLMCoordinator:
         config: see `CoordinatorConfig`.
         tokenizer: a loaded tokenizer to use instead of `config.tokenizer`.
 
+    Attributes:
+        weight_version: the version of π_θ's weights, for the outputs to record; set by whoever changes the weights.
+
     Raises:
         PreflightError: from the first call, when the servers cannot serve what `config` asks.
     """
@@ -67,9 +71,11 @@ class DualVLLMCoordinator:
         self.config = config
         self.tokenizer = tokenizer
         self._transports = [self._transport(config.theta_url), self._transport(config.t_url)]
-        self.theta = VLLMEngine(self._transports[0], config.theta_model)
-        self.t = VLLMEngine(self._transports[1], config.t_model)
+        self.theta: Engine = _ENGINES[config.theta_engine](self._transports[0], config.theta_model)
+        self.t: Engine = _ENGINES[config.t_engine](self._transports[1], config.t_model)
         self.stats = CoordinatorStats(theta=self._transports[0].stats, t=self._transports[1].stats)
+        self.weight_version: int | None = None
+        self._tuner = Tuner()
         self._tokenizer_sought = False
         self._checked = False
 
@@ -117,8 +123,7 @@ class DualVLLMCoordinator:
         await self._preflight(running, config)
         started = time.perf_counter()
         with _progress(config.show_progress, total=len(prompts)) as bar:
-            await decode_lockstep(
-                running,
+            recorder = Recorder(
                 self.theta,
                 self.t,
                 config,
@@ -126,6 +131,7 @@ class DualVLLMCoordinator:
                 with_diagnostics=return_diagnostics,
                 on_token=lambda sequence: bar.update() if sequence.done else None,
             )
+            await decode(running, recorder, self._tuner)
         self.stats.seconds += time.perf_counter() - started
         for sequence, output in zip(sequences, outputs, strict=True):
             self._fill(output, sequence)
@@ -156,20 +162,21 @@ class DualVLLMCoordinator:
         decoder = IncrementalDecoder(self.tokenizer) if self.tokenizer is not None else None
         chunks: asyncio.Queue[StreamChunk | None] = asyncio.Queue()
 
-        async def decode() -> None:
+        recorder = Recorder(
+            self.theta,
+            self.t,
+            config,
+            self.stats.decoding,
+            on_token=lambda s: chunks.put_nowait(_chunk(s, decoder)),
+        )
+
+        async def run() -> None:
             try:
-                await decode_lockstep(
-                    [sequence],
-                    self.theta,
-                    self.t,
-                    config,
-                    self.stats.decoding,
-                    on_token=lambda s: chunks.put_nowait(_chunk(s, decoder)),
-                )
+                await decode([sequence], recorder, self._tuner)
             finally:
                 chunks.put_nowait(None)
 
-        task = asyncio.create_task(decode())
+        task = asyncio.create_task(run())
         try:
             while (chunk := await chunks.get()) is not None:
                 yield chunk
@@ -230,12 +237,12 @@ class DualVLLMCoordinator:
             except ValueError as fault:
                 error = fault
             sequence = DecodingSequence(
-                ids, ids_t, max_tokens=max_tokens, stop_ids=stops, rng=np.random.default_rng([entropy, i])
+                ids, ids_t, max_tokens=max_tokens, stop_ids=stops, key=(entropy % 2**64, i)
             )
             if error is not None:
                 sequence.fail(error)
             sequences.append(sequence)
-            outputs.append(GenerationOutput(prompt=prompt, prompt_token_ids=ids))
+            outputs.append(GenerationOutput(prompt=prompt, prompt_token_ids=ids, weight_version=self.weight_version))
         return sequences, outputs
 
     def _find_tokenizer(self, info: EngineInfo, *, needed: bool) -> None:
@@ -317,7 +324,7 @@ def _chunk(sequence: DecodingSequence, decoder: IncrementalDecoder | None) -> St
         log_weight = sequence.logp_theta[-1] - sequence.log_q[-1]
     return StreamChunk(
         token_id=token,
-        text=decoder.push(token) if decoder is not None else "",
+        text=decoder.push(token, last=sequence.done) if decoder is not None else "",
         alpha=sequence.alpha[-1],
         logprob_q=sequence.log_q[-1],
         importance_weight=float(np.exp(log_weight)),

@@ -26,7 +26,9 @@ def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
 
 def is_text(prompt: Prompt) -> bool:
     """Whether a prompt is a string or chat messages, which need a tokenizer."""
-    return isinstance(prompt, str) or bool(prompt and isinstance(prompt[0], Mapping))
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
@@ -43,11 +45,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
         elif tokenizer.chat_template is None:
             raise ValueError("the prompt is a list of chat messages, but the tokenizer has no chat template")
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = _render_chat(prompt, tokenizer)
     else:
-        ids = list(prompt)
-        if not all(map(_is_token_id, ids)):
+        if not isinstance(prompt, Sequence) or not all(map(_is_token_id, prompt)):
             raise ValueError("a prompt must be a string, a list of chat messages, or a list of token ids >= 0")
+        ids = list(prompt)
     if not ids:
         raise ValueError("the prompt is empty: at least one token is needed")
     return list(ids)
@@ -69,18 +71,28 @@ class IncrementalDecoder:
         self._shown = 0  # ids whose text has been handed out
         self._context = 0  # earlier ids decoded along, since some tokenizers drop a leading space
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes; possibly empty."""
+    def push(self, token: int, *, last: bool = False) -> str:
+        """The text that `token` completes; possibly empty. The `last` token brings out what is held back."""
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._shown])
         text = self._decode(self._ids[self._context :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
+        unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") and not last
+        if unfinished or len(text) <= len(before):
             return ""
         self._context, self._shown = self._shown, len(self._ids)
         return text[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _render_chat(messages: Prompt, tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template does not take these messages: {error}") from error
 
 
 def _is_token_id(value: Any) -> bool:

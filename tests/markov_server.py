@@ -18,14 +18,25 @@ from aiohttp import web
 
 class MarkovServer:
     """`transitions` is `(V, V)`, each row a distribution. Not part of vLLM's behaviour but useful in tests:
-    `requests` keeps every completion payload, `ignore` names request fields to act as if unknown."""
+    `requests` keeps every completion payload, `ignore` names request fields to act as if unknown, and `processed` is
+    `--logprobs-mode processed_logprobs`: log-probabilities of the next token follow the temperature."""
 
-    def __init__(self, transitions: np.ndarray, *, max_model_len: int | None = 4096, ignore: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        transitions: np.ndarray,
+        *,
+        max_model_len: int | None = 4096,
+        ignore: tuple[str, ...] = (),
+        processed: bool = False,
+    ):
         self.transitions = transitions
+        with np.errstate(divide="ignore"):
+            self._raw = np.log(transitions)
         self.requests: list[dict[str, Any]] = []
         self.url = ""
         self._ignore = ignore
         self._max_model_len = max_model_len
+        self._processed = processed
         self._rng = np.random.default_rng(0)
 
     @contextlib.asynccontextmanager
@@ -59,38 +70,54 @@ class MarkovServer:
         return web.json_response({"choices": [self._choice(i, prompt, options) for i, prompt in enumerate(prompts)]})
 
     def _choice(self, index: int, prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
-        with np.errstate(divide="ignore"):
-            raw = np.log(self.transitions[prompt[-1]])
         rng = np.random.default_rng(options["seed"]) if "seed" in options else self._rng
-        biased = raw.copy()
-        for token, bias in options.get("logit_bias", {}).items():
-            biased[int(token)] += bias
-        temperature = options.get("temperature", 1.0)
-        if temperature == 0:
-            token = int(np.argmax(biased))
-        else:
-            law = np.exp((biased - biased.max()) / temperature)
-            token = int(rng.choice(len(law), p=law / law.sum()))
-        logprobs = None
-        if options.get("logprobs") is not None:
-            named = options.get("logprob_token_ids")
-            listed = named if named is not None else np.argsort(-raw, kind="stable")[: options["logprobs"]].tolist()
-            entries = {f"token_id:{i}": max(float(raw[i]), -9999.0) for i in [token, *listed]}
-            logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [entries]}
+        text, tokens, lists = list(prompt), [], []
+        for _ in range(options.get("max_tokens", 1)):
+            token, entries = self._next(text[-1], options, rng)
+            text.append(token)
+            tokens.append(f"token_id:{token}")
+            lists.append(entries)
         return {
             "index": index,
-            "logprobs": logprobs,
+            "logprobs": None if options.get("logprobs") is None else {"tokens": tokens, "top_logprobs": lists},
             "prompt_logprobs": self._prompt_logprobs(prompt, options),
         }
+
+    def _next(
+        self, last: int, options: dict[str, Any], rng: np.random.Generator
+    ) -> tuple[int, dict[str, float] | None]:
+        """A token after `last`, and the list that goes with it."""
+        temperature = options.get("temperature", 1.0)
+        logits = self._raw[last]
+        if temperature not in (0, 1):
+            logits = logits / temperature
+        token = self._sample(logits, temperature == 0, options, rng)
+        if options.get("logprobs") is None:
+            return token, None
+        named = options.get("logprob_token_ids")
+        reported = logits - np.log(np.exp(logits).sum()) if self._processed else self._raw[last]
+        listed = named if named is not None else np.argsort(-reported, kind="stable")[: options["logprobs"]].tolist()
+        values = np.maximum(reported, -9999.0).tolist()
+        return token, {f"token_id:{i}": values[i] for i in [token, *listed]}
+
+    @staticmethod
+    def _sample(logits: np.ndarray, greedy: bool, options: dict[str, Any], rng: np.random.Generator) -> int:
+        biased = logits.copy()
+        for token, bias in options.get("logit_bias", {}).items():
+            biased[int(token)] += bias
+        if greedy:
+            return int(np.argmax(biased))
+        law = np.exp(biased - biased.max())
+        return int(rng.choice(len(law), p=law / law.sum()))
 
     def _prompt_logprobs(self, prompt: list[int], options: dict[str, Any]) -> list[Any] | None:
         if options.get("prompt_logprobs") is None:
             return None
         rows: list[Any] = [None]
         for before, token in itertools.pairwise(prompt):
-            law = self.transitions[before]
-            listed = [token, *np.argsort(-law)[: options["prompt_logprobs"]].tolist()]
-            rows.append({str(i): {"logprob": float(np.log(law[i]))} for i in listed})
+            raw = np.maximum(self._raw[before], -9999.0)
+            listed = [token, *np.argsort(-raw)[: options["prompt_logprobs"]].tolist()]
+            rows.append({str(i): {"logprob": float(raw[i])} for i in listed})
         return rows
 
 

@@ -1,6 +1,8 @@
 """The loops that turn two engines into one sampler of q*: no HTTP, no torch."""
 
-from dual_rollout.decoding.lockstep import DecodingStats, decode_lockstep
+from dual_rollout.decoding.decode import decode
+from dual_rollout.decoding.record import DecodingStats, Recorder
 from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.tuner import Tuner
 
-__all__ = ["DecodingSequence", "DecodingStats", "decode_lockstep"]
+__all__ = ["DecodingSequence", "DecodingStats", "Recorder", "Tuner", "decode"]

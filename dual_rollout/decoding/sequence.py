@@ -14,8 +14,8 @@ NOT_KNOWN_YET = math.nan
 
 
 class DecodingSequence:
-    """Tokens so far and their record. Each sequence has its own random stream, so its tokens do not depend on
-    what else is in flight.
+    """Tokens so far and their record. Each sequence has its own random stream, set by `key` (seed and number), so its
+    tokens do not depend on what else is in flight.
 
     Attributes:
         context_theta, context_t: token ids each model sees: its own prompt, then the shared completion.
@@ -23,6 +23,7 @@ class DecodingSequence:
         alpha, log_q, logp_theta, logp_t, log_weight: one float per token, nats (α plain).
         top_theta, top_t: log-probability of the most likely token at each position, nats.
         diagnostics: per-token lists by name.
+        run_length: running mean of the accepted tokens per draft; None before the first draft.
         failure: what ended this sequence early, if anything did.
     """
 
@@ -33,11 +34,12 @@ class DecodingSequence:
         *,
         max_tokens: int,
         stop_ids: Collection[int],
-        rng: np.random.Generator,
+        key: tuple[int, int],
     ):
         self.context_theta = list(prompt_theta)
         self.context_t = list(prompt_t)
-        self.rng = rng
+        self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+        self.rng = np.random.Generator(self._bits)
         self.tokens: list[int] = []
         self.alpha: list[float] = []
         self.log_q: list[float] = []
@@ -47,6 +49,7 @@ class DecodingSequence:
         self.top_theta: list[float] = []
         self.top_t: list[float] = []
         self.diagnostics: dict[str, list[float]] = {}
+        self.run_length: float | None = None
         self.finish_reason: FinishReason | None = None
         self.failure: Exception | None = None
         self._max_tokens = max_tokens
@@ -55,6 +58,23 @@ class DecodingSequence:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._max_tokens - len(self.tokens)
+
+    def rewind(self) -> np.random.Generator:
+        """`rng`, set to the stream of the next position: the same numbers whenever it is asked before that token.
+
+        So a round that has to be repeated, because a server failed or a neighbour's prompt was refused, ends in the
+        same tokens, and what happens at one position does not shift the numbers of the next.
+        """
+        state = self._bits.state
+        state["state"]["counter"] = np.array([0, 0, 0, len(self.tokens)], dtype=np.uint64)
+        state["buffer_pos"], state["has_uint32"] = 4, 0  # nothing left over from another position
+        self._bits.state = state
+        return self.rng
 
     def append(
         self,
@@ -85,6 +105,10 @@ class DecodingSequence:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._max_tokens:
             self.finish_reason = "length"
+
+    def note_draft(self, accepted: int) -> None:
+        """Remember how many tokens of a draft were accepted, the recent ones most."""
+        self.run_length = accepted if self.run_length is None else 0.7 * self.run_length + 0.3 * accepted
 
     def fail(self, error: Exception) -> None:
         self.failure = error

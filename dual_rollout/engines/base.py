@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +28,63 @@ class EngineInfo:
     max_model_len: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Drafted tokens of several sequences.
+
+    Attributes:
+        token_ids: one int64 array per sequence; R tokens in all.
+        lists: `(R, K)` the most likely tokens at each position, sequence after sequence.
+    """
+
+    token_ids: list[np.ndarray]
+    lists: TopK
+
+
+ScoringMethod = Literal["token_ids", "prefixes", "prompt_logprobs"]
+"""How a drafted block is scored: rows of the token-in/token-out endpoint after the cached prefix; one prompt per prefix,
+which the prefix cache makes cheap; or rows for the whole prompt, computed anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a server is and can do, as measured by `Engine.probe`. None where it could not be found out.
+
+    Attributes:
+        model, root, max_model_len: as in `EngineInfo`.
+        version: of the server's software.
+        vocab_size: rows of the model's output, padding included.
+        max_logprobs: longest list of log-probabilities it gives; None for no limit met.
+        logprobs_mode: "processed" when log-probabilities follow the temperature, else "raw".
+        named_logprobs: it reports log-probabilities of tokens that the request names.
+        prefix_caching: it reuses what it has computed for a common prefix.
+        generate_endpoint: it has a token-in/token-out endpoint.
+        cached_rows: asked for the prompt's log-probabilities after a prefix-cache hit, that endpoint gives the right
+            rows for what was not cached; False also where asking is known to be dangerous.
+        detokenizes: it has /detokenize.
+        reloads_weights, resets_prefix_cache, pauses, loads_lora: it can do so while it runs.
+        scoring: the best way to score a drafted block.
+    """
+
+    model: str
+    root: str | None = None
+    max_model_len: int | None = None
+    version: str | None = None
+    vocab_size: int | None = None
+    max_logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    named_logprobs: bool = False
+    prefix_caching: bool | None = None
+    generate_endpoint: bool = False
+    cached_rows: bool = False
+    detokenizes: bool = False
+    reloads_weights: bool = False
+    resets_prefix_cache: bool = False
+    pauses: bool = False
+    loads_lora: bool = False
+    scoring: ScoringMethod = "prefixes"
+
+
 class Engine(Protocol):
     """One model behind a server. All methods raise the errors of `dual_rollout.exceptions`."""
 
@@ -37,8 +94,29 @@ class Engine(Protocol):
         """The served model; asked once, then remembered."""
         ...
 
+    async def probe(self, prompt: TokenIds) -> Capabilities:
+        """What the server is and can do, measured with a few short requests made of `prompt`'s tokens; once."""
+        ...
+
     async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
         """The k most likely next tokens after each of B prompts, in one request; at most k per row."""
+        ...
+
+    async def draft(
+        self,
+        prompts: Sequence[TokenIds],
+        lengths: Sequence[int],
+        k: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Drafts:
+        """Continuations drawn from the model, each with its own seed; shorter than asked where EOS comes."""
+        ...
+
+    async def score_drafts(
+        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+    ) -> TopK:
+        """The k most likely tokens at each position of each draft, given what precedes it; `(R, K)` as in `Drafts`."""
         ...
 
     async def named_logprobs(
@@ -63,6 +141,37 @@ class Engine(Protocol):
         """
         ...
 
+    async def detokenize(self, token_ids: TokenIds) -> str:
+        """The server's text of these tokens."""
+        ...
+
+    async def health(self) -> None:
+        """Return if the server says that it is well."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget everything computed for earlier requests."""
+        ...
+
     async def reload_weights(self, path: str) -> None:
-        """Load the weights in folder `path` (safetensors), then drop the prefix cache."""
+        """Load the weights in folder `path` (safetensors), then drop the prefix cache.
+
+        Requests in flight are finished with the old weights, new ones wait, where the server can do so.
+        """
+        ...
+
+    async def load_lora(self, name: str, path: str) -> None:
+        """Load the LoRA adapter in folder `path` under `name`, then drop the prefix cache."""
+        ...
+
+    def use_lora(self, name: str) -> None:
+        """From now on ask for the model with this adapter."""
+        ...
+
+    async def loads_lora(self) -> bool:
+        """Whether the server takes LoRA adapters while it runs."""
+        ...
+
+    async def check_sees(self, path: str) -> None:
+        """Raise unless the server can read folder `path`, which holds a safetensors file without tensors."""
         ...

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_rollout.engines.base import EngineInfo, TokenIds
+from dual_rollout.engines.base import Drafts, EngineInfo, TokenIds
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _KEY_PREFIX = "token_id:"
 _MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
 _MASS_TOLERANCE = 1e-2
+_NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
+_SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
 _NEVER = -9999.0  # vLLM writes -inf as -9999
 
 # vLLM fills what is not said from the model's generation_config.json, so everything is said.
@@ -36,6 +38,7 @@ class VLLMEngine:
         self._wanted = model
         self._info: EngineInfo | None = None
         self._processed: bool | None = None
+        self._lora: str | None = None
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
@@ -61,6 +64,46 @@ class VLLMEngine:
         if await self._reports_processed(prompts[0]):
             return await self._lists(prompts, k, temperature)
         return at_temperature(await self._lists(prompts, k, 1.0), temperature)
+
+    async def draft(
+        self,
+        prompts: Sequence[TokenIds],
+        lengths: Sequence[int],
+        k: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Drafts:
+        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
+            raise EngineRejectedError(
+                'decoding="block" at temperature != 1 needs --logprobs-mode processed_logprobs', url=self.url, status=400
+            )
+        # One request each: in a list with one seed all sequences would get the same noise.
+        answers = await asyncio.gather(
+            *(
+                self._complete([prompt], max_tokens=length, logprobs=k, temperature=temperature, seed=seed)
+                for prompt, length, seed in zip(prompts, lengths, seeds, strict=True)
+            )
+        )
+        drafts, rows = [], []
+        for (choice,) in answers:
+            logprobs = choice["logprobs"]
+            drafts.append(np.array([int(key.removeprefix(_KEY_PREFIX)) for key in logprobs["tokens"]], dtype=np.int64))
+            rows += [
+                _without_sampled(row, key, k)
+                for row, key in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True)
+            ]
+        return Drafts(drafts, self._pack(rows, k))
+
+    async def score_drafts(
+        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+    ) -> TopK:
+        # A list of all prefixes: works on any vLLM, and the prefix cache makes each cost one token.
+        prefixes = [
+            [*prompt, *draft[:j].tolist()]
+            for prompt, draft in zip(prompts, drafts, strict=True)
+            for j in range(len(draft))
+        ]
+        return await self.next_top_k(prefixes, k, temperature)
 
     async def named_logprobs(
         self, prompts: Sequence[TokenIds], token_ids: Sequence[TokenIds], temperature: float = 1.0
@@ -102,12 +145,53 @@ class VLLMEngine:
             await self._http.post("/reset_prefix_cache")
         except EngineRejectedError as error:
             if error.status == 404:
+                raise EngineRejectedError(_NEEDS_DEV_MODE, url=self.url, status=404) from error
+            raise
+
+    async def load_lora(self, name: str, path: str) -> None:
+        try:
+            await self._http.post(
+                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True}
+            )
+            await self._http.post("/reset_prefix_cache")
+        except EngineRejectedError as error:
+            if error.status == 404 and "No adapter found" in str(error):
                 raise EngineRejectedError(
-                    "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1",
-                    url=self.url,
-                    status=404,
+                    f"does not see the adapter in {path}: {_SHARE_THE_FOLDER}", url=self.url, status=404
                 ) from error
             raise
+
+    def use_lora(self, name: str) -> None:
+        self._lora = name
+
+    async def loads_lora(self) -> bool:
+        # An adapter that cannot exist is refused for that reason only by a server that could load one.
+        try:
+            await self._http.post("/v1/load_lora_adapter", {"lora_name": "probe", "lora_path": "/nonexistent/probe"})
+        except EngineRejectedError as error:
+            return "No adapter found" in str(error)
+        except EngineProtocolError as error:
+            if "LoRA is not enabled" not in str(error):
+                raise
+        return False
+
+    async def check_sees(self, path: str) -> None:
+        # As vLLM takes this, every tensor in the folder is copied into its parameter, and there is none. A folder that
+        # is not there is an error before anything is touched; in a normal reload it comes after the model is taken
+        # apart, and the server dies of it.
+        kwargs = {"weights_path": path, "is_checkpoint_format": False}
+        try:
+            await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+        except EngineRejectedError as error:
+            if error.status != 404:
+                raise
+            raise EngineRejectedError(_NEEDS_DEV_MODE, url=self.url, status=404) from error
+        except EngineProtocolError as error:
+            if "unexpected keyword argument" in str(error):
+                return  # an older vLLM: it cannot be told
+            raise EngineProtocolError(
+                f"does not see the folder {path}: {_SHARE_THE_FOLDER} (it says: {error})", url=self.url
+            ) from error
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -115,11 +199,7 @@ class VLLMEngine:
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
         rows = []
         for choice in await self._complete(prompts, logprobs=k, temperature=_on_wire(temperature)):
-            row = self._top_logprobs(choice)
-            if len(row) > k:
-                # Not one of the k: the token the server happened to sample. S must not depend on it.
-                row = {key: value for key, value in row.items() if key != choice["logprobs"]["tokens"][0]}
-            rows.append(row)
+            rows.append(_without_sampled(self._top_logprobs(choice), choice["logprobs"]["tokens"][0], k))
         return self._pack(rows, k)
 
     async def _reports_processed(self, prompt: TokenIds) -> bool:
@@ -157,7 +237,7 @@ class VLLMEngine:
         """The choices of a one-token completion, one per prompt, in order."""
         info = await self.describe()
         payload = {
-            "model": info.model,
+            "model": self._lora or info.model,
             "prompt": prompts,
             "max_tokens": 1,
             "return_tokens_as_token_ids": True,
@@ -220,6 +300,11 @@ class VLLMEngine:
         if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
             raise EngineProtocolError("log-probabilities are NaN or positive", url=self.url)
         return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
+
+
+def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, float]:
+    """A list without the token the server happened to sample, where that is not one of the k: S must not depend on it."""
+    return row if len(row) <= k else {key: value for key, value in row.items() if key != sampled}
 
 
 def _on_wire(temperature: float) -> float:

@@ -2,7 +2,8 @@
 
 S is the union of both lists. A candidate that one list lacks gets there the smallest probability listed, capped so
 that all such candidates together never exceed the mass that the list leaves open. What lies outside S is either
-cut off (`support="union"`) or kept as one more atom, the tail (`support="tail"`), with each model's open mass.
+cut off (`support="union"`) or kept as one more atom, the tail (`support="tail"`), with each model's remaining open
+mass, of which floors leave it its share.
 """
 
 from __future__ import annotations
@@ -94,9 +95,10 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     exact_theta = np.where(from_theta, logp, np.nan)
     exact_t = np.where(pair, np.roll(logp, -1, axis=1), np.where(valid & ~from_theta, logp, np.nan))
 
-    floored_theta, coverage_theta = _floor(exact_theta, keep)
-    floored_t, coverage_t = _floor(exact_t, keep)
-    if support == "tail":
+    has_tail = support == "tail"
+    floored_theta, coverage_theta = _floor(exact_theta, keep, has_tail)
+    floored_t, coverage_t = _floor(exact_t, keep, has_tail)
+    if has_tail:
         floored_theta, floored_t = _with_tail(floored_theta), _with_tail(floored_t)
         unknown = np.full((len(ids), 1), np.nan)
         exact_theta, exact_t = np.hstack([exact_theta, unknown]), np.hstack([exact_t, unknown])
@@ -112,17 +114,21 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
         exact_t=np.where(keep, exact_t, np.nan),
         coverage_theta=coverage_theta,
         coverage_t=coverage_t,
-        has_tail=support == "tail",
+        has_tail=has_tail,
     )
 
 
-def _floor(exact: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities on S with missing candidates floored, `-inf` at holes; and the mass of the list."""
+def _floor(exact: np.ndarray, keep: np.ndarray, has_tail: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities on S with missing candidates floored, `-inf` at holes; and the mass of the list.
+
+    The open mass is shared with the tail, if there is one: floors that used it up would leave the tail nothing, and
+    q* would lose the support that the tail is there to keep.
+    """
     listed = keep & ~np.isnan(exact)
     logp = np.where(listed, exact, -np.inf)
     coverage = np.exp(logp).sum(axis=1)
     missing = keep & ~listed
-    count = missing.sum(axis=1)
+    count = missing.sum(axis=1) + has_tail
     smallest = np.where(listed, exact, np.inf).min(axis=1)
     with np.errstate(divide="ignore"):
         share = np.log(np.maximum(1.0 - coverage, 0.0)) - np.log(np.maximum(count, 1))

@@ -51,6 +51,7 @@ def compute_diagnostics(
 
 
 def _ess(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """(E_q w)²/E_q[w²] with w = p/q on the support of q; `(B,)`."""
+    """(E_q w)²/E_q[w²] with w = p/q on the support of q, 0 where p has no mass there; `(B,)`."""
     weights = np.divide(p, q, out=np.zeros_like(p), where=q > 0)
-    return np.square((q * weights).sum(axis=1)) / (q * np.square(weights)).sum(axis=1)
+    squares = (q * np.square(weights)).sum(axis=1)
+    return np.square((q * weights).sum(axis=1)) / np.where(squares > 0, squares, 1.0)

@@ -138,7 +138,7 @@ def solve_alpha(logp_theta: Array, logp_t: Array, *, tol: float = 1e-10, max_ite
 
 
 def _balance(base: Array, slope: Array, alpha: Array) -> tuple[Array, Array, Array]:
-    """ψ′(α), log A − log B and the Newton step for it, each `(B,)`; a side that underflows gives ±inf and NaN."""
+    """ψ′(α), log A − log B and the Newton step for it, each `(B,)`; an empty side makes both infinite."""
     path = base + alpha[:, None] * slope
     weight = np.exp(path - path.max(axis=1, keepdims=True))
     up, down = np.maximum(slope, 0.0), np.maximum(-slope, 0.0)
@@ -146,7 +146,9 @@ def _balance(base: Array, slope: Array, alpha: Array) -> tuple[Array, Array, Arr
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = np.log(a) - np.log(b)
         rate = np.einsum("bk,bk,bk->b", weight, up, up) / a + np.einsum("bk,bk,bk->b", weight, down, down) / b
-        return (a - b) / weight.sum(axis=1), log_ratio, -log_ratio / rate
+        # Without one of the sides ψ is monotone, unless it underflowed: the step goes to the end, which tells.
+        step = -log_ratio / np.where((a > 0) & (b > 0), rate, 1.0)
+    return (a - b) / weight.sum(axis=1), log_ratio, step
 
 
 def _checked_logs(probs_theta: Array, probs_t: Array) -> tuple[Array, Array]:

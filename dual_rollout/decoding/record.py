@@ -1,0 +1,287 @@
+"""From laws to recorded tokens: what every decoding mode does with a position once both lists are there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
+from dual_rollout.engines.base import Engine
+from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineRejectedError
+from dual_rollout.functional.candidates import Candidates, merge_lists
+from dual_rollout.functional.diagnostics import compute_diagnostics
+from dual_rollout.functional.law import Law, position_law
+from dual_rollout.types import NO_TOKEN, TopK
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
+OnToken = Callable[[DecodingSequence], None]
+
+_MAX_TAIL_DRAWS = 1000
+
+
+@dataclass(slots=True)
+class DecodingStats:
+    """Counts over a coordinator's life.
+
+    Attributes:
+        steps: rounds of asking both servers (each for many sequences at once).
+        positions: laws built; in block decoding more than tokens, since a rejection wastes what follows it.
+        tokens: tokens sampled.
+        draft_tokens, accepted_tokens: tokens drafted from π_θ, and those of them that q* accepted.
+        tail_tokens: tokens outside both lists.
+        tail_draws: draws from π_θ spent on tail tokens.
+        scored_tokens: log-probabilities fetched afterwards because a list lacked the sampled token.
+        approximate_tail_weights: tail tokens whose weight uses floored candidates, because the server does not report
+            named tokens.
+        disjoint_positions: positions where the lists shared no token; sampled from the policy there.
+    """
+
+    steps: int = 0
+    positions: int = 0
+    tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    tail_tokens: int = 0
+    tail_draws: int = 0
+    scored_tokens: int = 0
+    approximate_tail_weights: int = 0
+    disjoint_positions: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 without drafts."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """R positions.
+
+    Attributes:
+        candidates, law: S and q* of each.
+        top_theta, top_t: `(R,)` log-probability of the most likely token, nats.
+        diagnostics: lists of R floats by name.
+    """
+
+    candidates: Candidates
+    law: Law
+    top_theta: np.ndarray
+    top_t: np.ndarray
+    diagnostics: dict[str, list[float]]
+
+
+class Recorder:
+    """Builds laws from lists, completes sampled columns to tokens, and keeps the record exact."""
+
+    def __init__(
+        self,
+        theta: Engine,
+        t: Engine,
+        config: CoordinatorConfig,
+        stats: DecodingStats,
+        *,
+        with_diagnostics: bool = False,
+        on_token: OnToken | None = None,
+    ):
+        self.theta, self.t = theta, t
+        self.config = config
+        self.stats = stats
+        self._with_diagnostics = with_diagnostics
+        self._on_token = on_token
+
+    def positions(self, top_theta: TopK, top_t: TopK) -> Positions:
+        """Candidates, α and q* of all rows at once."""
+        candidates = merge_lists(top_theta, top_t, self.config.support)
+        law = position_law(
+            candidates,
+            method=self.config.alpha_method,
+            fixed_alpha=self.config.fixed_alpha,
+            alpha_min=self.config.alpha_min,
+            alpha_max=self.config.alpha_max,
+        )
+        self.stats.positions += len(law.alpha)
+        return Positions(
+            candidates,
+            law,
+            top_theta.logprobs.max(axis=1),
+            top_t.logprobs.max(axis=1),
+            self._diagnostics(candidates, law),
+        )
+
+    async def record(
+        self, sequences: Sequence[DecodingSequence], rows: np.ndarray, columns: np.ndarray, positions: Positions
+    ) -> None:
+        """Append to `sequences[i]` the token in column `columns[i]` of row `rows[i]`.
+
+        A sequence may occur several times, its tokens in order; what comes after its end is dropped. The tail may only
+        be a sequence's last column; it is completed to a token once the tokens before it stand.
+        """
+        candidates = positions.candidates
+        self.stats.disjoint_positions += int(positions.law.disjoint[rows].sum())
+        tail = columns == (candidates.token_ids.shape[1] - 1 if candidates.has_tail else -1)
+        tokens: list[int | None] = candidates.token_ids[rows, columns].tolist()
+        log_weights = np.full(len(rows), NOT_KNOWN_YET)
+        log_q = positions.law.log_q[rows, columns]
+        self._append(np.flatnonzero(~tail), sequences, rows, columns, positions, tokens, log_q, log_weights)
+
+        pending = [i for i in np.flatnonzero(tail) if not sequences[i].done]
+        drawn = await asyncio.gather(
+            *(self._draw_tail(sequences[i], candidates, int(rows[i])) for i in pending)
+        )
+        for i, (token, log_mass) in zip(pending, drawn, strict=True):
+            tokens[i], log_weights[i], log_q[i] = token, log_mass - log_q[i], NOT_KNOWN_YET
+        self._append(np.array(pending, dtype=int), sequences, rows, columns, positions, tokens, log_q, log_weights)
+
+    def _append(
+        self,
+        indices: np.ndarray,
+        sequences: Sequence[DecodingSequence],
+        rows: np.ndarray,
+        columns: np.ndarray,
+        positions: Positions,
+        tokens: list[int | None],
+        log_q: np.ndarray,
+        log_weights: np.ndarray,
+    ) -> None:
+        candidates = positions.candidates
+        rows, columns = rows[indices], columns[indices]
+        fields = (
+            indices,
+            rows,
+            positions.law.alpha[rows],
+            log_q[indices],
+            candidates.exact_theta[rows, columns],
+            candidates.exact_t[rows, columns],
+            log_weights[indices],
+            positions.top_theta[rows],
+            positions.top_t[rows],
+        )
+        for values in zip(*(field.tolist() for field in fields), strict=True):
+            i, row, alpha, q, logp_theta, logp_t, log_weight, top_theta, top_t = values
+            sequence, token = sequences[i], tokens[i]
+            if sequence.done or token is None:
+                continue
+            sequence.append(
+                token,
+                alpha=alpha,
+                log_q=q,
+                logp_theta=logp_theta,
+                logp_t=logp_t,
+                log_weight=log_weight,
+                top_theta=top_theta,
+                top_t=top_t,
+                diagnostics={name: column[row] for name, column in positions.diagnostics.items()},
+            )
+            self.stats.tokens += 1
+            if self._on_token is not None:
+                self._on_token(sequence)
+
+    async def settle(self, sequence: DecodingSequence) -> None:
+        """Fetch what no list held, and complete the record: log w = log π_θ − log q*."""
+        try:
+            await both(
+                self._score(self.theta, sequence.context_theta, sequence.logp_theta, sequence.top_theta),
+                self._score(self.t, sequence.context_t, sequence.logp_t, sequence.top_t),
+            )
+        except DualRolloutError as error:
+            sequence.fail(error)
+        for i, log_weight in enumerate(sequence.log_weight):
+            if math.isnan(log_weight):
+                sequence.log_weight[i] = sequence.logp_theta[i] - sequence.log_q[i]
+            else:  # a tail token: its weight is known, its own share of the tail follows from log π_θ
+                sequence.log_q[i] = sequence.logp_theta[i] - log_weight
+
+    async def _draw_tail(
+        self, sequence: DecodingSequence, candidates: Candidates, row: int
+    ) -> tuple[int | None, float]:
+        """A token outside S, and the log of π_θ's mass there; None, and the sequence marked, where that fails."""
+        try:
+            return await both(
+                self._draw_outside(sequence, candidates.token_ids[row]), self._tail_mass(sequence, candidates, row)
+            )
+        except DualRolloutError as error:
+            sequence.fail(error)
+            return None, NOT_KNOWN_YET
+
+    async def _draw_outside(self, sequence: DecodingSequence, candidate_ids: np.ndarray) -> int:
+        """y ~ π_θ given y outside S, by rejection; the server's exclusion only makes the first draw succeed."""
+        excluded = candidate_ids[candidate_ids != NO_TOKEN].tolist()
+        inside = set(excluded)
+        self.stats.tail_tokens += 1
+        for _ in range(_MAX_TAIL_DRAWS):
+            self.stats.tail_draws += 1
+            seed = int(sequence.rng.integers(2**31))
+            token = await self.theta.draw_excluding(sequence.context_theta, excluded, self.config.temperature, seed)
+            if token not in inside:
+                return token
+        raise EngineProtocolError(
+            f"{_MAX_TAIL_DRAWS} draws gave no token outside the candidates; the server seems to ignore logit_bias. "
+            'Use support="union" with it.',
+            url=self.theta.url,
+        )
+
+    async def _tail_mass(self, sequence: DecodingSequence, candidates: Candidates, row: int) -> float:
+        """log of π_θ's exact mass outside S. The law was built with floors in S; the weight must not be."""
+        missing = candidates.missing(row, candidates.exact_theta)
+        if not missing:
+            return float(candidates.logp_theta[row, -1])
+        try:
+            (logprobs,) = await self.theta.named_logprobs(
+                [sequence.context_theta], [missing], self.config.temperature
+            )
+        except (EngineProtocolError, EngineRejectedError) as error:
+            if not self.stats.approximate_tail_weights:
+                logger.warning("tail weights are approximate (floors instead of exact candidates): %s", error)
+            self.stats.approximate_tail_weights += 1
+            return float(candidates.logp_theta[row, -1])
+        mass = 1.0 - candidates.coverage_theta[row] - np.exp(logprobs).sum()
+        # A drawn token shows that there is mass; the lists' float32 rounding may hide it.
+        return float(np.log(max(mass, np.finfo(np.float32).eps)))
+
+    def _diagnostics(self, candidates: Candidates, law: Law) -> dict[str, list[float]]:
+        if not self._with_diagnostics:
+            return {}
+        rows = compute_diagnostics(
+            np.exp(candidates.logp_theta),
+            np.exp(candidates.logp_t),
+            np.exp(law.log_q),
+            law.alpha,
+            coverage_theta=candidates.coverage_theta,
+            coverage_t=candidates.coverage_t,
+        )
+        return {name: np.asarray(row).tolist() for name, row in rows.items() if name != "alpha"}
+
+    async def _score(self, engine: Engine, context: list[int], logprobs: list[float], tops: list[float]) -> None:
+        """Replace NaN in `logprobs` by exact values, with one request for the whole sequence.
+
+        Servers score a text at temperature 1. The most likely token of each position was listed at the temperature in
+        use, which fixes the normaliser: log p_T(y) = (log p(y) − log p(top)) / T + log p_T(top).
+        """
+        unknown = [i for i, value in enumerate(logprobs) if math.isnan(value)]
+        if not unknown:
+            return
+        first = len(context) - len(logprobs)
+        last = first + unknown[-1] + 1
+        own, top = await engine.score(context[:last], first)
+        for i in unknown:
+            logprobs[i] = (own[i] - top[i]) / self.config.temperature + tops[i]
+        self.stats.scored_tokens += len(unknown)
+
+
+async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
+    """Await both, and only then raise what failed, so that no request is left behind unwatched."""
+    a, b = await asyncio.gather(first, second, return_exceptions=True)
+    for result in (a, b):
+        if isinstance(result, BaseException):
+            raise result
+    return a, b  # type: ignore[return-value]

@@ -1,0 +1,114 @@
+"""Find out by measuring how to decode fastest on these servers: the mode, with `decoding: auto`, and the grouping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dual_rollout.config import CoordinatorConfig
+
+DEFAULT_DRAFT_TOKENS = 8
+_LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of one measurement
+_SETTLED_ROUNDS = 32
+_PROMISING = 0.85  # a block this close to the best is worth trying at other lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A way to decode: the mode, the number of groups that take turns, and the longest draft."""
+
+    mode: str
+    groups: int
+    num_draft_tokens: int
+
+    def __str__(self) -> str:
+        drafts = f", {self.num_draft_tokens} draft tokens" if self.mode == "block" else ""
+        return f"{self.mode}, {self.groups} group{'s' if self.groups > 1 else ''}{drafts}"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What speed depends on: sequences in flight and tokens of context, each to a factor of two."""
+
+    sequences: int
+    context: int
+
+    @classmethod
+    def of(cls, sequences: int, context: int) -> Load:
+        return cls(1 << max(sequences - 1, 0).bit_length(), max(64, 1 << max(context - 1, 0).bit_length()))
+
+    def distance(self, other: Load) -> int:
+        return abs(self.sequences.bit_length() - other.sequences.bit_length()) + abs(
+            self.context.bit_length() - other.context.bit_length()
+        )
+
+
+class Tuner:
+    """Tokens per second of each choice, measured while decoding, by load. Lives as long as its coordinator.
+
+    At a load never seen, every choice is tried for a few rounds; near a load that is known, only its two best are
+    compared again. Then the best is used, and measured on. Measuring costs nothing but the difference in speed: what
+    is sampled meanwhile is as exact as ever.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[Load, dict[Choice, float]] = {}
+        self._load: Load | None = None
+        self.chosen: Choice | None = None
+
+    def first(self, config: CoordinatorConfig) -> Choice:
+        """For the round that reads the prompts."""
+        if config.decoding == "block":
+            return Choice("block", 1, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS)
+        return Choice("lockstep", 1, 1)
+
+    def choose(self, config: CoordinatorConfig, load: Load) -> tuple[Choice, int]:
+        """What to do next, and for how many rounds."""
+        rates = self._rates.setdefault(load, {})
+        self._load = load
+        for choice in self._worth_trying(config, load):
+            if choice not in rates:
+                return choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS
+        self.chosen = max(rates, key=rates.__getitem__)
+        return self.chosen, _SETTLED_ROUNDS
+
+    def observe(self, choice: Choice, tokens: int, seconds: float) -> None:
+        """Record what the last choice achieved."""
+        assert self._load is not None
+        rates = self._rates[self._load]
+        rate = tokens / seconds
+        rates[choice] = rate if choice not in rates else 0.5 * (rates[choice] + rate)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Measured tokens per second, by load and choice; the reason for what was chosen."""
+        return {
+            f"{load.sequences} sequences, {load.context} tokens": {str(c): round(r, 1) for c, r in rates.items()}
+            for load, rates in self._rates.items()
+        }
+
+    def _worth_trying(self, config: CoordinatorConfig, load: Load) -> list[Choice]:
+        known = [other for other, rates in self._rates.items() if other != load and len(rates) > 1]
+        if known:
+            nearest = self._rates[min(known, key=load.distance)]
+            return sorted(nearest, key=nearest.__getitem__, reverse=True)[:2]
+        groups = (1, 2) if load.sequences > 1 else (1,)
+        lockstep = [Choice("lockstep", count, 1) for count in groups]
+        if config.decoding == "block":
+            return [Choice("block", count, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS) for count in groups]
+        if config.decoding == "lockstep" or not can_block(config):
+            return lockstep
+        rates = self._rates[load]
+        first = Choice("block", groups[-1], config.num_draft_tokens or 4)
+        lengths = [first.num_draft_tokens]
+        if config.num_draft_tokens is None and rates.get(first, 0.0) > _PROMISING * max(rates.values(), default=1.0):
+            lengths += [8, 2]
+        return lockstep + [Choice("block", groups[-1], length) for length in lengths]
+
+
+def can_block(config: CoordinatorConfig) -> bool:
+    """Whether block decoding can give the configured law.
+
+    It needs the law a draft was drawn from, which raw lists do not give at temperature != 1, and it scores whole blocks
+    at once, which leaves no round trip per position for `missing="exact"`. With a seed the tokens must not depend on
+    what the clock says is fastest.
+    """
+    return config.temperature == 1.0 and config.missing == "floor" and config.seed is None

@@ -1,0 +1,343 @@
+"""The law of what comes out of the coordinator, over HTTP, against one that is enumerated here.
+
+Both models are Markov chains, so q* of every position and the probability of every sequence are known. They are
+computed below from the definitions, by bisection and with dictionaries, and share no code with the package.
+
+Each χ² test fails for a correct program with probability 1e-4, each comparison of a mean (5 standard errors) with
+6e-7. Seeds are fixed, so an outcome does not change from run to run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.coordinator import CoordinatorStats
+from tests.chi_square import chi_square_p_value, standard_errors_off
+from tests.markov_server import MarkovServer, random_chain
+
+V = 9
+START = 3
+FALSE_ALARM = 1e-4
+STANDARD_ERRORS = 5.0
+THETA = random_chain(np.random.default_rng(1), V, sharpness=1.2)
+T = random_chain(np.random.default_rng(2), V, sharpness=1.2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and how much to draw. Options are the fields of `CoordinatorConfig`."""
+
+    name: str
+    options: dict[str, Any]
+    sequences: int = 2000
+    tokens: int = 2
+    server: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+CASES = [
+    Case("union-all", {"top_k": V}, tokens=3),
+    Case("union-3", {"top_k": 3}),
+    Case("union-1", {"top_k": 1}),
+    Case("union-3-exact", {"top_k": 3, "missing": "exact"}, sequences=800),
+    Case("union-all-exact", {"top_k": V, "missing": "exact"}, sequences=400),
+    Case("tail-2-floor", {"top_k": 2, "support": "tail"}, sequences=1500),
+    Case("tail-3-exact", {"top_k": 3, "support": "tail", "missing": "exact"}, sequences=1000),
+    Case("tail-all", {"top_k": V, "support": "tail"}),
+    Case("fixed-0", {"top_k": V, "alpha_method": "fixed", "fixed_alpha": 0.0}),
+    Case("fixed-0.3", {"top_k": 4, "alpha_method": "fixed", "fixed_alpha": 0.3}),
+    Case("fixed-1", {"top_k": V, "alpha_method": "fixed", "fixed_alpha": 1.0}),
+    Case("alpha-min", {"top_k": V, "alpha_min": 0.55}),
+    Case("alpha-max", {"top_k": V, "alpha_max": 0.45}),
+    Case("temperature-raw", {"top_k": V, "temperature": 0.7}),
+    Case("temperature-hot-raw", {"top_k": V, "temperature": 1.6}),
+    Case("temperature-exact-raw", {"top_k": V, "temperature": 0.7, "missing": "exact"}, sequences=300),
+    # Such servers list the sampled token besides the k most likely: S must not depend on it.
+    Case("temperature-processed-3", {"top_k": 3, "temperature": 0.7}, server={"processed": True}),
+    Case(
+        "temperature-processed-tail",
+        {"top_k": 3, "temperature": 1.5, "support": "tail", "missing": "exact"},
+        sequences=800,
+        server={"processed": True},
+    ),
+    *(
+        Case(f"block-{name}", {"decoding": "block", **options}, tokens=3, sequences=1500, server=server)
+        for name, options, server in (
+            ("union-all", {"top_k": V, "num_draft_tokens": 3}, {}),
+            ("union-3", {"top_k": 3}, {}),
+            ("union-1", {"top_k": 1, "num_draft_tokens": 2}, {}),
+            ("one-draft-token", {"top_k": 3, "num_draft_tokens": 1}, {}),
+            ("tail-2", {"top_k": 2, "support": "tail"}, {}),
+            ("fixed", {"top_k": 4, "alpha_method": "fixed", "fixed_alpha": 0.3}, {}),
+            ("fixed-1", {"top_k": V, "alpha_method": "fixed", "fixed_alpha": 1.0}, {}),
+            ("alpha-max", {"top_k": V, "alpha_max": 0.45}, {}),
+            ("processed", {"top_k": 3, "temperature": 0.7}, {"processed": True}),
+            ("processed-tail", {"top_k": 3, "temperature": 1.5, "support": "tail"}, {"processed": True}),
+        )
+    ),
+    Case("no-logit-bias", {"top_k": 2, "support": "tail"}, sequences=800, server={"ignore": ("logit_bias",)}),
+]
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+# ---- the exact law --------------------------------------------------------------------------------------------------
+
+
+def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = p ** (1 / temperature)
+    return scaled / scaled.sum()
+
+
+def on_candidates(p: np.ndarray, ids: list[int], k: int, options: dict[str, Any]) -> list[float]:
+    """p on S, and on the tail if there is one, as the lists tell it."""
+    top = sorted(range(len(p)), key=lambda y: -p[y])[:k]
+    missing = [y for y in ids if y not in top]
+    if options.get("missing") == "exact":
+        floor = {y: p[y] for y in missing}
+    else:
+        claimants = len(missing) + (options.get("support") == "tail")
+        share = (1 - sum(p[y] for y in top)) / max(claimants, 1)
+        floor = dict.fromkeys(missing, min(p[top[-1]], share))
+    values = [floor.get(y, p[y]) for y in ids]
+    if options.get("support") == "tail":
+        values.append(max(1 - sum(values), 0.0))
+    return [value / sum(values) for value in values]
+
+
+def exact_alpha(a: list[float], b: list[float], options: dict[str, Any]) -> float:
+    if options.get("alpha_method") == "fixed":
+        alpha = options["fixed_alpha"]
+    else:
+        shared = [(x, y) for x, y in zip(a, b, strict=True) if x > 0 and y > 0]
+        if all(abs(x - y) < 1e-12 for x, y in shared):
+            return 0.5
+        low, high = 0.0, 1.0
+        for _ in range(80):
+            alpha = (low + high) / 2
+            slope = sum(x ** (1 - alpha) * y**alpha * math.log(y / x) for x, y in shared)
+            low, high = (alpha, high) if slope < 0 else (low, alpha)
+    return min(max(alpha, options.get("alpha_min", 0.0)), options.get("alpha_max", 1.0))
+
+
+@functools.cache
+def exact_position(case: Case, last: int) -> tuple[float, np.ndarray]:
+    """α and q* on the whole vocabulary after token `last`."""
+    options = case.options
+    p, r = (tempered(chain[last], options.get("temperature", 1.0)) for chain in (THETA, T))
+    k = options["top_k"]
+    ids = sorted({y for law in (p, r) for y in sorted(range(V), key=lambda y: -law[y])[:k]})
+    a, b = on_candidates(p, ids, k, options), on_candidates(r, ids, k, options)
+    alpha = exact_alpha(a, b, options)
+    path = [x ** (1 - alpha) * y**alpha if x > 0 and y > 0 else 0.0 for x, y in zip(a, b, strict=True)]
+    q = np.zeros(V)
+    q[ids] = np.array(path[: len(ids)]) / sum(path)
+    if len(path) > len(ids):
+        outside = [y for y in range(V) if y not in ids]
+        q[outside] = path[-1] / sum(path) * p[outside] / max(p[outside].sum(), 1e-300)
+    return alpha, q
+
+
+def sequence_law(rows: Any, tokens: int) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence; `rows(last)` is the next-token law."""
+    law = {}
+    for sequence in itertools.product(range(V), repeat=tokens):
+        steps = itertools.pairwise((START, *sequence))
+        law[sequence] = math.prod(rows(last)[token] for last, token in steps)
+    return law
+
+
+def policy_law(case: Case) -> dict[tuple[int, ...], float]:
+    temperature = case.options.get("temperature", 1.0)
+    return sequence_law(lambda last: tempered(THETA[last], temperature), case.tokens)
+
+
+# ---- what the program does ------------------------------------------------------------------------------------------
+
+
+def generate(
+    prompts: list[Any],
+    *,
+    chains: tuple[np.ndarray, np.ndarray] = (THETA, T),
+    server: dict[str, Any] | None = None,
+    max_tokens: int = 8,
+    **options: Any,
+) -> tuple[list[GenerationOutput], CoordinatorStats]:
+    async def run() -> tuple[list[GenerationOutput], CoordinatorStats]:
+        servers = [MarkovServer(chain, **server or {}) for chain in chains]
+        async with servers[0].running() as theta, servers[1].running() as t:
+            values = {"seed": 11, "decoding": "lockstep", **options}
+            config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, **values)
+            async with DualVLLMCoordinator(config) as coordinator:
+                return await coordinator.generate_batch(prompts, max_tokens=max_tokens), coordinator.stats
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@functools.cache
+def rollouts(case: Case) -> tuple[list[GenerationOutput], CoordinatorStats]:
+    outputs, stats = generate(
+        [[START]] * case.sequences,
+        server=case.server,
+        max_tokens=case.tokens,
+        max_concurrency=1000,
+        **case.options,
+    )
+    assert [output.error for output in outputs] == [None] * case.sequences
+    return outputs, stats
+
+
+# ---- tests ----------------------------------------------------------------------------------------------------------
+
+
+@by_case
+def test_frequencies_of_sequences(case):
+    law = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)
+    assert sum(law.values()) == pytest.approx(1)
+    drawn = [tuple(output.generated_tokens) for output in rollouts(case)[0]]
+    observed = np.array([drawn.count(sequence) for sequence in law])
+    assert observed.sum() == case.sequences
+    assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
+
+
+@by_case
+def test_the_record_is_exact(case):
+    """α, log q*, log π_θ and the weight of every token, those included that a list lacked or that lie in the tail."""
+    temperature = case.options.get("temperature", 1.0)
+    for output in rollouts(case)[0]:
+        record = zip(
+            itertools.pairwise([START, *output.generated_tokens]),
+            output.alpha_history,
+            output.logprobs_q,
+            output.logprobs_theta,
+            output.logprobs_t,
+            output.importance_weights,
+            strict=True,
+        )
+        for (last, token), alpha, log_q, log_theta, log_t, weight in record:
+            exact_alpha, q = exact_position(case, last)
+            p, r = (tempered(chain[last], temperature)[token] for chain in (THETA, T))
+            assert alpha == pytest.approx(exact_alpha, abs=1e-7)
+            assert log_q == pytest.approx(math.log(q[token]), abs=1e-6)
+            assert log_theta == pytest.approx(math.log(p), abs=1e-6)
+            assert log_t == pytest.approx(math.log(r), abs=1e-6)
+            assert weight == pytest.approx(p / q[token], rel=1e-6)
+
+
+def features(sequence: tuple[int, ...]) -> list[float]:
+    return [1.0, float(sequence[0]), float(sum(sequence) % 4 == 1), float(sequence[-1] in (2, 5)), sequence[-1] ** 2.0]
+
+
+FULL_SUPPORT = [case for case in CASES if case.options["top_k"] == V or case.options.get("support") == "tail"]
+
+
+@pytest.mark.parametrize("case", FULL_SUPPORT, ids=str)
+def test_weighted_means_are_the_policys(case):
+    """E_q[w f] = E_π_θ[f] over whole rollouts, wherever q* has the policy's support."""
+    outputs = rollouts(case)[0]
+    weights = np.array([math.prod(output.importance_weights) for output in outputs])
+    values = np.array([features(tuple(output.generated_tokens)) for output in outputs])
+    policy = policy_law(case)
+    for column in range(values.shape[1]):
+        expectation = sum(p * features(sequence)[column] for sequence, p in policy.items())
+        samples = weights * values[:, column]
+        if samples.std() < 1e-9:  # α = 0: every weight is 1
+            assert samples.mean() == pytest.approx(expectation)
+        else:
+            assert standard_errors_off(samples, expectation) < STANDARD_ERRORS
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FULL_SUPPORT], ids=str)
+def test_truncated_support_loses_the_mass_outside(case):
+    """With support="union" and k < V the weights' mean is the policy's mass on what q* can reach, no more."""
+    outputs = rollouts(case)[0]
+    weights = np.array([math.prod(output.importance_weights) for output in outputs])
+    q = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)
+    reachable = sum(p for sequence, p in policy_law(case).items() if q[sequence] > 0)
+    assert reachable < 0.99
+    assert standard_errors_off(weights, reachable) < STANDARD_ERRORS
+
+
+def test_tail_tokens_are_counted():
+    case = next(case for case in CASES if case.name == "tail-2-floor")
+    outputs, stats = rollouts(case)
+    drawn = [pair for output in outputs for pair in itertools.pairwise([START, *output.generated_tokens])]
+    outside = 0
+    for last, token in drawn:
+        lists = {y for chain in (THETA, T) for y in np.argsort(-chain[last])[:2].tolist()}
+        outside += token not in lists
+    assert outside > 100
+    assert stats.decoding.tail_tokens == outside
+    assert stats.decoding.tail_draws == outside  # the exclusion makes the first draw succeed
+    assert stats.decoding.approximate_tail_weights == 0
+    assert stats.decoding.tokens == len(drawn)
+
+
+def test_without_logit_bias_the_tail_costs_more_draws():
+    stats = rollouts(next(case for case in CASES if case.name == "no-logit-bias"))[1]
+    assert stats.decoding.tail_draws > 1.5 * stats.decoding.tail_tokens > 0
+
+
+def test_without_named_logprobs_tail_weights_are_approximate_and_counted():
+    case = Case("no-names", {"top_k": 2, "support": "tail"}, sequences=500, server={"ignore": ("logprob_token_ids",)})
+    outputs, stats = rollouts(case)
+    assert 0 < stats.decoding.approximate_tail_weights <= stats.decoding.tail_tokens
+    law = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)  # the sampled law is exact all the same
+    drawn = [tuple(output.generated_tokens) for output in outputs]
+    observed = np.array([drawn.count(sequence) for sequence in law])
+    assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
+
+
+def test_exact_needs_named_logprobs():
+    outputs, _ = generate([[START]], top_k=2, missing="exact", server={"ignore": ("logprob_token_ids",)})
+    assert 'missing="floor"' in outputs[0].error and outputs[0].finish_reason is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": V}, {"top_k": 3}, {"top_k": 3, "support": "tail", "missing": "exact"}], ids=str
+)
+def test_swapping_the_servers_mirrors_alpha(options):
+    prompts = [[i % V] for i in range(40)]
+    forward = generate(prompts, max_tokens=4, **options)[0]
+    backward = generate(prompts, chains=(T, THETA), max_tokens=4, **options)[0]
+    for a, b in zip(forward, backward, strict=True):
+        # A tail token is drawn from π_θ by its server, so tokens agree up to the first of them.
+        same = [x == y for x, y in zip(a.generated_tokens, b.generated_tokens, strict=True)]
+        until = same.index(False) if False in same else len(same)
+        assert until > 0 or options.get("support") == "tail"
+        assert until == len(same) or options.get("support") == "tail"
+        np.testing.assert_allclose(b.alpha_history[: until + 1], 1 - np.array(a.alpha_history[: until + 1]), atol=1e-8)
+        np.testing.assert_allclose(a.logprobs_theta[:until], b.logprobs_t[:until], atol=1e-9)
+        if options.get("support") != "tail":
+            np.testing.assert_allclose(a.logprobs_q, b.logprobs_q, atol=1e-7)
+
+
+def test_identical_servers_give_one_half_and_unit_weights():
+    outputs, _ = generate([[i] for i in range(V)], chains=(THETA, THETA), top_k=V)
+    for output in outputs:
+        assert output.alpha_history == [0.5] * 8
+        np.testing.assert_allclose(output.importance_weights, 1, rtol=1e-12)
+
+
+def test_lists_that_share_no_token_fall_back_to_the_policy():
+    theta, t = np.zeros((4, 4)), np.zeros((4, 4))
+    theta[:, :2], t[:, 2:] = 0.5, 0.5
+    outputs, stats = generate([[0]] * 20, chains=(theta, t), top_k=2, max_tokens=3)
+    assert stats.decoding.disjoint_positions == 60
+    for output in outputs:
+        assert output.error is None and set(output.generated_tokens) <= {0, 1}
+        assert output.alpha_history == [0.0] * 3
+        np.testing.assert_allclose(output.importance_weights, 1)

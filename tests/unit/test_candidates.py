@@ -1,0 +1,225 @@
+"""From two lists to one set of candidates, against a dictionary-based implementation written here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dual_rollout import merge_top_k_candidates
+from dual_rollout.functional import TAIL_TOKEN, merge_lists
+from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.types import NO_TOKEN, TopK
+
+
+def complete(listed: dict[int, float], ids: list[int], support: str) -> list[float]:
+    """One model's probabilities on S (and the tail), missing ones floored, normalised."""
+    mass = math.fsum(math.exp(v) for v in listed.values())
+    missing = [i for i in ids if i not in listed]
+    floor = 0.0
+    if missing:
+        floor = min(
+            min(math.exp(v) for v in listed.values()), max(1 - mass, 0.0) / (len(missing) + (support == "tail"))
+        )
+    probs = [math.exp(listed[i]) if i in listed else floor for i in ids]
+    if support == "tail":
+        probs.append(max(1 - math.fsum(probs), 0.0))
+    total = math.fsum(probs)
+    return [p / total for p in probs]
+
+
+def reference(theta: dict[int, float], t: dict[int, float], support: str):
+    ids = sorted({*theta, *t})
+    return (
+        [*ids, TAIL_TOKEN] if support == "tail" else ids,
+        complete(theta, ids, support),
+        complete(t, ids, support),
+    )
+
+
+@st.composite
+def top_k_lists(draw: st.DrawFn, k: int | None = None) -> dict[int, float]:
+    """The k most likely of a random distribution on up to 60 token ids; sometimes all, sometimes with zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    vocabulary = draw(st.integers(k or 1, 60))
+    p = np.exp(rng.normal(size=vocabulary) * draw(st.sampled_from([0.0, 1.0, 6.0])))
+    if draw(st.booleans()):
+        p[rng.random(vocabulary) < 0.2] = 0.0
+        p[rng.integers(vocabulary)] = 1.0
+    p /= p.sum()
+    k = draw(st.integers(1, vocabulary)) if k is None else k
+    with np.errstate(divide="ignore"):
+        logp = np.log(p)
+    top = np.argsort(-p, kind="stable")[:k]
+    return {int(i): float(logp[i]) for i in rng.permutation(top)}
+
+
+@given(top_k_lists(), top_k_lists(), st.sampled_from(["union", "tail"]))
+def test_equals_the_dictionary_implementation(theta, t, support):
+    ids, probs_theta, probs_t = merge_top_k_candidates(theta, t, support=support)
+    expected_ids, expected_theta, expected_t = reference(theta, t, support)
+    assert ids.tolist() == expected_ids
+    np.testing.assert_allclose(probs_theta, expected_theta, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(probs_t, expected_t, rtol=1e-9, atol=1e-14)
+
+
+@given(top_k_lists(), top_k_lists(), st.sampled_from(["union", "tail"]))
+def test_probabilities_sum_to_one_over_ascending_ids(theta, t, support):
+    ids, probs_theta, probs_t = merge_top_k_candidates(theta, t, support=support)
+    real = ids[:-1] if support == "tail" else ids
+    assert (np.diff(real) > 0).all()
+    assert set(real.tolist()) == {*theta, *t}
+    for probs in (probs_theta, probs_t):
+        assert (probs >= 0).all() and probs.sum() == pytest.approx(1, abs=1e-12)
+
+
+@given(top_k_lists(), top_k_lists())
+def test_a_floor_never_exceeds_what_the_list_allows(theta, t):
+    candidates = merge_lists(as_top_k([theta]), as_top_k([t]), "tail")
+    for listed, logp, exact in (
+        (theta, candidates.logp_theta[0], candidates.exact_theta[0]),
+        (t, candidates.logp_t[0], candidates.exact_t[0]),
+    ):
+        missing = (candidates.token_ids[0] != NO_TOKEN) & np.isnan(exact)
+        floors = np.exp(logp[missing])
+        assert (floors <= min(map(math.exp, listed.values())) + 1e-12).all()
+        assert floors.sum() <= max(1 - sum(map(math.exp, listed.values())), 0) + 1e-12
+
+
+@given(top_k_lists(), top_k_lists())
+def test_the_tail_keeps_mass_wherever_the_lists_leave_some(theta, t):
+    """Else q* would lose the policy's support, and weighted means would be biased without a sign of it."""
+    _, probs_theta, probs_t = merge_top_k_candidates(theta, t, support="tail")
+    for listed, other, probs in ((theta, t, probs_theta), (t, theta, probs_t)):
+        open_mass = 1 - sum(map(math.exp, listed.values()))
+        if open_mass > 1e-9:
+            assert probs[-1] >= open_mass / (len(other.keys() - listed.keys()) + 1) * (1 - 1e-4)
+
+
+def as_top_k(rows: list[dict[int, float]], width: int | None = None) -> TopK:
+    width = width or max(map(len, rows))
+    ids, logprobs = np.full((len(rows), width), NO_TOKEN), np.full((len(rows), width), -np.inf)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], logprobs[i, : len(row)] = list(row), list(row.values())
+    return TopK(ids, logprobs)
+
+
+@given(st.lists(st.tuples(top_k_lists(), top_k_lists()), min_size=1, max_size=12), st.sampled_from(["union", "tail"]))
+def test_batch_equals_singles(pairs, support):
+    width = max(len(row) for pair in pairs for row in pair)
+    thetas, ts = ([pair[side] for pair in pairs] for side in (0, 1))
+    batch = merge_lists(as_top_k(thetas, width), as_top_k(ts, width), support)
+    for row, (theta, t) in enumerate(pairs):
+        single = merge_lists(as_top_k([theta], width), as_top_k([t], width), support)
+        for name in ("token_ids", "logp_theta", "logp_t", "exact_theta", "exact_t", "coverage_theta", "coverage_t"):
+            np.testing.assert_array_equal(getattr(batch, name)[row], getattr(single, name)[0], err_msg=name)
+        ids, probs_theta, probs_t = merge_top_k_candidates(theta, t, support=support)
+        kept = batch.token_ids[row] != NO_TOKEN
+        kept[-1] |= support == "tail"
+        assert batch.token_ids[row][kept].tolist() == ids.tolist()
+        np.testing.assert_allclose(np.exp(batch.logp_theta[row][kept]), probs_theta, rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(np.exp(batch.logp_t[row][kept]), probs_t, rtol=1e-9, atol=1e-14)
+
+
+@given(top_k_lists(), top_k_lists())
+def test_exact_values_and_missing_ids(theta, t):
+    candidates = merge_lists(as_top_k([theta]), as_top_k([t]))
+    for listed, other, exact in ((theta, t, candidates.exact_theta), (t, theta, candidates.exact_t)):
+        assert candidates.missing(0, exact) == sorted(other.keys() - listed.keys())
+        for token, value in zip(candidates.token_ids[0].tolist(), exact[0].tolist(), strict=True):
+            assert value == listed[token] if token in listed else math.isnan(value)
+    assert candidates.coverage_theta[0] == pytest.approx(sum(map(math.exp, theta.values())))
+    assert candidates.coverage_t[0] == pytest.approx(sum(map(math.exp, t.values())))
+
+
+def test_holes_have_no_probability():
+    candidates = merge_lists(as_top_k([{3: -0.1}, {1: -1.0, 2: -1.0}]), as_top_k([{3: -0.2}, {7: -1.0, 8: -1.0}]))
+    holes = candidates.token_ids == NO_TOKEN
+    assert holes.sum(axis=1).tolist() == [3, 0]
+    assert (candidates.logp_theta[holes] == -np.inf).all() and np.isnan(candidates.exact_theta[holes]).all()
+
+
+def test_lists_of_different_width():
+    theta, t = {5: math.log(0.6)}, {5: math.log(0.3), 1: math.log(0.3), 9: math.log(0.4)}
+    ids, probs_theta, probs_t = merge_top_k_candidates(theta, t)
+    assert ids.tolist() == [1, 5, 9]
+    np.testing.assert_allclose(probs_theta, [0.2, 0.6, 0.2])  # 0.4 open, two missing
+    np.testing.assert_allclose(probs_t, [0.3, 0.3, 0.4])
+
+
+def test_ties_keep_every_token_once():
+    same = math.log(0.25)
+    ids, probs_theta, probs_t = merge_top_k_candidates({4: same, 2: same}, {2: same, 9: same, 4: same})
+    assert ids.tolist() == [2, 4, 9]
+    np.testing.assert_allclose(probs_theta, [1 / 3] * 3)
+    np.testing.assert_allclose(probs_t, [1 / 3] * 3)
+
+
+def test_impossible_tokens_stay_candidates_without_mass():
+    ids, probs_theta, probs_t = merge_top_k_candidates({1: 0.0, 2: -math.inf}, {2: math.log(0.5), 3: math.log(0.5)})
+    assert ids.tolist() == [1, 2, 3]
+    assert probs_theta.tolist() == [1.0, 0.0, 0.0]
+    np.testing.assert_allclose(probs_t, [0.0, 0.5, 0.5])
+
+
+def test_inputs_are_left_alone():
+    top = as_top_k([{3: -0.1}, {1: -1.0, 2: -1.0}])
+    before = top.token_ids.copy(), top.logprobs.copy()
+    merge_lists(top, top, "tail")
+    at_temperature(top, 0.5)
+    np.testing.assert_array_equal(top.token_ids, before[0])
+    np.testing.assert_array_equal(top.logprobs, before[1])
+
+
+@pytest.mark.parametrize(
+    ("theta", "t", "name"),
+    [
+        ({}, {1: -1.0}, "logprobs_theta"),
+        ({1: -1.0}, {}, "logprobs_t"),
+        ({-1: -1.0}, {1: -1.0}, "logprobs_theta"),
+        ({1: -1.0}, {1: math.nan}, "logprobs_t"),
+        ({1: -1.0}, {1: 0.5}, "logprobs_t"),
+        ({1: -math.inf}, {1: -1.0}, "logprobs_theta"),
+    ],
+)
+def test_bad_lists_are_refused_by_name(theta, t, name):
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        merge_top_k_candidates(theta, t)
+
+
+def test_unknown_support_is_refused():
+    with pytest.raises(ValueError, match=r"support.*whole"):
+        merge_top_k_candidates({1: -1.0}, {1: -1.0}, support="whole")
+
+
+def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = p ** (1 / temperature)
+    return scaled / scaled.sum()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.floats(0.3, 3.0))
+def test_temperature_is_exact_when_the_list_holds_all_mass(seed, vocabulary, temperature):
+    p = np.random.default_rng(seed).dirichlet(np.ones(vocabulary))
+    result = at_temperature(TopK(np.arange(vocabulary)[None], np.log(p)[None]), temperature)
+    # Rounding leaves up to 1e-16 open; at T > 1 its share grows to (1e-16)^(1/T) at most.
+    np.testing.assert_allclose(np.exp(result.logprobs[0]), tempered(p, temperature), rtol=1e-4)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.floats(0.3, 3.0), st.data())
+def test_temperature_bounds_when_mass_is_left_open(seed, vocabulary, temperature, data):
+    """What is open counts as if it were as likely as the last listed: too much below T = 1, too little above."""
+    p = np.sort(np.random.default_rng(seed).dirichlet(np.ones(vocabulary)))[::-1]
+    k = data.draw(st.integers(1, vocabulary - 1))
+    result = np.exp(at_temperature(TopK(np.arange(k)[None], np.log(p[:k])[None]), temperature).logprobs[0])
+    exact = tempered(p, temperature)[:k]
+    truncated = tempered(p[:k], temperature)
+    assert (result <= truncated * (1 + 1e-9)).all()
+    assert (result <= exact * (1 + 1e-9)).all() if temperature <= 1 else (result >= exact * (1 - 1e-9)).all()
+
+
+def test_temperature_leaves_padding_impossible():
+    result = at_temperature(as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}]), 0.7)
+    assert result.logprobs[1].tolist() == [0.0, -math.inf]

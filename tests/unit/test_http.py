@@ -1,0 +1,243 @@
+"""The transport against a server that misbehaves in every way that a network has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dual_rollout.engines import HttpTransport
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+
+Answer = Callable[[web.Request], Any]
+
+
+class FaultyServer:
+    """Gives the n-th request the n-th answer, and the last one from then on. `arrivals` are times in seconds."""
+
+    def __init__(self, *answers: Answer):
+        self._answers = answers
+        self.arrivals: list[float] = []
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        self.url = ""
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[FaultyServer]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.arrivals.append(time.perf_counter())
+        self.headers.append(dict(request.headers))
+        self.bodies.append(await request.read())
+        return await self._answers[min(len(self.arrivals), len(self._answers)) - 1](request)
+
+
+def status(code: int, body: Any = None, **headers: str) -> Answer:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(
+            body if body is not None else {"error": {"message": f"code {code}"}}, status=code, headers=headers
+        )
+
+    return answer
+
+
+async def ok(_: web.Request) -> web.Response:
+    return web.json_response({"fine": True})
+
+
+async def empty(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def broken_json(_: web.Request) -> web.Response:
+    return web.Response(text='{"choices": [', content_type="application/json")
+
+
+async def plain_text_error(_: web.Request) -> web.Response:
+    return web.Response(text="no such route", status=404)
+
+
+async def reset_in_the_body(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
+    await response.prepare(request)
+    await response.write(b'{"half": ')
+    request.transport.abort()
+    return response
+
+
+async def reset_at_once(request: web.Request) -> web.StreamResponse:
+    request.transport.abort()
+    return web.Response()
+
+
+async def slow(_: web.Request) -> web.Response:
+    await asyncio.sleep(5)
+    return web.Response()
+
+
+def post(server: FaultyServer, payload: Any = None, **options: Any) -> Any:
+    async def run() -> Any:
+        async with server.running():
+            transport = HttpTransport(server.url, **{"max_retries": 1, "request_timeout": 0.3, **options})
+            try:
+                return await transport.post("/v1/completions", payload)
+            finally:
+                server.stats = transport.stats
+                await transport.aclose()
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_json_goes_out_and_comes_back():
+    server = FaultyServer(ok)
+    assert post(server, {"prompt": [1, 2]}) == {"fine": True}
+    assert server.bodies == [b'{"prompt":[1,2]}']
+    assert server.headers[0]["Content-Type"] == "application/json"
+    assert (server.stats.requests, server.stats.retries, server.stats.bytes_sent) == (1, 0, 16)
+    assert server.stats.bytes_received == len('{"fine": true}') and 0 < server.stats.seconds < 5
+
+
+def test_an_empty_answer_is_none():
+    assert post(FaultyServer(empty)) is None
+
+
+@pytest.mark.parametrize(
+    "fault", [status(429), status(502), status(503), status(504), reset_in_the_body, reset_at_once, slow]
+)
+def test_what_may_pass_is_repeated(fault):
+    server = FaultyServer(fault, ok)
+    assert post(server, {"a": 1}) == {"fine": True}
+    assert len(server.arrivals) == 2 and server.bodies[0] == server.bodies[1]
+    assert server.stats.retries == 1 and server.stats.requests == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (status(503), "code 503"),
+        (reset_in_the_body, "Client"),
+        (slow, "Timeout"),
+    ],
+)
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_what_does_not_pass_is_unavailable(fault, cause, max_retries):
+    server = FaultyServer(fault)
+    with pytest.raises(EngineUnavailableError) as caught:
+        post(server, max_retries=max_retries)
+    assert len(server.arrivals) == max_retries + 1
+    message = str(caught.value)
+    assert caught.value.url == server.url and server.url in message and "/v1/completions" in message
+    assert cause in message and "max_retries" in message and "request_timeout" in message
+
+
+def test_a_refused_connection_is_unavailable():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    async def run() -> None:
+        transport = HttpTransport(url, max_retries=1)
+        try:
+            await transport.get("/health")
+        finally:
+            await transport.aclose()
+            assert transport.stats.requests == 2
+
+    with pytest.raises(EngineUnavailableError, match=rf"{url}.*failed 2 times.*Is the server up\?.*max_retries"):
+        asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_retry_after_is_obeyed():
+    server = FaultyServer(status(429, **{"Retry-After": "1"}), ok)
+    assert post(server) == {"fine": True}
+    assert server.arrivals[1] - server.arrivals[0] >= 1.0
+
+
+def test_repeats_wait_longer_each_time():
+    server = FaultyServer(status(503), status(503), status(503), ok)
+    assert post(server, max_retries=3) == {"fine": True}
+    gaps = [b - a for a, b in zip(server.arrivals, server.arrivals[1:], strict=False)]
+    assert gaps[0] >= 0.25 and gaps[2] > gaps[0] and gaps[2] >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (status(400), 400, "code 400"),
+        (status(404, {"detail": "Not Found"}), 404, "Not Found"),
+        (status(422, {"error": "flat"}), 422, "flat"),
+        (status(401, {"message": "no key"}), 401, "no key"),
+        (plain_text_error, 404, "no such route"),
+    ],
+)
+def test_a_refusal_is_not_repeated(fault, code, words):
+    server = FaultyServer(fault)
+    with pytest.raises(EngineRejectedError, match=words) as caught:
+        post(server, max_retries=5)
+    assert len(server.arrivals) == 1
+    assert caught.value.status == code and server.url in str(caught.value) and str(code) in str(caught.value)
+
+
+@pytest.mark.parametrize(("fault", "words"), [(broken_json, "broken JSON"), (status(500), "500.*code 500")])
+def test_what_the_api_does_not_promise_is_a_protocol_error(fault, words):
+    server = FaultyServer(fault)
+    with pytest.raises(EngineProtocolError, match=words) as caught:
+        post(server, max_retries=5)
+    assert len(server.arrivals) == 1 and server.url in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [slow, status(503), status(429, **{"Retry-After": "100"})])
+def test_total_timeout_bounds_it_all(fault):
+    server = FaultyServer(fault)
+    started = time.perf_counter()
+    with pytest.raises(EngineUnavailableError) as caught:
+        post(server, max_retries=1000, request_timeout=100.0, total_timeout=0.8)
+    assert time.perf_counter() - started < 3
+    assert "total_timeout" in str(caught.value) and server.url in str(caught.value)
+
+
+def test_the_api_key_comes_from_the_environment_and_stays_out_of_messages(monkeypatch):
+    monkeypatch.setenv("DUAL_ROLLOUT_API_KEY", "a-test-value")
+    server = FaultyServer(status(401))
+    with pytest.raises(EngineRejectedError) as caught:
+        post(server)
+    assert server.headers[0]["Authorization"] == "Bearer a-test-value"
+    assert "a-test-value" not in str(caught.value)
+
+
+def test_requests_share_a_bounded_pool():
+    async def count(_: web.Request) -> web.Response:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0.02)
+        open_now -= 1
+        return web.json_response({})
+
+    open_now = most = 0
+    server = FaultyServer(count)
+
+    async def run() -> None:
+        async with server.running():
+            transport = HttpTransport(server.url, pool_size=3)
+            await asyncio.gather(*(transport.get("/") for _ in range(12)))
+            await transport.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert most == 3 and len(server.arrivals) == 12
