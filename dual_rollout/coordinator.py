@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.decoding import DecodingSequence, DecodingStats, Recorder, Tuner, decode
+from dual_rollout.decoding import Choice, DecodingSequence, DecodingStats, Recorder, Tuner, decode
 from dual_rollout.engines import Engine, EngineInfo, HttpStats, HttpTransport, SGLangEngine, VLLMEngine
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
@@ -78,6 +78,16 @@ class DualVLLMCoordinator:
         self._tuner = Tuner()
         self._tokenizer_sought = False
         self._checked = False
+
+    @property
+    def chosen(self) -> Choice | None:
+        """What `decoding: auto` found fastest at the latest load; `tuning` says why."""
+        return self._tuner.chosen
+
+    @property
+    def tuning(self) -> dict[str, dict[str, float]]:
+        """Tokens per second measured for each way to decode, by load."""
+        return self._tuner.report()
 
     async def __aenter__(self) -> Self:
         return self
@@ -236,9 +246,7 @@ class DualVLLMCoordinator:
                     _check_length(context, max_tokens, info, name)
             except ValueError as fault:
                 error = fault
-            sequence = DecodingSequence(
-                ids, ids_t, max_tokens=max_tokens, stop_ids=stops, key=(entropy % 2**64, i)
-            )
+            sequence = DecodingSequence(ids, ids_t, max_tokens=max_tokens, stop_ids=stops, key=(entropy % 2**64, i))
             if error is not None:
                 sequence.fail(error)
             sequences.append(sequence)

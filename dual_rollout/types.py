@@ -44,8 +44,10 @@ class GenerationOutput:
         alpha_history: α of every position, in [0, 1].
         logprobs_q: log q*(y), nats. This is the law y was really drawn from.
         logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
-        logprobs_t: log π_t(y), nats; exact where π_t's server listed or scored y, NaN for a tail token.
+        logprobs_t: log π_t(y), nats; exact (never floored), at the requested temperature.
         importance_weights: π_θ(y) / q*(y).
+        weight_version: the version of π_θ's weights it was sampled under, as the weight sync counts them: the trainer's
+            global step; None before the first sync.
         diagnostics: per-token lists and `<name>_mean`/`<name>_max` summaries, when asked for.
         error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.
     """
@@ -60,6 +62,7 @@ class GenerationOutput:
     logprobs_theta: list[float] = field(default_factory=list)
     logprobs_t: list[float] = field(default_factory=list)
     importance_weights: list[float] = field(default_factory=list)
+    weight_version: int | None = None
     diagnostics: dict[str, list[float] | float] = field(default_factory=dict)
     error: str | None = None
 

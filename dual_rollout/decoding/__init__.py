@@ -3,6 +3,6 @@
 from dual_rollout.decoding.decode import decode
 from dual_rollout.decoding.record import DecodingStats, Recorder
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.decoding.tuner import Tuner
+from dual_rollout.decoding.tuner import Choice, Tuner
 
-__all__ = ["DecodingSequence", "DecodingStats", "Recorder", "Tuner", "decode"]
+__all__ = ["Choice", "DecodingSequence", "DecodingStats", "Recorder", "Tuner", "decode"]

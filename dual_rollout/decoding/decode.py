@@ -12,6 +12,7 @@ from dual_rollout.decoding.scheduler import Mode, Scheduler
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Choice, Tuner
 
+
 async def decode(sequences: Iterable[DecodingSequence], recorder: Recorder, tuner: Tuner) -> None:
     """Decode all sequences to their end, in place, at most `max_concurrency` in flight.
 

@@ -43,16 +43,12 @@ class Lockstep:
                 self._completed(
                     theta, contexts_theta, top_theta, [candidates.missing(row, candidates.exact_theta) for row in rows]
                 ),
-                self._completed(
-                    t, contexts_t, top_t, [candidates.missing(row, candidates.exact_t) for row in rows]
-                ),
+                self._completed(t, contexts_t, top_t, [candidates.missing(row, candidates.exact_t) for row in rows]),
             )
             positions = self._recorder.positions(top_theta, top_t)
         return positions
 
-    async def _completed(
-        self, engine: Engine, contexts: list[list[int]], top: TopK, missing: list[list[int]]
-    ) -> TopK:
+    async def _completed(self, engine: Engine, contexts: list[list[int]], top: TopK, missing: list[list[int]]) -> TopK:
         """The lists with the named tokens added."""
         rows = [row for row, ids in enumerate(missing) if ids]
         if not rows:

@@ -135,9 +135,7 @@ class Recorder:
         self._append(np.flatnonzero(~tail), sequences, rows, columns, positions, tokens, log_q, log_weights)
 
         pending = [i for i in np.flatnonzero(tail) if not sequences[i].done]
-        drawn = await asyncio.gather(
-            *(self._draw_tail(sequences[i], candidates, int(rows[i])) for i in pending)
-        )
+        drawn = await asyncio.gather(*(self._draw_tail(sequences[i], candidates, int(rows[i])) for i in pending))
         for i, (token, log_mass) in zip(pending, drawn, strict=True):
             tokens[i], log_weights[i], log_q[i] = token, log_mass - log_q[i], NOT_KNOWN_YET
         self._append(np.array(pending, dtype=int), sequences, rows, columns, positions, tokens, log_q, log_weights)
@@ -236,9 +234,7 @@ class Recorder:
         if not missing:
             return float(candidates.logp_theta[row, -1])
         try:
-            (logprobs,) = await self.theta.named_logprobs(
-                [sequence.context_theta], [missing], self.config.temperature
-            )
+            (logprobs,) = await self.theta.named_logprobs([sequence.context_theta], [missing], self.config.temperature)
         except (EngineProtocolError, EngineRejectedError) as error:
             if not self.stats.approximate_tail_weights:
                 logger.warning("tail weights are approximate (floors instead of exact candidates): %s", error)

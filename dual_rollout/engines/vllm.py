@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engines.base import Drafts, EngineInfo, TokenIds
+from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.probe import Probe, summary
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import NO_TOKEN, TopK
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _KEY_PREFIX = "token_id:"
 _MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
+_MAX_PROMPTS = 1024  # vLLM's own cap on a list of prompts
+_SPOILT_RETRIES = 2
 _MASS_TOLERANCE = 1e-2
 _NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
+_NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 _SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
 _NEVER = -9999.0  # vLLM writes -inf as -9999
 
@@ -29,16 +36,29 @@ _NEVER = -9999.0  # vLLM writes -inf as -9999
 _PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-class VLLMEngine:
-    """One model behind a vLLM server's HTTP API; implements `Engine`."""
+class _SpoiltAnswerError(EngineProtocolError):
+    """An answer that others' requests or a pause spoilt; the next one may be whole."""
 
-    def __init__(self, transport: HttpTransport, model: str | None = None):
+
+class VLLMEngine:
+    """One model behind a vLLM server's HTTP API; implements `Engine`.
+
+    Args:
+        model: the served name; the first one listed when None.
+        scoring: how to score drafts, instead of the way the probe found best.
+    """
+
+    def __init__(self, transport: HttpTransport, model: str | None = None, scoring: ScoringMethod | None = None):
         self.url = transport.url
         self._http = transport
         self._wanted = model
+        self._wanted_scoring = scoring
         self._info: EngineInfo | None = None
-        self._processed: bool | None = None
+        self._capabilities: Capabilities | None = None
+        self._probing = asyncio.Lock()
+        self._warned = False
         self._lora: str | None = None
+        self._gate = _Gate()
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
@@ -58,10 +78,23 @@ class VLLMEngine:
             self._info = EngineInfo(name, card.get("root"), card.get("max_model_len"))
         return self._info
 
+    async def probe(self, prompt: TokenIds) -> Capabilities:
+        async with self._probing:
+            if self._capabilities is None:
+                questions = Probe(
+                    self._http,
+                    await self.describe(),
+                    prompt,
+                    lists=self._lists,
+                    named=self._named_alone,
+                    loads_lora=self.loads_lora,
+                )
+                self._capabilities = await questions.run()
+                logger.info("%s: %s", self.url, summary(self._capabilities))
+        return self._capabilities
+
     async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
-        if temperature == 1.0:
-            return await self._lists(prompts, k, temperature)
-        if await self._reports_processed(prompts[0]):
+        if temperature == 1.0 or await self._reports_processed(prompts[0]):
             return await self._lists(prompts, k, temperature)
         return at_temperature(await self._lists(prompts, k, 1.0), temperature)
 
@@ -77,37 +110,50 @@ class VLLMEngine:
             raise EngineRejectedError(
                 'decoding="block" at temperature != 1 needs --logprobs-mode processed_logprobs', url=self.url, status=400
             )
-        # One request each: in a list with one seed all sequences would get the same noise.
-        answers = await asyncio.gather(
-            *(
-                self._complete([prompt], max_tokens=length, logprobs=k, temperature=temperature, seed=seed)
-                for prompt, length, seed in zip(prompts, lengths, seeds, strict=True)
-            )
-        )
-        drafts, rows = [], []
-        for (choice,) in answers:
-            logprobs = choice["logprobs"]
-            drafts.append(np.array([int(key.removeprefix(_KEY_PREFIX)) for key in logprobs["tokens"]], dtype=np.int64))
-            rows += [
+
+        async def ask() -> Drafts:
+            # One request each: in a list with one seed all sequences would get the same noise.
+            async with self._gate.shared():
+                answers = await asyncio.gather(
+                    *(
+                        self._complete([prompt], max_tokens=length, logprobs=k, temperature=temperature, seed=seed)
+                        for prompt, length, seed in zip(prompts, lengths, seeds, strict=True)
+                    )
+                )
+            keys = [choice["logprobs"]["tokens"] for (choice,) in answers]
+            rows = [
                 _without_sampled(row, key, k)
-                for row, key in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True)
+                for (choice,), tokens in zip(answers, keys, strict=True)
+                for row, key in zip(choice["logprobs"]["top_logprobs"], tokens, strict=True)
             ]
-        return Drafts(drafts, self._pack(rows, k))
+            return Drafts([_token_ids(tokens) for tokens in keys], self._pack(rows, k))
+
+        return await self._until_whole(ask)
 
     async def score_drafts(
         self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
     ) -> TopK:
-        # A list of all prefixes: works on any vLLM, and the prefix cache makes each cost one token.
-        prefixes = [
-            [*prompt, *draft[:j].tolist()]
-            for prompt, draft in zip(prompts, drafts, strict=True)
-            for j in range(len(draft))
-        ]
-        return await self.next_top_k(prefixes, k, temperature)
+        method = self._wanted_scoring or (await self.probe(prompts[0])).scoring
+        if method == "prefixes" or (temperature != 1.0 and await self._reports_processed(prompts[0])):
+            prefixes = [
+                [*prompt, *draft[:end].tolist()]
+                for prompt, draft in zip(prompts, drafts, strict=True)
+                for end in range(len(draft))
+            ]
+            return await self.next_top_k(prefixes, k, temperature)
+        # Rows of prompts are at temperature 1, whatever the request's.
+        score = self._score_after_cache if method == "token_ids" else self._score_prompt
+        rows = await asyncio.gather(
+            *(score([*prompt, *draft.tolist()], len(draft), k) for prompt, draft in zip(prompts, drafts, strict=True))
+        )
+        top = self._pack(list(chain.from_iterable(rows)), k)
+        return top if temperature == 1.0 else at_temperature(top, temperature)
 
     async def named_logprobs(
         self, prompts: Sequence[TokenIds], token_ids: Sequence[TokenIds], temperature: float = 1.0
     ) -> list[np.ndarray]:
+        if not prompts:
+            return []
         if temperature != 1.0 and not await self._reports_processed(prompts[0]):
             raise EngineRejectedError(
                 'missing="exact" at temperature != 1 needs --logprobs-mode processed_logprobs',
@@ -115,10 +161,11 @@ class VLLMEngine:
                 status=400,
             )
         # A server applies one list of names to a whole request, hence one request per prompt. In some vLLM versions
-        # such a request garbles the lists of ordinary ones that share its step: never send both at once.
-        return await asyncio.gather(
-            *(self._named(prompt, ids, temperature) for prompt, ids in zip(prompts, token_ids, strict=True))
-        )
+        # such a request garbles the lists of ordinary ones that share its step, hence the gate.
+        async with self._gate.alone():
+            return await asyncio.gather(
+                *(self._named(prompt, ids, temperature) for prompt, ids in zip(prompts, token_ids, strict=True))
+            )
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
         (choice,) = await self._complete([token_ids], temperature=0.0, prompt_logprobs=1)
@@ -132,34 +179,59 @@ class VLLMEngine:
                 raise EngineProtocolError(f"prompt_logprobs lacks the prompt's own token {token}", url=self.url)
             own.append(values[token])
             top.append(max(values.values()))
-        return np.array(own, dtype=np.float64), np.array(top, dtype=np.float64)
+        return self._as_logprobs(own), self._as_logprobs(top)
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         bias = {str(token): -100.0 for token in excluded}
         (choice,) = await self._complete([prompt], logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
-        return int(choice["logprobs"]["tokens"][0].removeprefix(_KEY_PREFIX))
+        return int(_token_ids(choice["logprobs"]["tokens"])[0])
+
+    async def detokenize(self, token_ids: TokenIds) -> str:
+        info = await self.describe()
+        answer = await self._http.post("/detokenize", {"model": info.model, "tokens": list(token_ids)})
+        if not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
+            raise EngineProtocolError("/detokenize answered without a text", url=self.url)
+        return answer["prompt"]
+
+    async def health(self) -> None:
+        await self._http.get("/health")
+
+    async def reset_prefix_cache(self) -> None:
+        try:
+            # Without the flag, vLLM does nothing while requests are running.
+            answer = await self._http.post("/reset_prefix_cache?reset_running_requests=true")
+        except EngineRejectedError as error:
+            raise _explained(error, "cannot drop its prefix cache: start vLLM with VLLM_SERVER_DEV_MODE=1") from error
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineProtocolError("the prefix cache was not dropped, because requests are using it", url=self.url)
 
     async def reload_weights(self, path: str) -> None:
-        try:
-            await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-            await self._http.post("/reset_prefix_cache")
-        except EngineRejectedError as error:
-            if error.status == 404:
-                raise EngineRejectedError(_NEEDS_DEV_MODE, url=self.url, status=404) from error
-            raise
+        async with self._paused():
+            try:
+                await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            except EngineRejectedError as error:
+                raise _explained(error, _NEEDS_DEV_MODE) from error
+            await self.reset_prefix_cache()
 
     async def load_lora(self, name: str, path: str) -> None:
-        try:
-            await self._http.post(
-                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True}
-            )
-            await self._http.post("/reset_prefix_cache")
-        except EngineRejectedError as error:
-            if error.status == 404 and "No adapter found" in str(error):
-                raise EngineRejectedError(
-                    f"does not see the adapter in {path}: {_SHARE_THE_FOLDER}", url=self.url, status=404
-                ) from error
-            raise
+        async with self._paused():
+            # Not with load_inplace: vLLM (0.31) then reads the adapter from disk again at every step, and dies when
+            # the folder is gone.
+            try:
+                await self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
+            except EngineRejectedError:
+                pass  # there was none, or the next request says what is wrong
+            try:
+                await self._http.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+            except EngineRejectedError as error:
+                hidden = f"does not see the adapter in {path}: {_SHARE_THE_FOLDER}"
+                raise _explained(error, hidden if "No adapter found" in str(error) else _NEEDS_LORA) from error
+            try:
+                await self.reset_prefix_cache()
+            except EngineRejectedError as error:
+                if error.status != 404:
+                    raise
+                # vLLM caches per load of an adapter; only one loaded again from the same path needs the reset.
 
     def use_lora(self, name: str) -> None:
         self._lora = name
@@ -196,25 +268,96 @@ class VLLMEngine:
     async def aclose(self) -> None:
         await self._http.aclose()
 
+    @contextlib.asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Requests in flight are done, and new ones wait, where the server can pause (in vLLM's development mode).
+
+        Without it, vLLM finishes what is in flight with the new weights on top of the old ones' keys and values.
+        """
+        try:
+            try:
+                await self._http.post("/pause?mode=wait")
+                paused = True
+            except EngineRejectedError as error:
+                if error.status not in (404, 405):
+                    raise
+                paused = False
+            yield
+        finally:
+            if paused:
+                await self._http.post("/resume")
+
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
-        rows = []
-        for choice in await self._complete(prompts, logprobs=k, temperature=_on_wire(temperature)):
-            rows.append(_without_sampled(self._top_logprobs(choice), choice["logprobs"]["tokens"][0], k))
-        return self._pack(rows, k)
+        async def ask() -> TopK:
+            async with self._gate.shared():
+                answers = await asyncio.gather(
+                    *(
+                        self._complete(
+                            prompts[i : i + _MAX_PROMPTS], logprobs=k, temperature=_on_wire(temperature)
+                        )
+                        for i in range(0, len(prompts), _MAX_PROMPTS)
+                    )
+                )
+            rows = [
+                _without_sampled(self._top_logprobs(choice), choice["logprobs"]["tokens"][0], k)
+                for choice in chain.from_iterable(answers)
+            ]
+            return self._pack(rows, k)
+
+        return await self._until_whole(ask)
+
+    async def _until_whole(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` gives, asked again if it was spoilt."""
+        for _ in range(_SPOILT_RETRIES):
+            try:
+                return await ask()
+            except _SpoiltAnswerError as error:
+                self._http.stats.retries += 1
+                logger.warning("%s; trying again", error)
+        return await ask()
+
+    async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
+        """Lists for the last `count` tokens of a text, whose beginning the prefix cache may have."""
+        info = await self.describe()
+        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
+        for skip in (False, True):
+            answer = await self._http.post(
+                "/inference/v1/generate",
+                {
+                    "model": self._lora or info.model,
+                    "token_ids": text,
+                    "sampling_params": {**sampling, "skip_reading_prefix_cache": skip},
+                },
+            )
+            rows = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+            # Rows are missing at the beginning: those of cached tokens, and in a text seen before, some of the last.
+            if isinstance(rows, list) and len(rows) >= count and all(rows[-count:]):
+                return [_prompt_row(row, k) for row in rows[-count:]]
+        raise EngineProtocolError(f"prompt_logprobs lack rows for the last {count} tokens", url=self.url)
+
+    async def _score_prompt(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
+        """Lists for the last `count` tokens of a text, computed anew."""
+        (choice,) = await self._complete([text], temperature=0.0, prompt_logprobs=k)
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(text):
+            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
+        return [_prompt_row(row, k) for row in rows[-count:]]
 
     async def _reports_processed(self, prompt: TokenIds) -> bool:
-        """Whether log-probabilities follow the temperature; measured on `prompt`, once."""
-        if self._processed is None:
-            one = await self._lists([prompt], 1, 1.0)
-            half = await self._lists([prompt], 1, 0.5)
-            self._processed = bool(abs(one.logprobs[0, 0] - half.logprobs[0, 0]) > 1e-4)
-            if not self._processed:
-                logger.warning(
-                    "%s reports raw log-probabilities; at temperature != 1 the mass outside the top-k list is "
-                    "approximated. Start it with --logprobs-mode processed_logprobs to have them exact.",
-                    self.url,
-                )
-        return self._processed
+        """Whether log-probabilities follow the temperature."""
+        processed = (await self.probe(prompt)).logprobs_mode == "processed"
+        if not processed and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s reports raw log-probabilities; at temperature != 1 the mass outside the top-k list is "
+                "approximated. Start it with --logprobs-mode processed_logprobs to have them exact.",
+                self.url,
+            )
+        return processed
+
+    async def _named_alone(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
+        async with self._gate.alone():
+            return await self._named(prompt, token_ids, temperature)
 
     async def _named(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
         values: list[float] = []
@@ -234,7 +377,7 @@ class VLLMEngine:
         return self._as_logprobs(values)
 
     async def _complete(self, prompts: Sequence[TokenIds], **options: Any) -> list[dict[str, Any]]:
-        """The choices of a one-token completion, one per prompt, in order."""
+        """The choices of a completion, of one token unless said otherwise, one per prompt, in order."""
         info = await self.describe()
         payload = {
             "model": self._lora or info.model,
@@ -244,13 +387,19 @@ class VLLMEngine:
             **_PLAIN_SAMPLING,
             **options,
         }
+        return await self._until_whole(lambda: self._choices(payload))
+
+    async def _choices(self, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         answer = await self._http.post("/v1/completions", payload)
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != len(prompts):
-            raise EngineProtocolError(f"expected {len(prompts)} choices in the answer", url=self.url)
+        count = len(payload["prompt"])
+        if not isinstance(choices, list) or len(choices) != count:
+            raise EngineProtocolError(f"expected {count} choices in the answer", url=self.url)
         choices.sort(key=lambda choice: choice["index"])
-        if [choice["index"] for choice in choices] != list(range(len(prompts))):
+        if [choice["index"] for choice in choices] != list(range(count)):
             raise EngineProtocolError("the choices in the answer are not numbered 0, 1, 2, ...", url=self.url)
+        if any(choice.get("finish_reason") == "abort" for choice in choices):
+            raise _SpoiltAnswerError("the server aborted a request, as it does on /pause", url=self.url)
         return choices
 
     def _top_logprobs(self, choice: Mapping[str, Any]) -> dict[str, float]:
@@ -289,7 +438,7 @@ class VLLMEngine:
         """A list of fewer than k tokens must hold all there is."""
         short = (token_ids != NO_TOKEN).sum(axis=1) < k
         if short.any() and (np.exp(logprobs[short]).sum(axis=1) < 1 - _MASS_TOLERANCE).any():
-            raise EngineProtocolError(
+            raise _SpoiltAnswerError(
                 f"a list holds fewer than {k} tokens, yet not all the mass. Is another client using "
                 "logprob_token_ids on this server? That garbles the lists of requests in the same step.",
                 url=self.url,
@@ -307,7 +456,55 @@ def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, f
     return row if len(row) <= k else {key: value for key, value in row.items() if key != sampled}
 
 
+def _prompt_row(row: Mapping[str, Mapping[str, Any]], k: int) -> dict[str, float]:
+    """A row of prompt_logprobs as a list of the k most likely; the prompt's own token comes first, among them or not."""
+    entries = {f"{_KEY_PREFIX}{token}": entry["logprob"] for token, entry in row.items()}
+    return _without_sampled(entries, next(iter(entries)), k)
+
+
+def _token_ids(keys: Sequence[str]) -> np.ndarray:
+    return np.array([int(key.removeprefix(_KEY_PREFIX)) for key in keys], dtype=np.int64)
+
+
+def _explained(error: EngineRejectedError, advice: str) -> EngineRejectedError:
+    """The same refusal, with what to do when it comes of a missing route or file."""
+    if error.status != 404:
+        return error
+    return EngineRejectedError(advice, url=error.url, status=404)
+
+
 def _on_wire(temperature: float) -> float:
     """At temperature 0 vLLM reports log_softmax(logits) in both log-probability modes, like at 1, and the list never
     holds a sampled token beyond the k most likely."""
     return 0.0 if temperature == 1.0 else temperature
+
+
+class _Gate:
+    """Keeps two kinds of requests apart in time: shared ones, any number at once, and those that must be alone.
+
+    Whoever comes first goes first, so neither kind waits forever.
+    """
+
+    def __init__(self) -> None:
+        self._door = asyncio.Lock()
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._door:
+            self._inside += 1
+            self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._door:
+            await self._empty.wait()
+            yield

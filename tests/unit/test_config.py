@@ -26,7 +26,6 @@ INVALID = {
     "alpha_method": ["newton", None],
     "fixed_alpha": [0.5],  # without alpha_method "fixed"
     "kl_budget": [0.5],  # without alpha_method "kl_budget"
-    "kl_budget": [0.5],  # without alpha_method "kl_budget"
     "alpha_min": [-0.1, 1.5, math.nan, "0", None],
     "alpha_max": [-0.1, 1.5, math.nan, True],
     "temperature": [0, -1.0, math.inf, math.nan, "1"],

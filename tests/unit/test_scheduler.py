@@ -1,0 +1,155 @@
+"""Who advances with whom, how faults are kept apart, and how the fastest way is chosen."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding.record import DecodingStats, Recorder
+from dual_rollout.decoding.scheduler import Scheduler, advance
+from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.tuner import Choice, Load, Tuner
+from dual_rollout.exceptions import EngineRejectedError, EngineUnavailableError
+
+
+def sequences(count: int, max_tokens: int = 4) -> list[DecodingSequence]:
+    return [DecodingSequence([i], [i], max_tokens=max_tokens, stop_ids=frozenset(), key=(0, i)) for i in range(count)]
+
+
+def add_token(sequence: DecodingSequence) -> None:
+    sequence.append(
+        1, alpha=0.5, log_q=0.0, logp_theta=0.0, logp_t=0.0, log_weight=0.0, top_theta=0.0, top_t=0.0, diagnostics={}
+    )
+
+
+class OneToken:
+    """A mode that gives every sequence a token, and refuses a round with one of `bad` prompts in it."""
+
+    def __init__(self, bad: set[int] | None = None, down: bool = False):
+        self.rounds: list[int] = []
+        self._bad = bad or set()
+        self._down = down
+
+    async def advance(self, batch: list[DecodingSequence]) -> None:
+        self.rounds.append(len(batch))
+        await asyncio.sleep(0)
+        if self._down:
+            raise EngineUnavailableError("gone", url="http://nowhere")
+        if any(sequence.context_theta[0] in self._bad for sequence in batch):
+            raise EngineRejectedError("bad prompt", url="http://nowhere", status=400)
+        for sequence in batch:
+            add_token(sequence)
+
+
+def recorder(max_concurrency: int) -> Recorder:
+    config = CoordinatorConfig(max_concurrency=max_concurrency)
+    nobody: object = None
+    return Recorder(nobody, nobody, config, DecodingStats())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_sequence_ends_and_no_round_exceeds_the_limit(groups: int) -> None:
+    all_of_them = sequences(23, max_tokens=3)
+    mode, scheduler = OneToken(), Scheduler(all_of_them, recorder(8))
+
+    async def run() -> None:
+        await scheduler.run(mode, groups=groups)
+        await scheduler.finish()
+
+    asyncio.run(run())
+    assert [len(sequence.tokens) for sequence in all_of_them] == [3] * 23
+    assert scheduler.done
+    assert max(mode.rounds) <= -(-8 // groups)
+    assert sum(mode.rounds) == 3 * 23
+
+
+def test_rounds_can_be_counted_and_resumed() -> None:
+    all_of_them = sequences(4, max_tokens=5)
+    scheduler = Scheduler(all_of_them, recorder(4))
+
+    async def run() -> None:
+        await scheduler.run(OneToken(), groups=2, rounds=2)
+        assert {len(sequence.tokens) for sequence in all_of_them} == {2}
+        await scheduler.run(OneToken(), groups=1, rounds=None)
+        await scheduler.finish()
+
+    asyncio.run(run())
+    assert {len(sequence.tokens) for sequence in all_of_them} == {5}
+
+
+def test_a_bad_prompt_is_found_and_fails_alone() -> None:
+    batch = sequences(9)
+    asyncio.run(advance(OneToken(bad={4}), batch))
+    assert [sequence.failure is not None for sequence in batch] == [i == 4 for i in range(9)]
+    assert [len(sequence.tokens) for sequence in batch] == [0 if i == 4 else 1 for i in range(9)]
+
+
+def test_a_server_that_is_gone_fails_the_round() -> None:
+    batch = sequences(3)
+    mode = OneToken(down=True)
+    asyncio.run(advance(mode, batch))
+    assert all(isinstance(sequence.failure, EngineUnavailableError) for sequence in batch)
+    assert mode.rounds == [3], "a dead server is not asked again for every sequence"
+
+
+def test_the_random_stream_of_a_position_can_be_asked_twice() -> None:
+    first, other = sequences(2)
+    numbers = first.rewind().random(3)
+    assert (first.rewind().random(3) == numbers).all()
+    assert (other.rewind().random(3) != numbers).all()
+    add_token(first)
+    assert (first.rewind().random(3) != numbers).all()
+    assert (sequences(1)[0].rewind().random(3) == numbers).all()
+
+
+SPEEDS = {"lockstep, 1 group": 100.0, "lockstep, 2 groups": 150.0}
+
+
+def drive(tuner: Tuner, config: CoordinatorConfig, load: Load, speeds: dict[str, float], times: int) -> list[str]:
+    """Choose `times` times, reporting the given tokens per second; the choices by name."""
+    made = []
+    for _ in range(times):
+        choice, _rounds = tuner.choose(config, load)
+        tuner.observe(choice, tokens=round(1000 * speeds[str(choice)]), seconds=1000.0)
+        made.append(str(choice))
+    return made
+
+
+@pytest.mark.parametrize("block_speed", [30.0, 140.0, 400.0])
+def test_auto_settles_on_the_fastest(block_speed: float) -> None:
+    speeds = SPEEDS | {f"block, 2 groups, {n} draft tokens": block_speed * f for n, f in ((2, 0.9), (4, 1), (8, 1.1))}
+    tuner = Tuner()
+    made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 12)
+    assert set(made[-5:]) == {max(speeds, key=speeds.__getitem__)}
+    assert str(tuner.chosen) == made[-1]
+    tried = [name for name in made if "block" in name]
+    if block_speed < 100:
+        assert len(tried) == 1, "a hopeless block is tried once"
+    else:
+        assert len(set(tried)) == 3, "a promising one is tried at other lengths"
+
+
+def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
+    speeds = SPEEDS | {f"block, 2 groups, {n} draft tokens": s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))}
+    tuner, config = Tuner(), CoordinatorConfig()
+    drive(tuner, config, Load.of(16, 60), speeds, 8)
+    later = drive(tuner, config, Load.of(16, 200), speeds | {"lockstep, 2 groups": 300.0}, 6)
+    assert set(later) == {"block, 2 groups, 8 draft tokens", "lockstep, 2 groups"}
+    assert later[-1] == "lockstep, 2 groups"
+
+
+@pytest.mark.parametrize(
+    "options", [{"seed": 0}, {"temperature": 0.7}, {"missing": "exact"}, {"decoding": "lockstep"}], ids=str
+)
+def test_auto_blocks_only_where_the_law_and_the_tokens_stay_the_same(options: dict[str, object]) -> None:
+    made = drive(Tuner(), CoordinatorConfig(**options), Load.of(16, 60), SPEEDS, 6)  # type: ignore[arg-type]
+    assert not any("block" in name for name in made)
+
+
+def test_block_stays_block() -> None:
+    speeds = {"block, 1 group, 3 draft tokens": 1.0, "block, 2 groups, 3 draft tokens": 2.0}
+    config = CoordinatorConfig(decoding="block", num_draft_tokens=3)
+    assert drive(Tuner(), config, Load.of(4, 60), speeds, 5)[-1] == "block, 2 groups, 3 draft tokens"
+    assert Tuner().first(config) == Choice("block", 1, 3)
