@@ -1,7 +1,8 @@
 """Clients of inference servers. They take and return token ids and arrays, never raw JSON."""
 
-from dual_rollout.engines.base import Engine, EngineInfo
+from dual_rollout.engines.base import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.engines.http import HttpStats, HttpTransport
+from dual_rollout.engines.sglang import SGLangEngine
 from dual_rollout.engines.vllm import VLLMEngine
 
-__all__ = ["Engine", "EngineInfo", "HttpStats", "HttpTransport", "VLLMEngine"]
+__all__ = ["Capabilities", "Drafts", "Engine", "EngineInfo", "HttpStats", "HttpTransport", "SGLangEngine", "VLLMEngine"]

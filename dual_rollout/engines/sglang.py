@@ -1,0 +1,397 @@
+"""The client of an unmodified SGLang server: its native API, token ids in and triples out.
+
+`/generate` answers `[log-probability, token id, text or null]` triples, in lists of one per candidate. What is known of
+it comes from SGLang's source and documentation; see docs/sglang.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, TokenIds
+from dual_rollout.engines.http import HttpTransport
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.types import NO_TOKEN, TopK
+
+logger = logging.getLogger(__name__)
+
+_NEVER = -9999.0  # SGLang writes log 0 as the least finite float
+_PROBED_LENGTH = 16
+_PROBED_TOKENS = 4
+_SAME_LAW = 0.05  # probabilities of one law differ by less, whatever the kernels' rounding
+
+# SGLang fills what is not said from --preferred-sampling-params, so everything is said. Temperature 0 is not used: it
+# means top_k=1, and in some versions another request's min_p in the same step then cuts our lists to one token.
+_PLAIN_SAMPLING = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "ignore_eos": True,
+}
+
+
+class SGLangEngine:
+    """One model behind an SGLang server's native HTTP API; implements `Engine`.
+
+    Args:
+        model: the served name, checked only, or that of a LoRA adapter the server has.
+    """
+
+    def __init__(self, transport: HttpTransport, model: str | None = None):
+        self.url = transport.url
+        self._http = transport
+        self._wanted = model
+        self._lora: str | None = None
+        self._info: EngineInfo | None = None
+        self._server: Mapping[str, Any] = {}
+        self._capabilities: Capabilities | None = None
+        self._processed: bool | None = None
+        self._rows_fit = True
+        self._warned = False
+
+    async def describe(self) -> EngineInfo:
+        if self._info is None:
+            model, self._server = await asyncio.gather(
+                self._get("/model_info", "/get_model_info"), self._get("/server_info", "/get_server_info")
+            )
+            served = str(self._server.get("served_model_name") or model.get("model_path"))
+            if self._wanted not in (None, served):
+                if not self._server.get("enable_lora"):
+                    raise EngineRejectedError(
+                        f"serves {served!r}, not {self._wanted!r}, and has no LoRA adapters: leave theta_model/t_model "
+                        "unset (a weight update renames the served model)",
+                        url=self.url,
+                        status=404,
+                    )
+                self._lora = self._wanted
+            longest = self._server.get("max_req_input_len")  # SGLang refuses prompts from this length on
+            root = model.get("tokenizer_path") or model.get("model_path")
+            self._info = EngineInfo(self._wanted or served, root, None if longest is None else int(longest) - 1)
+        return self._info
+
+    async def probe(self, prompt: TokenIds) -> Capabilities:
+        if self._capabilities is None:
+            info = await self.describe()
+            text = ([*prompt] * 3)[:_PROBED_LENGTH]
+            self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
+            self._capabilities = Capabilities(
+                model=info.model,
+                root=info.root,
+                max_model_len=info.max_model_len,
+                version=self._server.get("version"),
+                logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
+                named_logprobs=True,
+                prefix_caching=not self._server.get("disable_radix_cache"),
+                generate_endpoint=True,
+                cached_rows=self._rows_fit,
+                detokenizes=not self._server.get("skip_tokenizer_init"),
+                reloads_weights=True,
+                resets_prefix_cache=True,
+                pauses=True,
+                loads_lora=await self.loads_lora(),
+                scoring="token_ids" if self._rows_fit else "prefixes",
+            )
+        return self._capabilities
+
+    async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
+        if temperature == 1.0 or await self._reports_processed(prompts[0]):
+            return await self._lists(prompts, k, temperature)
+        return at_temperature(await self._lists(prompts, k, 1.0), temperature)
+
+    async def draft(
+        self,
+        prompts: Sequence[TokenIds],
+        lengths: Sequence[int],
+        k: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Drafts:
+        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
+            raise self._needs_processed('decoding="block"')
+        await self.describe()
+        sampling = [
+            _sampling(max_new_tokens=length, temperature=temperature, ignore_eos=False, **self._seed(seed))
+            for length, seed in zip(lengths, seeds, strict=True)
+        ]
+        metas = await self._generate(prompts, sampling, top_logprobs_num=k)
+        drafts, rows = [], []
+        for meta, length in zip(metas, lengths, strict=True):
+            ids, _ = self._triples([self._output_rows(meta, "output_token_logprobs", length)])
+            drafts.append(ids[0])
+            rows += self._output_rows(meta, "output_top_logprobs", length)
+        if len(rows) != sum(map(len, drafts)):
+            raise EngineProtocolError("output_top_logprobs is not as long as the draft", url=self.url)
+        return Drafts(drafts, self._top_k(rows, k))
+
+    async def score_drafts(
+        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+    ) -> TopK:
+        texts = [[*prompt, *draft.tolist()] for prompt, draft in zip(prompts, drafts, strict=True)]
+        starts = [len(prompt) for prompt in prompts]
+        # Log-probabilities of a prompt's tokens do not follow the temperature, those of the next token do.
+        if temperature != 1.0 or not self._rows_fit:
+            prefixes = [
+                text[:end] for text, start in zip(texts, starts, strict=True) for end in range(start, len(text))
+            ]
+            return await self.next_top_k(prefixes, k, temperature)
+        return await self._rows(texts, starts, k)
+
+    async def named_logprobs(
+        self, prompts: Sequence[TokenIds], token_ids: Sequence[TokenIds], temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
+            raise self._needs_processed('missing="exact"')
+        names = [list(ids) for ids in token_ids]
+        metas = await self._generate(prompts, _sampling(temperature=temperature), token_ids_logprob=names)
+        values = []
+        for asked, meta in zip(names, metas, strict=True):
+            ids, logprobs = self._triples(self._output_rows(meta, "output_token_ids_logprobs", 1))
+            if ids[0].tolist() != asked:
+                raise EngineProtocolError("output_token_ids_logprobs are not those of the named tokens", url=self.url)
+            values.append(logprobs[0])
+        return values
+
+    async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(token_ids) - start
+        if start < 1 or count < 1:
+            raise ValueError(f"start must be in 1..{len(token_ids) - 1}, got {start}")
+        # The row at logprob_start_len itself is always null. Older versions leave it out unless it is row 0, so rows
+        # are counted from the end. They are at temperature 1 whatever the request's.
+        (meta,) = await self._generate([token_ids], _sampling(), logprob_start_len=start - 1, top_logprobs_num=1)
+        ids, own = self._triples([self._input_rows(meta, "input_token_logprobs", count)])
+        _, top = self._triples(self._input_rows(meta, "input_top_logprobs", count))
+        # SGLang writes the last id of the vocabulary as 0 here.
+        if any(got not in (asked, 0) for got, asked in zip(ids[0].tolist(), token_ids[start:], strict=True)):
+            raise EngineProtocolError("input_token_logprobs are not those of the prompt's tokens", url=self.url)
+        return own[0], top[:, 0]
+
+    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+        await self.describe()
+        bias = {str(token): -100.0 for token in excluded}
+        sampling = _sampling(temperature=temperature, logit_bias=bias, **self._seed(seed))
+        (meta,) = await self._generate([prompt], sampling)
+        ids, _ = self._triples([self._output_rows(meta, "output_token_logprobs", 1)])
+        return int(ids[0, 0])
+
+    async def detokenize(self, token_ids: TokenIds) -> str:
+        answer = await self._http.post("/detokenize", {"tokens": list(token_ids), "skip_special_tokens": False})
+        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+            raise EngineProtocolError("/detokenize answered no text", url=self.url)
+        return answer["text"]
+
+    async def health(self) -> None:
+        await self._http.get("/health")
+
+    async def reset_prefix_cache(self) -> None:
+        await self._http.post("/flush_cache")
+
+    async def reload_weights(self, path: str) -> None:
+        # SGLang waits for running requests, and drops the prefix cache itself.
+        try:
+            answer = await self._http.post("/update_weights_from_disk", {"model_path": path, "flush_cache": True})
+        except EngineRejectedError as error:
+            if "weights iterator" not in str(error):
+                raise
+            raise EngineRejectedError(
+                f"does not see the weights in {path}: set dual_weight_sync_dir to a folder that trainer and server "
+                f"share under the same path (it says: {error})",
+                url=self.url,
+                status=error.status,
+            ) from error
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise EngineProtocolError(f"/update_weights_from_disk did not confirm the update: {answer}", url=self.url)
+
+    async def load_lora(self, name: str, path: str) -> None:
+        # A name that is taken is refused, so the old adapter goes first; there may be none. The prefix cache is keyed
+        # by load, so nothing of the old adapter is found in it.
+        with contextlib.suppress(EngineRejectedError):
+            await self._http.post("/unload_lora_adapter", {"lora_name": name})
+        answer = await self._http.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise EngineProtocolError(f"/load_lora_adapter did not confirm the load: {answer}", url=self.url)
+
+    def use_lora(self, name: str) -> None:
+        self._lora = name
+
+    async def loads_lora(self) -> bool:
+        await self.describe()
+        return bool(self._server.get("enable_lora"))
+
+    async def check_sees(self, path: str) -> None:
+        """Nothing to ask: SGLang refuses a folder it does not see before it touches a weight."""
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _get(self, path: str, old_path: str) -> Mapping[str, Any]:
+        """What a server tells of itself, at the path of newer versions or else that of older ones."""
+        for candidate in (path, old_path):
+            try:
+                answer = await self._http.get(candidate)
+            except EngineRejectedError as error:
+                if error.status != 404:
+                    raise
+                continue
+            if not isinstance(answer, dict):
+                raise EngineProtocolError(f"{candidate} answered no JSON object", url=self.url)
+            return answer
+        raise EngineRejectedError(
+            f"has neither {path} nor {old_path}; is it an SGLang server? (theta_engine/t_engine say which kind it is)",
+            url=self.url,
+            status=404,
+        )
+
+    async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
+        metas = await self._generate(prompts, _sampling(temperature=temperature), top_logprobs_num=k)
+        return self._top_k(chain.from_iterable(self._output_rows(meta, "output_top_logprobs", 1) for meta in metas), k)
+
+    async def _rows(self, texts: Sequence[Sequence[int]], starts: Sequence[int], k: int) -> TopK:
+        """The lists at positions `starts[i]` to the last of each text, at temperature 1, in one request.
+
+        The last position is that of the next token after a text without its own last.
+        """
+        metas = await self._generate(
+            [text[:-1] for text in texts],
+            _sampling(),
+            top_logprobs_num=k,
+            logprob_start_len=[start - 1 for start in starts],
+        )
+        rows = []
+        for meta, text, start in zip(metas, texts, starts, strict=True):
+            rows += self._input_rows(meta, "input_top_logprobs", len(text) - start - 1)
+            rows += self._output_rows(meta, "output_top_logprobs", 1)
+        return self._top_k(rows, k)
+
+    async def _rows_are_aligned(self, prompt: list[int], draft: np.ndarray) -> bool:
+        """Whether the rows of a prompt's tokens are those of the same prefixes asked one by one."""
+        prefixes = [[*prompt, *draft[:end].tolist()] for end in range(len(draft))]
+        asked = await self._lists(prefixes, _PROBED_TOKENS, 1.0)
+        with contextlib.suppress(EngineProtocolError):
+            scored = await self._rows([[*prompt, *draft.tolist()]], [len(prompt)], _PROBED_TOKENS)
+            p, q = (np.sort(np.exp(top.logprobs), axis=1) for top in (scored, asked))
+            if np.abs(p - q).max() < _SAME_LAW:
+                return True
+        logger.warning("%s: rows of a scored text are not those of its prefixes; drafts are scored by prefix", self.url)
+        return False
+
+    async def _reports_processed(self, prompt: TokenIds) -> bool:
+        """Whether log-probabilities follow the temperature; measured on `prompt`, once.
+
+        If they do, doubling it halves the differences between tokens, which no rounding on the server can look like.
+        """
+        if self._processed is None:
+            lists = await asyncio.gather(*(self._lists([prompt], _PROBED_TOKENS, t) for t in (1.0, 2.0)))
+            one, two = (np.sort(top.logprobs[0])[::-1] for top in lists)
+            last = int(np.isfinite(one).sum()) - 1
+            self._processed = bool(two[0] - two[last] < 0.75 * (one[0] - one[last]))
+            if not self._processed:
+                logger.warning(
+                    "%s reports raw log-probabilities; at temperature != 1 the mass outside the top-k list is "
+                    "approximated. Start it without SGLANG_RETURN_ORIGINAL_LOGPROB to have them exact.",
+                    self.url,
+                )
+        return self._processed
+
+    def _needs_processed(self, what: str) -> EngineRejectedError:
+        return EngineRejectedError(
+            f"{what} at temperature != 1 needs log-probabilities that follow it: start SGLang without "
+            "SGLANG_RETURN_ORIGINAL_LOGPROB",
+            url=self.url,
+            status=400,
+        )
+
+    def _seed(self, seed: int) -> dict[str, int]:
+        """The option that makes a draw repeatable, on a server that looks at it."""
+        if self._server.get("enable_deterministic_inference"):
+            return {"sampling_seed": seed}
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s ignores seeds: what it draws differs from run to run. Start it with "
+                "--enable-deterministic-inference.",
+                self.url,
+            )
+        return {}
+
+    async def _generate(
+        self, prompts: Sequence[TokenIds], sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any
+    ) -> list[Mapping[str, Any]]:
+        """The `meta_info` of what is generated after each prompt, in order; `sampling` is for all or one for each."""
+        await self.describe()
+        payload: dict[str, Any] = {
+            "input_ids": prompts,
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "return_text_in_logprobs": False,
+            **options,
+        }
+        if self._lora is not None:
+            payload["lora_path"] = self._lora
+        answers = await self._http.post("/generate", payload)
+        if not isinstance(answers, list) or len(answers) != len(prompts):
+            raise EngineProtocolError(f"expected a list of {len(prompts)} answers", url=self.url)
+        return [self._meta_info(answer) for answer in answers]
+
+    def _meta_info(self, answer: Any) -> Mapping[str, Any]:
+        meta = answer.get("meta_info") if isinstance(answer, dict) else None
+        if not isinstance(meta, dict):
+            raise EngineProtocolError("an answer has no meta_info", url=self.url)
+        finish = meta.get("finish_reason")
+        if isinstance(finish, dict) and finish.get("type") == "abort":
+            raise EngineUnavailableError(f"the server aborted a request: {finish.get('message')}", url=self.url)
+        return meta
+
+    def _output_rows(self, meta: Mapping[str, Any], name: str, at_most: int) -> list[Any]:
+        """What `name` holds for the tokens generated."""
+        rows = meta.get(name)
+        if not isinstance(rows, list) or not 1 <= len(rows) <= at_most:
+            raise EngineProtocolError(f"meta_info has no {name} for {at_most} generated tokens", url=self.url)
+        return rows
+
+    def _input_rows(self, meta: Mapping[str, Any], name: str, count: int) -> list[Any]:
+        """What `name` holds for the last `count` tokens of the prompt."""
+        rows = meta.get(name)
+        if not isinstance(rows, list) or len(rows) < count:
+            raise EngineProtocolError(f"meta_info has no {name} for {count} prompt tokens", url=self.url)
+        return rows[len(rows) - count :]
+
+    def _top_k(self, rows: Iterable[Any], k: int) -> TopK:
+        ids, logprobs = self._triples(list(rows))
+        if ids.shape[1] != k:
+            raise EngineProtocolError(f"a list holds {ids.shape[1]} tokens, not {k}", url=self.url)
+        # Impossible tokens are no candidates.
+        ids[logprobs == -np.inf] = NO_TOKEN
+        return TopK(ids, logprobs)
+
+    def _triples(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Lists of K triples as token ids and log-probabilities, both `(len(rows), K)`; parsed in bulk."""
+        try:
+            (width,) = {len(row) for row in rows}
+            values, tokens, _ = zip(*chain.from_iterable(rows), strict=True)
+            logprobs = np.array(values, dtype=np.float64).reshape(-1, width)
+            ids = np.array(tokens, dtype=np.int64).reshape(-1, width)
+        except (TypeError, ValueError) as error:
+            raise EngineProtocolError(
+                "log-probabilities are not lists of [log-probability, token id, text] of one length", url=self.url
+            ) from error
+        if np.isnan(logprobs).any() or (logprobs > 1e-3).any() or (ids < 0).any():
+            raise EngineProtocolError("log-probabilities are missing, NaN or positive", url=self.url)
+        return ids, np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
+
+
+def _sampling(**changes: Any) -> dict[str, Any]:
+    return {**_PLAIN_SAMPLING, **changes}
