@@ -8,7 +8,7 @@ MODEL := outputs/models/SmolLM2-135M-Instruct
 RECIPE ?= recipes/quickstart/grpo_cpu.yaml
 STEPS ?= 8
 
-.PHONY: help install check test demo clean
+.PHONY: help install check test test-vllm demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,12 +28,16 @@ check: install  ## lint, format and types
 test: install  ## all tests but those that need real vLLM or a GPU
 	$(BIN)/python -m pytest -m 'not vllm and not gpu'
 
+test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM servers (CPU build, in .venv-vllm)
+	PYTHON=$(PYTHON) bash tests/vllm/install.sh
+	$(BIN)/python -m pytest tests/vllm
+
 demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=40 makes it longer)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/one_cpu.yaml \
-		-m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS)
+		--num_cpu_threads_per_process 2 -m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS)
 
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)
 
-clean:  ## remove .venv and outputs
-	rm -rf $(VENV) outputs
+clean:  ## remove the environments and outputs
+	rm -rf $(VENV) .venv-vllm outputs

@@ -6,10 +6,8 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
-
-AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 
 
 def _option(default: Any, help: str) -> Any:
@@ -24,6 +22,11 @@ class CoordinatorConfig:
         ValueError: a value out of range, naming the field and what to set it to.
     """
 
+    engine: Literal["dual", "native"] = _option(
+        "dual",
+        '"dual": a server for each model. "native": one server at theta_url that samples from q* itself (dual-rollout '
+        "serve-native); t_url, top_k, support, missing and decoding then mean nothing.",
+    )
     theta_url: str = _option("http://127.0.0.1:8000", "Base URL of the policy's server (π_θ).")
     t_url: str = _option("http://127.0.0.1:8001", "Base URL of the target's server (π_t).")
     theta_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_θ.")
@@ -46,7 +49,7 @@ class CoordinatorConfig:
     num_draft_tokens: int | None = _option(
         None, "Tokens per draft at most; adapted to the measured acceptance when unset."
     )
-    alpha_method: AlphaMethod = _option(
+    alpha_method: Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"] = _option(
         "kl_symmetry",
         'How α is chosen per token: "kl_symmetry" (equally far from both), "fixed", "ess_balance" (equal effective '
         'sample sizes), "entropy" (the surer model has the larger say), "kl_budget" (as far from π_θ as allowed).',
@@ -96,6 +99,10 @@ class CoordinatorConfig:
             self._check("kl_budget", lambda v: _is_real(v) and v >= 0, 'a number >= 0 with alpha_method "kl_budget"')
         elif self.kl_budget is not None:
             raise ValueError('kl_budget is set, but alpha_method is not "kl_budget": set one or drop the other')
+        if self.engine == "native" and self.alpha_method not in ("kl_symmetry", "fixed"):
+            raise ValueError(f'engine "native" knows alpha_method "kl_symmetry" and "fixed", not {self.alpha_method!r}')
+        if self.engine == "native" and not 0.05 <= self.temperature <= 2:
+            raise ValueError(f'engine "native" needs a temperature in [0.05, 2], got {self.temperature}')
         if self.num_draft_tokens is not None:
             self._check("num_draft_tokens", lambda v: _is_int(v) and v >= 1, "a whole number >= 1, or None")
         if self.decoding == "block" and self.missing == "exact":
@@ -132,10 +139,11 @@ def _is_real(value: Any) -> bool:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "engine": ("dual", "native"),
     "theta_engine": ("vllm", "sglang"),
     "t_engine": ("vllm", "sglang"),
     "support": ("union", "tail"),
     "missing": ("floor", "exact"),
     "decoding": ("auto", "lockstep", "block"),
-    "alpha_method": get_args(AlphaMethod),
+    "alpha_method": ("kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"),
 }

@@ -14,15 +14,25 @@ from typing import Any, Self
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.decoding import Choice, DecodingSequence, DecodingStats, Recorder, Tuner, decode
-from dual_rollout.engines import Engine, EngineInfo, HttpStats, HttpTransport, SGLangEngine, VLLMEngine
-from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.decoding import (
+    Choice,
+    DecodingSequence,
+    DecodingStats,
+    NativeDecoder,
+    OnToken,
+    Recorder,
+    Tuner,
+    decode,
+)
+from dual_rollout.engines import Engine, EngineInfo, HttpStats, HttpTransport, NativeEngine, SGLangEngine, VLLMEngine
+from dual_rollout.preflight import check_servers
 from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
 from dual_rollout.types import GenerationOutput, Prompt, StreamChunk
 
 logger = logging.getLogger(__name__)
 
 _MAX_PROMPTS_PER_REQUEST = 1024  # vLLM refuses longer lists
+_STREAMED_BLOCK = 16  # tokens a native server draws per request while streaming
 _ENGINES: dict[str, Callable[[HttpTransport, str | None], Engine]] = {"vllm": VLLMEngine, "sglang": SGLangEngine}
 
 
@@ -71,8 +81,14 @@ class DualVLLMCoordinator:
         self.config = config
         self.tokenizer = tokenizer
         self._transports = [self._transport(config.theta_url), self._transport(config.t_url)]
-        self.theta: Engine = _ENGINES[config.theta_engine](self._transports[0], config.theta_model)
-        self.t: Engine = _ENGINES[config.t_engine](self._transports[1], config.t_model)
+        self._native: NativeEngine | None = None
+        if config.engine == "native":
+            self._native = NativeEngine(self._transports[0], config.theta_model)
+            self.theta: Engine = self._native
+            self.t: Engine = self._native
+        else:
+            self.theta = _ENGINES[config.theta_engine](self._transports[0], config.theta_model)
+            self.t = _ENGINES[config.t_engine](self._transports[1], config.t_model)
         self.stats = CoordinatorStats(theta=self._transports[0].stats, t=self._transports[1].stats)
         self.weight_version: int | None = None
         self._tuner = Tuner()
@@ -133,15 +149,12 @@ class DualVLLMCoordinator:
         await self._preflight(running, config)
         started = time.perf_counter()
         with _progress(config.show_progress, total=len(prompts)) as bar:
-            recorder = Recorder(
-                self.theta,
-                self.t,
+            await self._decode(
+                running,
                 config,
-                self.stats.decoding,
                 with_diagnostics=return_diagnostics,
                 on_token=lambda sequence: bar.update() if sequence.done else None,
             )
-            await decode(running, recorder, self._tuner)
         self.stats.seconds += time.perf_counter() - started
         for sequence, output in zip(sequences, outputs, strict=True):
             self._fill(output, sequence)
@@ -172,17 +185,14 @@ class DualVLLMCoordinator:
         decoder = IncrementalDecoder(self.tokenizer) if self.tokenizer is not None else None
         chunks: asyncio.Queue[StreamChunk | None] = asyncio.Queue()
 
-        recorder = Recorder(
-            self.theta,
-            self.t,
-            config,
-            self.stats.decoding,
-            on_token=lambda s: chunks.put_nowait(_chunk(s, decoder)),
-        )
-
         async def run() -> None:
             try:
-                await decode([sequence], recorder, self._tuner)
+                await self._decode(
+                    [sequence],
+                    config,
+                    on_token=lambda s: chunks.put_nowait(_chunk(s, decoder)),
+                    max_block=_STREAMED_BLOCK,
+                )
             finally:
                 chunks.put_nowait(None)
 
@@ -195,6 +205,25 @@ class DualVLLMCoordinator:
             task.cancel()
         if sequence.failure is not None:
             raise sequence.failure
+
+    async def _decode(
+        self,
+        sequences: list[DecodingSequence],
+        config: CoordinatorConfig,
+        *,
+        on_token: OnToken,
+        with_diagnostics: bool = False,
+        max_block: int | None = None,
+    ) -> None:
+        """Decode all sequences to their end; `max_block` is how many tokens a native server draws per request."""
+        stats = self.stats.decoding
+        if self._native is not None:
+            await NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token).decode(sequences)
+        else:
+            recorder = Recorder(
+                self.theta, self.t, config, stats, with_diagnostics=with_diagnostics, on_token=on_token
+            )
+            await decode(sequences, recorder, self._tuner)
 
     def _transport(self, url: str) -> HttpTransport:
         config = self.config
@@ -223,6 +252,8 @@ class DualVLLMCoordinator:
         config: CoordinatorConfig,
     ) -> tuple[list[DecodingSequence], list[GenerationOutput]]:
         """Tokenise once, check lengths, and give each sequence its own random stream."""
+        if self._native is not None and t_prompts is not None:
+            raise ValueError('engine "native" shows both models one prompt: t_prompts need engine "dual"')
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of prompts; got one string")
         if t_prompts is not None and len(t_prompts) != len(prompts):
@@ -274,21 +305,15 @@ class DualVLLMCoordinator:
             )
 
     async def _preflight(self, sequences: list[DecodingSequence], config: CoordinatorConfig) -> None:
-        """One real position from both servers, before the batch: a misconfigured server fails here, once."""
+        """Before the first batch: a misconfigured server fails here, once."""
+        if self._native is not None:
+            await self._native.attach(config.temperature)
+            return
         if self._checked or not sequences:
             return
-        first = sequences[0]
-        for engine, context, flag in (
-            (self.theta, first.context_theta, "theta_url"),
-            (self.t, first.context_t, "t_url"),
-        ):
-            try:
-                await engine.next_top_k([context], config.top_k)
-            except EngineRejectedError as error:
-                raise PreflightError(
-                    f"the server at {flag} refuses a request for {config.top_k} log-probabilities: {error}. "
-                    f"Start it with --max-logprobs {config.top_k} or more, or lower top_k."
-                ) from error
+        contexts_theta = [sequence.context_theta for sequence in sequences]
+        contexts_t = [sequence.context_t for sequence in sequences]
+        await check_servers(self.theta, self.t, config, contexts_theta, contexts_t)
         self._checked = True
 
     def _fill(self, output: GenerationOutput, sequence: DecodingSequence) -> None:
@@ -318,10 +343,11 @@ async def generate_with_optimal_sampling(
 
 def _check_length(context: list[int], max_tokens: int, info: EngineInfo, name: str) -> None:
     limit = info.max_model_len
-    if limit is not None and len(context) + max_tokens > limit:
+    # A server scores a text by generating one token more.
+    if limit is not None and len(context) + max_tokens >= limit:
         raise ValueError(
-            f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} that exceeds its context of "
-            f"{limit}. Shorten the prompt, lower max_tokens, or raise --max-model-len."
+            f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} and one more for scoring that "
+            f"exceeds its context of {limit}. Shorten the prompt, lower max_tokens, or raise --max-model-len."
         )
 
 

@@ -60,6 +60,11 @@ class DecodingSequence:
         return self.finish_reason is not None or self.failure is not None
 
     @property
+    def stop_ids(self) -> Collection[int]:
+        """Tokens that end it."""
+        return self._stop_ids
+
+    @property
     def room(self) -> int:
         """Tokens that may still come."""
         return self._max_tokens - len(self.tokens)

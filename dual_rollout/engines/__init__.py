@@ -2,7 +2,18 @@
 
 from dual_rollout.engines.base import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.engines.http import HttpStats, HttpTransport
+from dual_rollout.engines.native import NativeEngine
 from dual_rollout.engines.sglang import SGLangEngine
 from dual_rollout.engines.vllm import VLLMEngine
 
-__all__ = ["Capabilities", "Drafts", "Engine", "EngineInfo", "HttpStats", "HttpTransport", "SGLangEngine", "VLLMEngine"]
+__all__ = [
+    "Capabilities",
+    "Drafts",
+    "Engine",
+    "EngineInfo",
+    "HttpStats",
+    "HttpTransport",
+    "NativeEngine",
+    "SGLangEngine",
+    "VLLMEngine",
+]

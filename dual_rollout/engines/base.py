@@ -42,8 +42,8 @@ class Drafts:
 
 
 ScoringMethod = Literal["token_ids", "prefixes", "prompt_logprobs"]
-"""How a drafted block is scored: rows of the token-in/token-out endpoint after the cached prefix; one prompt per prefix,
-which the prefix cache makes cheap; or rows for the whole prompt, computed anew."""
+"""How a drafted block is scored: by the token-in/token-out endpoint, computing what follows the cached prefix; as one
+prompt per prefix, which the prefix cache makes cheap; or by rows for the whole prompt, computed anew."""
 
 
 @dataclass(frozen=True, slots=True)

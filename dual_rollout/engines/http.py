@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "DUAL_ROLLOUT_API_KEY"
 _RETRIED_STATUS = (429, 502, 503, 504)
+_KEEP_ALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
 _backoff = wait_exponential_jitter(initial=0.25, max=15.0, jitter=0.25)
 
 
@@ -42,11 +43,16 @@ class HttpStats:
 
 
 class _TransientError(Exception):
-    """An attempt that may succeed when repeated; `retry_after` (seconds) if the server said when."""
+    """An attempt that may succeed when repeated; `retry_after` (seconds) if the server said when.
 
-    def __init__(self, message: str, retry_after: float = 0.0):
+    `closed`: the server closed the connection, which may have been idle for long or follow an internal error of an
+    earlier request; a new one may do at once.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0, *, closed: bool = False):
         super().__init__(message)
         self.retry_after = retry_after
+        self.closed = closed
 
 
 class HttpTransport:
@@ -75,18 +81,25 @@ class HttpTransport:
 
     async def get(self, path: str) -> Any:
         """The parsed JSON answer to a GET (None for an empty body)."""
-        return await self._request("GET", path, None)
+        return self._parse(path, *await self._request("GET", path, None))
+
+    async def get_text(self, path: str) -> str:
+        """The answer to a GET as it is."""
+        content, _ = await self._request("GET", path, None)
+        return content.decode("utf-8", "replace")
 
     async def post(self, path: str, payload: Any = None) -> Any:
         """The parsed JSON answer to a POST of `payload` as JSON (None for an empty body)."""
-        return await self._request("POST", path, orjson.dumps(payload) if payload is not None else b"")
+        body = orjson.dumps(payload) if payload is not None else b""
+        return self._parse(path, *await self._request("POST", path, body))
 
     async def aclose(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _request(self, method: str, path: str, body: bytes | None) -> Any:
+    async def _request(self, method: str, path: str, body: bytes | None) -> tuple[bytes, str]:
+        """The content of the answer and its type."""
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
             stop=stop_after_attempt(self._max_retries + 1) | stop_after_delay(self._total_timeout),
@@ -110,14 +123,19 @@ class HttpTransport:
             raise EngineUnavailableError(
                 f"{method} {path} took longer than total_timeout={self._total_timeout:g} s", url=self.url
             ) from error
+        raise AssertionError("tenacity returns or raises")
 
-    async def _attempt(self, method: str, path: str, body: bytes | None) -> Any:
+    async def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[bytes, str]:
         started = time.perf_counter()
         try:
             async with self._open_session().request(method, self.url + path, data=body) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            closed = isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError))
+            refused = isinstance(error, aiohttp.ClientConnectorError)
+            raise _TransientError(
+                f"{type(error).__name__}: {error}".rstrip(": "), closed=closed and not refused
+            ) from error
         finally:
             self.stats.requests += 1
             self.stats.bytes_sent += len(body or b"")
@@ -138,7 +156,7 @@ class HttpTransport:
             raise EngineProtocolError(
                 f"{method} {path} answered HTTP {response.status}: {_error_message(content)}", url=self.url
             )
-        return self._parse(path, content, response.content_type)
+        return content, response.content_type
 
     def _parse(self, path: str, content: bytes, content_type: str) -> Any:
         if not content or content_type != "application/json":
@@ -154,7 +172,9 @@ class HttpTransport:
             if key := os.environ.get(API_KEY_VARIABLE):
                 headers["Authorization"] = f"Bearer {key}"
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._pool_size), timeout=self._timeout, headers=headers
+                connector=aiohttp.TCPConnector(limit=self._pool_size, keepalive_timeout=_KEEP_ALIVE_S),
+                timeout=self._timeout,
+                headers=headers,
             )
         return self._session
 
@@ -166,7 +186,11 @@ class HttpTransport:
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    return max(_backoff(state), error.retry_after if isinstance(error, _TransientError) else 0.0)
+    if not isinstance(error, _TransientError):
+        return _backoff(state)
+    if error.closed and state.attempt_number == 1:
+        return 0.0
+    return max(_backoff(state), error.retry_after)
 
 
 def _retry_after(header: str | None) -> float:

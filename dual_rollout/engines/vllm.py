@@ -108,7 +108,9 @@ class VLLMEngine:
     ) -> Drafts:
         if temperature != 1.0 and not await self._reports_processed(prompts[0]):
             raise EngineRejectedError(
-                'decoding="block" at temperature != 1 needs --logprobs-mode processed_logprobs', url=self.url, status=400
+                'decoding="block" at temperature != 1 needs --logprobs-mode processed_logprobs',
+                url=self.url,
+                status=400,
             )
 
         async def ask() -> Drafts:
@@ -217,10 +219,8 @@ class VLLMEngine:
         async with self._paused():
             # Not with load_inplace: vLLM (0.31) then reads the adapter from disk again at every step, and dies when
             # the folder is gone.
-            try:
+            with contextlib.suppress(EngineRejectedError):  # there was none, or the next request says what is wrong
                 await self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
-            except EngineRejectedError:
-                pass  # there was none, or the next request says what is wrong
             try:
                 await self._http.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
             except EngineRejectedError as error:
@@ -274,17 +274,17 @@ class VLLMEngine:
 
         Without it, vLLM finishes what is in flight with the new weights on top of the old ones' keys and values.
         """
+        can_pause = True
         try:
             try:
                 await self._http.post("/pause?mode=wait")
-                paused = True
             except EngineRejectedError as error:
-                if error.status not in (404, 405):
+                if error.status != 404:
                     raise
-                paused = False
+                can_pause = False
             yield
         finally:
-            if paused:
+            if can_pause:
                 await self._http.post("/resume")
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
@@ -292,9 +292,7 @@ class VLLMEngine:
             async with self._gate.shared():
                 answers = await asyncio.gather(
                     *(
-                        self._complete(
-                            prompts[i : i + _MAX_PROMPTS], logprobs=k, temperature=_on_wire(temperature)
-                        )
+                        self._complete(prompts[i : i + _MAX_PROMPTS], logprobs=k, temperature=_on_wire(temperature))
                         for i in range(0, len(prompts), _MAX_PROMPTS)
                     )
                 )
@@ -452,12 +450,12 @@ class VLLMEngine:
 
 
 def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, float]:
-    """A list without the token the server happened to sample, where that is not one of the k: S must not depend on it."""
+    """A list without the token that happened to be sampled, where that is not one of the k: S must not depend on it."""
     return row if len(row) <= k else {key: value for key, value in row.items() if key != sampled}
 
 
 def _prompt_row(row: Mapping[str, Mapping[str, Any]], k: int) -> dict[str, float]:
-    """A row of prompt_logprobs as a list of the k most likely; the prompt's own token comes first, among them or not."""
+    """A row of prompt_logprobs as a k-list; the prompt's own token comes first, whether one of them or not."""
     entries = {f"{_KEY_PREFIX}{token}": entry["logprob"] for token, entry in row.items()}
     return _without_sampled(entries, next(iter(entries)), k)
 

@@ -107,13 +107,12 @@ def _entropy(logp: Array) -> Array:
     return np.maximum(-(np.exp(logp) * np.where(possible, logp, 0.0)).sum(axis=1), 0.0)
 
 
-def _bracket(
-    evaluate: Callable[[Array, Array], tuple[Array, Array]], rows: Array, batch: int
-) -> tuple[Array, Array]:
+def _bracket(evaluate: Callable[[Array, Array], tuple[Array, Array]], rows: Array, batch: int) -> tuple[Array, Array]:
     """Where increasing functions on [0, 1] change sign, between `low` and `high` at most 1e-10 apart; `(batch,)` each.
 
     Newton's method, aimed a little beyond its own estimate so that the bracket closes from both sides; after six
-    rounds every third one bisects, so that the end is certain whatever the function. `evaluate(rows, alpha)` gives value and slope.
+    rounds every third one bisects, so that the end is certain whatever the function. `evaluate(rows, alpha)` gives
+    value and slope.
     """
     low, high = np.zeros(batch), np.ones(batch)
     alpha = np.full(batch, 0.5)

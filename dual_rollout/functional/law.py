@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from dual_rollout.config import AlphaMethod
 from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.kl_symmetry import disjoint_rows, log_q_star, solve_alpha
+
+AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,12 @@
-"""Importance weights from q* to the policy."""
+"""Importance weights from q* to the policy, and what they are worth."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+_MIN_TAIL = 5
 
 
 def importance_weights(logprobs_theta: np.ndarray, logprobs_q: np.ndarray) -> np.ndarray:
@@ -19,3 +23,49 @@ def effective_sample_size(weights: np.ndarray) -> float:
     weights = np.asarray(weights, dtype=np.float64)
     squares = float(np.square(weights).sum())
     return float(weights.sum()) ** 2 / (squares * weights.size) if squares > 0 else 0.0
+
+
+def pareto_k(weights: np.ndarray) -> float:
+    """k̂, the shape of a generalised Pareto law fitted to the largest weights.
+
+    The weights' moments exist up to order 1/k: below 0.5 their variance is finite; above 0.7 an estimate from them is
+    not to be relied on, and above 1 not even its mean exists. The tail are the min(S/5, 3√S) largest of S weights, and
+    k̂ is drawn a little towards 0.5, as ten more observations would (Vehtari et al. 2024, JMLR 25(72),
+    arXiv:1507.02646).
+
+    Args:
+        weights: any shape, finite, >= 0.
+
+    Returns:
+        NaN where there is nothing to fit: fewer than 5 weights in the tail (S < 25), or weights that are all alike.
+    """
+    ordered = np.sort(np.asarray(weights, dtype=np.float64), axis=None)
+    size = math.ceil(min(ordered.size / 5.0, 3.0 * math.sqrt(ordered.size)))
+    if size < _MIN_TAIL:
+        return math.nan
+    threshold = ordered[-size - 1]
+    excess = ordered[-size:] - threshold
+    if excess[_quartile(size)] <= 1e-9 * threshold:
+        return math.nan
+    return (size * _pareto_shape(excess) + 10.0 * 0.5) / (size + 10.0)
+
+
+def _quartile(size: int) -> int:
+    """Index of the lower quartile among `size` sorted values."""
+    return int(size / 4.0 + 0.5) - 1
+
+
+def _pareto_shape(excess: np.ndarray) -> float:
+    """ξ of F(x) = 1 − (1 + ξ x/σ)^(−1/ξ) from sorted positive values: Zhang and Stephens' posterior mean of θ = −ξ/σ.
+
+    For a given θ the likelihood is largest at ξ(θ) = mean log(1 − θ x), where it is n(log(−θ/ξ) − ξ − 1); the mean is
+    taken over a grid of the prior's quantiles (Zhang and Stephens 2009, doi:10.1198/tech.2009.08017).
+    """
+    n = excess.size
+    points = 30 + int(math.sqrt(n))
+    quantile = (np.arange(points) + 0.5) / points
+    theta = 1.0 / excess[-1] + (1.0 - np.sqrt(1.0 / quantile)) / (3.0 * excess[_quartile(n)])
+    shape = np.log1p(-theta[:, None] * excess).mean(axis=1)
+    likelihood = n * (np.log(-theta / shape) - shape - 1.0)
+    posterior = np.exp(likelihood - likelihood.max())
+    return float(np.log1p(-(theta @ posterior / posterior.sum()) * excess).mean())

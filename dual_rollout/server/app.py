@@ -248,7 +248,10 @@ class EmbeddedApp:
         method = body.get("method")
         if method is None:
             raise APIError("Missing 'method' in request body", type="Bad Request")
-        path = (body.get("kwargs") or {}).get("weights_path")
+        kwargs = body.get("kwargs") or {}
+        path = kwargs.get("weights_path")
+        # vLLM then copies what tensors there are; clients use it to find out whether the server sees a folder.
+        partial = kwargs.get("is_checkpoint_format") is False
         if method != "reload_weights" or not isinstance(path, str):
             raise APIError(
                 f"Call to collective_rpc method failed: the embedded server has only reload_weights with a "
@@ -258,7 +261,7 @@ class EmbeddedApp:
             )
         started = time.perf_counter()
         try:
-            await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._reload(path)))
+            await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._reload(path, partial)))
         except (ValueError, OSError) as error:
             raise APIError(
                 f"Call to collective_rpc method failed: {error}", status=500, type="InternalServerError"
@@ -266,9 +269,9 @@ class EmbeddedApp:
         logger.info("reloaded weights from %s in %.2f s", path, time.perf_counter() - started)
         return _json({"results": [None]})
 
-    def _reload(self, path: str) -> None:
+    def _reload(self, path: str, partial: bool) -> None:
         """In the model's thread. All rows were computed with the old weights: none may be used again."""
-        weights = read_weights(self.runner.model, path)
+        weights = read_weights(self.runner.model, path, partial=partial)
         self.scheduler.recompute_running()
         self.scheduler.cache.clear()
         write_weights(self.runner.model, weights)

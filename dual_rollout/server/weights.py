@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 
-def read_weights(model: PreTrainedModel, folder: str) -> dict[str, torch.Tensor]:
+def read_weights(model: PreTrainedModel, folder: str, *, partial: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of ``model.safetensors`` (or of a sharded index) in ``folder``, one per parameter.
+
+    ``partial`` allows some parameters, or all, to have none.
 
     Raises ValueError when names or shapes do not fit the model, OSError when files are missing or broken;
     the model is not touched.
@@ -25,7 +27,7 @@ def read_weights(model: PreTrainedModel, folder: str) -> dict[str, torch.Tensor]
                     tensors[name] = opened.get_tensor(name)
     except SafetensorError as error:
         raise OSError(f"{folder} holds a broken safetensors file: {error}") from error
-    return _fit(model, tensors, folder)
+    return _fit(model, tensors, folder, partial)
 
 
 def write_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
@@ -49,7 +51,9 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _fit(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, torch.Tensor]:
+def _fit(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: str, partial: bool
+) -> dict[str, torch.Tensor]:
     """Match tensors to parameters by name and shape, looking through LoRA's ``base_layer``."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -61,6 +65,8 @@ def _fit(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: str) 
             continue
         known.update(aliases[id(parameter)])
         found = next((alias for alias in aliases[id(parameter)] if alias in tensors), None)
+        if found is None and partial:
+            continue
         if found is None:
             raise ValueError(f"{folder} has no tensor for {aliases[id(parameter)][0]}: not weights of this model")
         if tensors[found].shape != parameter.shape:

@@ -10,6 +10,7 @@ import yaml
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from dual_rollout.config import CoordinatorConfig, did_you_mean
+from dual_rollout.training.schedules import AlphaSchedule
 
 PREFIX = "dual_"
 
@@ -44,14 +45,34 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
     dual_server_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of each embedded server; its own default when unset."}
     )
-    dual_max_model_len: int = field(
-        default=1024, metadata={"help": "Context length of the embedded servers, in tokens."}
+    dual_max_model_len: int | None = field(
+        default=None, metadata={"help": "Context length of the embedded servers, in tokens; the model's when unset."}
     )
     dual_importance_sampling_mode: Literal[
         "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"
     ] = field(default="token_truncate", metadata={"help": "How the weights π_θ/q* enter the loss."})
     dual_importance_sampling_clip_min: float = field(default=0.0, metadata={"help": "Lower bound on a weight."})
     dual_importance_sampling_clip_max: float = field(default=3.0, metadata={"help": "Upper bound on a weight."})
+    dual_alpha_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "How bounds on α move over the training steps to their dual_*_end."}
+    )
+    dual_kl_budget_end: float | None = field(
+        default=None, metadata={"help": "dual_kl_budget at the last step, in nats; 0 ends on-policy."}
+    )
+    dual_alpha_max_end: float | None = field(default=None, metadata={"help": "dual_alpha_max at the last step."})
+    dual_weight_sync: Literal["auto", "disk", "lora"] = field(
+        default="auto",
+        metadata={
+            "help": 'How new weights reach π_θ\'s server: "disk" writes all of them, "lora" the adapter alone, "auto" '
+            "takes the adapter where the model has one and the server loads it."
+        },
+    )
+    dual_weight_sync_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the weights, which trainer and server see under one path; inside output_dir when unset."
+        },
+    )
     dual_task: str | None = field(
         default=None,
         metadata={"help": "A reasoning-gym task to train on, instead of dataset_name and reward_funcs."},
@@ -71,6 +92,14 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
         """The `CoordinatorConfig` these arguments describe, for servers at the given URLs."""
         values = {spec.name: getattr(self, PREFIX + spec.name) for spec in fields(CoordinatorConfig)}
         return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url})
+
+    def alpha_schedule(self) -> AlphaSchedule:
+        """The `AlphaSchedule` these arguments describe."""
+        return AlphaSchedule(
+            shape=self.dual_alpha_schedule,
+            kl_budget_end=self.dual_kl_budget_end,
+            alpha_max_end=self.dual_alpha_max_end,
+        )
 
 
 @dataclass

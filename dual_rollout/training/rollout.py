@@ -18,12 +18,16 @@ import torch
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.exceptions import RolloutError
-from dual_rollout.functional.weights import effective_sample_size
+from dual_rollout.functional.weights import effective_sample_size, pareto_k
+from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import GenerationOutput, Prompt
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ADAPTER_NAME = "dual-rollout-policy"
+"""The policy's adapter on its server."""
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class RolloutBatch:
         alpha: `(B, T)` float32; 0 at padding, like all of the following.
         importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
         logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats.
+        weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
     """
 
     prompt_ids: torch.Tensor
@@ -47,6 +52,7 @@ class RolloutBatch:
     logprobs_q: torch.Tensor
     logprobs_theta: torch.Tensor
     logprobs_t: torch.Tensor
+    weight_version: torch.Tensor
 
     @classmethod
     def from_outputs(cls, outputs: Sequence[GenerationOutput], pad_token_id: int) -> RolloutBatch:
@@ -63,6 +69,9 @@ class RolloutBatch:
             logprobs_q=pad_rows([output.logprobs_q for output in outputs], 0.0),
             logprobs_theta=pad_rows([output.logprobs_theta for output in outputs], 0.0),
             logprobs_t=pad_rows([output.logprobs_t for output in outputs], 0.0),
+            weight_version=torch.tensor(
+                [-1 if output.weight_version is None else output.weight_version for output in outputs]
+            ),
         )
 
     def to(self, device: torch.device | str) -> RolloutBatch:
@@ -80,11 +89,17 @@ class DualRollout:
     Args:
         config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
+        schedule: how the bounds on α move over the trainer's steps. `generate`, which knows no steps, uses `config`.
+
+    Raises:
+        ValueError: a schedule that does not fit `config`.
     """
 
-    def __init__(self, config: CoordinatorConfig, tokenizer: Any = None):
+    def __init__(self, config: CoordinatorConfig, tokenizer: Any = None, *, schedule: AlphaSchedule | None = None):
         self.config = config
         self.tokenizer = tokenizer
+        self.schedule = AlphaSchedule() if schedule is None else schedule
+        self.schedule.at(config, 1.0)
         self._seed = secrets.randbits(32) if config.seed is None else config.seed
         self._calls = 0
         self._loop: _LoopThread | None = None
@@ -95,24 +110,36 @@ class DualRollout:
 
         Returns:
             `prompt_ids`, `completion_ids` and `logprobs` (log q*) as TRL requires, and per row the lists `alpha`,
-            `importance_weights`, `logprobs_theta`, `logprobs_t`, which reach the reward functions by these names.
+            `importance_weights`, `logprobs_theta`, `logprobs_t`, `logprobs_q`, and `weight_version`, the step whose
+            weights it was sampled under, which reach the reward functions by these names.
 
         Raises:
             RolloutError: a sequence failed.
             ValueError: the trainer asks for what q* cannot honour.
         """
-        check_trainer(trainer)
+        check_training_args(trainer.args)
         if self.tokenizer is None:
             self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        if self._calls == 0 and not trainer.use_vllm and getattr(trainer, "rollout", None) is not self:
+            logger.warning(
+                "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
+                "policy's server: use DualGRPOTrainer, or use_vllm=True"
+            )
+        state = trainer.state
+        config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
         started = time.perf_counter()
         outputs = self._generate(
             prompts,
+            config=config,
             t_prompts=getattr(trainer, "t_prompts", None),
             max_tokens=trainer.max_completion_length,
             temperature=trainer.temperature,
             process=trainer.accelerator.process_index,
         )
         _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
+        for name in self.schedule.ends:
+            trainer._metrics[_mode(trainer)][f"sampling/{name}"].append(getattr(config, name))
+        _log_completions(trainer, outputs)
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [output.generated_tokens for output in outputs],
@@ -121,6 +148,8 @@ class DualRollout:
             "importance_weights": [output.importance_weights for output in outputs],
             "logprobs_theta": [output.logprobs_theta for output in outputs],
             "logprobs_t": [output.logprobs_t for output in outputs],
+            "logprobs_q": [output.logprobs_q for output in outputs],
+            "weight_version": [output.weight_version for output in outputs],
         }
 
     def generate(
@@ -141,7 +170,9 @@ class DualRollout:
         """
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         repeated_t = None if t_prompts is None else [prompt for prompt in t_prompts for _ in range(num_generations)]
-        outputs = self._generate(repeated, t_prompts=repeated_t, max_tokens=max_tokens, temperature=temperature)
+        outputs = self._generate(
+            repeated, config=self.config, t_prompts=repeated_t, max_tokens=max_tokens, temperature=temperature
+        )
         tokenizer = self._open().tokenizer
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
         return RolloutBatch.from_outputs(outputs, 0 if pad is None else pad)
@@ -150,6 +181,31 @@ class DualRollout:
         """Make π_θ's server load the safetensors in `folder` and drop its prefix cache; π_t's is left alone."""
         coordinator = self._open()
         self._run(coordinator.theta.reload_weights(folder))
+
+    def load_policy_adapter(self, folder: str) -> None:
+        """Make π_θ's server load the LoRA adapter in `folder`; `use_policy_adapter` puts it to use."""
+        self._run(self._open().theta.load_lora(ADAPTER_NAME, folder))
+
+    def use_policy_adapter(self) -> None:
+        """From now on π_θ is its server's model with the adapter that was loaded last."""
+        self._open().theta.use_lora(ADAPTER_NAME)
+
+    def policy_server_loads_lora(self) -> bool:
+        """Whether π_θ's server takes LoRA adapters while it runs."""
+        return self._run(self._open().theta.loads_lora())
+
+    def check_policy_server_sees(self, folder: str) -> None:
+        """Raise `EngineError` unless π_θ's server reads the safetensors in `folder`, which must hold no tensors."""
+        self._run(self._open().theta.check_sees(folder))
+
+    @property
+    def weight_version(self) -> int | None:
+        """The version of π_θ's weights that the next outputs record."""
+        return self._open().weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: int | None) -> None:
+        self._open().weight_version = version
 
     def close(self) -> None:
         """Close the connections and end the background thread."""
@@ -172,6 +228,7 @@ class DualRollout:
         self,
         prompts: Sequence[Prompt],
         *,
+        config: CoordinatorConfig,
         t_prompts: Sequence[Prompt] | None,
         max_tokens: int,
         temperature: float | None,
@@ -179,8 +236,10 @@ class DualRollout:
     ) -> list[GenerationOutput]:
         seed = np.random.SeedSequence([self._seed, process, self._calls]).generate_state(1, np.uint64)[0]
         self._calls += 1
+        coordinator = self._open()
+        coordinator.config = config  # differs from the one it was opened with in bounds on α alone
         outputs = self._run(
-            self._open().generate_batch(
+            coordinator.generate_batch(
                 prompts,
                 t_prompts=t_prompts,
                 max_tokens=max_tokens,
@@ -197,7 +256,9 @@ class DualRollout:
 
     def _open(self) -> DualVLLMCoordinator:
         if self._coordinator is None:
-            self._coordinator = DualVLLMCoordinator(self.config, tokenizer=self.tokenizer)
+            self._coordinator = DualVLLMCoordinator(self.config)
+        if self.tokenizer is not None:  # a trainer's is known only when its first rollout begins
+            self._coordinator.tokenizer = self.tokenizer
         return self._coordinator
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -228,26 +289,28 @@ class _LoopThread:
         self._loop.close()
 
 
-def check_trainer(trainer: Any) -> None:
-    """Refuse settings of a TRL trainer that would make log q* something other than the law of its samples."""
-    args = trainer.args
-    for name, neutral in (
-        ("top_p", (1.0,)),
-        ("top_k", (0, -1, None)),
-        ("min_p", (None, 0.0)),
-        ("repetition_penalty", (1.0,)),
-    ):
+def check_training_args(args: Any) -> None:
+    """Refuse settings of a TRL config that would make log q* something other than the law of its samples.
+
+    Raises:
+        ValueError: names the key and what to set it to.
+    """
+    for name, neutral in _NEUTRAL.items():
         value = getattr(args, name, neutral[0])
         if value not in neutral:
-            raise ValueError(
-                f"{name}={value} is not offered with q*, whose weights would be wrong: set it to {neutral[0]}"
-            )
-    mode = getattr(args, "vllm_importance_sampling_mode", "")
-    if trainer.use_vllm and args.vllm_importance_sampling_correction and mode.startswith("sequence"):
+            raise ValueError(f"{name}={value} with q* would make its weights wrong: set it to {neutral[0]}")
+    if not args.use_vllm:
+        return
+    if args.vllm_mode != "server":
+        raise ValueError(f'rollouts from q* need vllm_mode: "server" (or use_vllm: false), got {args.vllm_mode!r}')
+    if args.vllm_importance_sampling_correction and args.vllm_importance_sampling_mode.startswith("sequence"):
         raise ValueError(
-            f"vllm_importance_sampling_mode={mode!r} multiplies the weights of a whole sequence, which vanish "
-            'exponentially for samples from q*: set it to "token_truncate"'
+            f"vllm_importance_sampling_mode={args.vllm_importance_sampling_mode!r} multiplies the weights of a whole "
+            'sequence, which vanish exponentially for samples from q*: set it to "token_truncate"'
         )
+
+
+_NEUTRAL = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
 
 def pad_rows(
@@ -273,6 +336,10 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
         [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
     )
     local = {
+        "sampling/rollout_weight/min": weights.min(),
+        "sampling/rollout_weight/mean": weights.mean(),
+        "sampling/rollout_weight/max": weights.max(),
+        "sampling/pareto_k": pareto_k(weights),
         "sampling/alpha/min": alpha.min(),
         "sampling/alpha/mean": alpha.mean(),
         "sampling/alpha/max": alpha.max(),
@@ -284,17 +351,33 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
         "rollout/seconds": seconds,
         "rollout/retry_total": float(retries),
     }
-    mode = "train" if trainer.model.training else "eval"
     values = torch.tensor(list(local.values()), dtype=torch.float32, device=trainer.accelerator.device)
     gathered = trainer.accelerator.gather(values).view(-1, len(local)).cpu()
     for name, column in zip(local, gathered.T, strict=True):
         reduce = _REDUCTIONS.get(name.rsplit("/", 1)[-1], torch.Tensor.mean)
-        trainer._metrics[mode][name].append(reduce(column).item())
+        trainer._metrics[_mode(trainer)][name].append(reduce(column).item())
+
+
+def _log_completions(trainer: Any, outputs: Sequence[GenerationOutput]) -> None:
+    """Two columns of the table that `log_completions` shows: each completion's mean α and mean weight per token."""
+    if not hasattr(trainer, "_log_completion_extra"):
+        return
+    columns = {
+        "alpha": [output.alpha_history for output in outputs],
+        "importance_weight": [output.importance_weights for output in outputs],
+    }
+    for name, rows in columns.items():
+        trainer._log_completion_extra(name, [round(float(np.mean(row)), 4) for row in rows])
+
+
+def _mode(trainer: Any) -> str:
+    return "train" if trainer.model.training else "eval"
 
 
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "min": torch.Tensor.min,
     "max": torch.Tensor.max,
+    "pareto_k": torch.Tensor.max,
     "tokens_per_second": torch.Tensor.sum,
     "retry_total": torch.Tensor.sum,
 }

@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
             importance_sampling_mode=recipe.dual.dual_importance_sampling_mode,
             importance_sampling_clip_min=recipe.dual.dual_importance_sampling_clip_min,
             importance_sampling_clip_max=recipe.dual.dual_importance_sampling_clip_max,
+            alpha_schedule=recipe.dual.alpha_schedule(),
+            weight_sync=recipe.dual.dual_weight_sync,
+            weight_sync_dir=recipe.dual.dual_weight_sync_dir,
         )
         report = RunReport(Path(str(recipe.training.output_dir)))
         trainer.add_callback(report)
@@ -142,7 +145,9 @@ def servers(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _server_flags(dual: DualArguments) -> list[str]:
-    flags = ["--max-logprobs", str(dual.dual_top_k), "--max-model-len", str(dual.dual_max_model_len)]
+    flags = ["--enable-lora", "--max-logprobs", str(dual.dual_top_k)]
+    if dual.dual_max_model_len is not None:
+        flags += ["--max-model-len", str(dual.dual_max_model_len)]
     if dual.dual_server_threads is not None:
         flags += ["--threads", str(dual.dual_server_threads)]
     return flags

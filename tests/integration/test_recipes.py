@@ -109,7 +109,7 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_models: tuple[Path
         assert done.returncode == 0, done.stderr[-3000:]
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries] == [1, 2]
-        rewards[name] = [(entry["reward"], entry["sampling/alpha/mean"]) for entry in entries]
+        rewards[name] = [entry[key] for entry in entries for key in ("reward", "sampling/alpha/mean", "loss")]
         tables[name] = done.stdout
         assert (folder / "model.safetensors").exists()
     assert rewards["train"] == pytest.approx(rewards["accelerate"], abs=1e-4)

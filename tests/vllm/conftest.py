@@ -12,6 +12,9 @@ import pytest
 from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.vllm.servers import VllmServer, running
 
+# Without the list vLLM wraps lm_head too, and its CPU build dies of prompt_logprobs of several prompts at once.
+LORA_FLAGS = ("--enable-lora", "--max-lora-rank=8", "--lora-target-modules", "q_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class ServerPair:
@@ -48,3 +51,11 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     )
     with running(pair.theta, pair.t):
         yield pair
+
+
+@pytest.fixture(scope="session")
+def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for the policy's model that loads adapters."""
+    log = tmp_path_factory.mktemp("lora") / "server.log"
+    with VllmServer(vllm_pair.theta.model, core=0, flags=LORA_FLAGS, log=log) as server:
+        yield server.url

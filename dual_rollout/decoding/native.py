@@ -1,0 +1,105 @@
+"""Decoding where the server samples from q* itself: whole sequences per request, and a second one for log π_θ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding.record import DecodingStats, OnToken
+from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
+from dual_rollout.engines.native import NativeEngine, NativeSample
+from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
+
+_ALPHA_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class NativeDecoder:
+    """Draws sequences from a server that `NativeEngine.attach` has found to be good.
+
+    Attributes:
+        with_diagnostics: record ψ(α) of each token.
+        max_block: tokens per request; whole sequences when None.
+        on_token: called after each token is recorded.
+    """
+
+    engine: NativeEngine
+    config: CoordinatorConfig
+    stats: DecodingStats
+    with_diagnostics: bool = False
+    max_block: int | None = None
+    on_token: OnToken | None = None
+
+    async def decode(self, sequences: Sequence[DecodingSequence]) -> None:
+        """Decode all sequences to their end, in place, at most `max_concurrency` in flight.
+
+        A fault of one prompt ends that sequence only, with its `failure` set.
+        """
+        slots = asyncio.Semaphore(self.config.max_concurrency)
+
+        async def run(sequence: DecodingSequence) -> None:
+            async with slots:
+                try:
+                    while not sequence.done:
+                        await self._extend(sequence)
+                except DualRolloutError as error:
+                    sequence.fail(error)
+
+        await asyncio.gather(*map(run, sequences))
+
+    async def _extend(self, sequence: DecodingSequence) -> None:
+        config, prompt = self.config, list(sequence.context_theta)
+        sample = await self.engine.generate(
+            prompt,
+            max_tokens=min(sequence.room, self.max_block or sequence.room),
+            temperature=config.temperature,
+            stop_token_ids=sequence.stop_ids,
+            ignore_eos=config.ignore_eos,
+            seed=None if config.seed is None else int(sequence.rewind().integers(2**31)),
+        )
+        self._check_alpha(sample)
+        logp_theta = await self.engine.policy_logprobs([*prompt, *sample.token_ids], len(prompt), config.temperature)
+        self._record(sequence, sample, logp_theta)
+
+    def _record(self, sequence: DecodingSequence, sample: NativeSample, logp_theta: np.ndarray) -> None:
+        # log q = (1 − α) log π_θ + α log π_t − ψ; at α = 0 it says nothing of π_t.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logp_t = (sample.log_q + sample.psi - (1.0 - sample.alpha) * logp_theta) / sample.alpha
+        logp_t[sample.alpha == 0.0] = np.nan
+        columns = (sample.alpha, sample.log_q, sample.psi, logp_theta, logp_t)
+        for i, (alpha, log_q, psi, theta, t) in enumerate(np.transpose(columns).tolist(), start=1):
+            sequence.append(
+                sample.token_ids[i - 1],
+                alpha=alpha,
+                log_q=log_q,
+                logp_theta=theta,
+                logp_t=t,
+                log_weight=theta - log_q,
+                top_theta=NOT_KNOWN_YET,
+                top_t=NOT_KNOWN_YET,
+                diagnostics={"psi": psi} if self.with_diagnostics else {},
+            )
+            if i == len(sample.token_ids) and sample.finish_reason == "stop":
+                sequence.finish_reason = "stop"  # also at a stop token that only the server knows
+            self.stats.positions += 1
+            self.stats.tokens += 1
+            self.stats.scored_tokens += 1
+            if self.on_token is not None:
+                self.on_token(sequence)
+
+    def _check_alpha(self, sample: NativeSample) -> None:
+        """The rule for α is the server's; refuse it where it breaks the client's."""
+        low, high = self.config.alpha_min, self.config.alpha_max
+        if self.config.fixed_alpha is not None:
+            low = high = min(max(self.config.fixed_alpha, low), high)
+        found = float(sample.alpha.min()), float(sample.alpha.max())
+        if found[0] < low - _ALPHA_TOLERANCE or found[1] > high + _ALPHA_TOLERANCE:
+            raise EngineProtocolError(
+                f"sampled with α in [{found[0]:.4g}, {found[1]:.4g}], outside [{low:g}, {high:g}]: give dual-rollout "
+                "serve-native the same --alpha-method, --fixed-alpha, --alpha-min and --alpha-max",
+                url=self.engine.url,
+            )

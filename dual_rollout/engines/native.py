@@ -1,0 +1,154 @@
+"""The client of a vLLM server that samples from q* itself (`dual-rollout serve-native`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dual_rollout.engines.base import TokenIds
+from dual_rollout.engines.vllm import VLLMEngine
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
+from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
+from dual_rollout.types import FinishReason
+
+_PROBE = (0,)  # a prompt that any model takes
+_NO_VOCABULARY_HAS = 10**9
+_LOOSE = 40.0  # nats the normaliser of a row can be off zero at a temperature that is not the server's
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSample:
+    """T tokens drawn from q* by the server.
+
+    Attributes:
+        token_ids: the stop token included when there was one.
+        log_q: `(T,)` log q*(y), nats.
+        alpha: `(T,)` the α of each position.
+        psi: `(T,)` ψ(α) = log Σ π_θ^(1−α) π_t^α, nats; −KL where α balances the divergences.
+        finish_reason: "stop" or "length".
+    """
+
+    token_ids: list[int]
+    log_q: np.ndarray
+    alpha: np.ndarray
+    psi: np.ndarray
+    finish_reason: FinishReason
+
+
+class NativeEngine(VLLMEngine):
+    """π_θ and π_t behind one server. As an `Engine` it is π_θ where weights are updated, and q* where tokens are.
+
+    Nobody else may ask this server for top-k log-probabilities meanwhile: in the CPU build's model runner, requests
+    with `logprob_token_ids`, as all of these are, spoil other kinds in the same step (not each other).
+    """
+
+    _vocab_size: int | None = None
+    _temperature: float | None = None
+
+    async def attach(self, temperature: float) -> None:
+        """Find the pseudo-tokens, and check that the server is what it should be; once for each temperature in turn.
+
+        Raises:
+            PreflightError: it samples from another law, or α is solved for another temperature.
+        """
+        if temperature == self._temperature:
+            return
+        if self._vocab_size is None:
+            self._vocab_size = await self._find_vocab_size()
+        names = self._pseudo_tokens(NUM_PSEUDO_TOKENS)
+        (choice,) = await self._complete(
+            [_PROBE], temperature=temperature, logprobs=len(names), logprob_token_ids=names
+        )
+        carried = self._rows(choice, NUM_PSEUDO_TOKENS)[0, 1:]
+        if abs(carried[0] * temperature - FLOOR) > _LOOSE * temperature or carried.max() > carried[0]:
+            raise PreflightError(f"{self.url} is no native q* server: start it with dual-rollout serve-native")
+        solved_at = decode(carried.tolist(), temperature)[-1]
+        if abs(solved_at - temperature) > 1e-3:
+            raise PreflightError(
+                f"{self.url} solves α for temperature {solved_at:.3g}, but {temperature:g} is asked for: start "
+                f"dual-rollout serve-native with --temperature {temperature:g} (and without --logprobs-mode)"
+            )
+        (logprob,) = await self.policy_logprobs([*_PROBE, names[0]], len(_PROBE))
+        if abs(logprob - POLICY_ROW) > 1e-2:
+            raise PreflightError(
+                f"{self.url} does not score prompts with π_θ: dual_rollout.native does not know this version of vLLM"
+            )
+        self._temperature = temperature
+
+    async def generate(
+        self,
+        prompt: TokenIds,
+        *,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: Collection[int] = (),
+        ignore_eos: bool = False,
+        seed: int | None = None,
+    ) -> NativeSample:
+        """Draw up to `max_tokens` tokens after `prompt` in one request. `attach` comes first."""
+        names = self._pseudo_tokens(3)
+        options: dict[str, Any] = {} if seed is None else {"seed": seed}
+        (choice,) = await self._complete(
+            [prompt],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            logprobs=len(names),
+            logprob_token_ids=names,
+            stop_token_ids=sorted(stop_token_ids),
+            ignore_eos=ignore_eos,
+            **options,
+        )
+        rows = self._rows(choice, len(names))
+        carried = np.array([decode(row, temperature) for row in rows[:, 1:].tolist()])
+        return NativeSample(
+            token_ids=[int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]],
+            log_q=rows[:, 0],
+            alpha=carried[:, 0],
+            psi=carried[:, 1],
+            finish_reason="stop" if choice["finish_reason"] == "stop" else "length",
+        )
+
+    async def policy_logprobs(self, token_ids: TokenIds, start: int, temperature: float = 1.0) -> np.ndarray:
+        """log π_θ, at the server's temperature, of the tokens of one text from `start` >= 1 on; computed anew."""
+        (choice,) = await self._complete([token_ids], temperature=temperature, prompt_logprobs=0)
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(token_ids):
+            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
+        try:
+            values = [row[str(token)]["logprob"] for row, token in zip(rows[start:], token_ids[start:], strict=True)]
+        except (KeyError, TypeError) as error:
+            raise EngineProtocolError("prompt_logprobs lack the prompt's own tokens", url=self.url) from error
+        return np.array(values, dtype=np.float64)
+
+    async def _find_vocab_size(self) -> int:
+        """From the refusal of a token that cannot be; vLLM says it nowhere else."""
+        try:
+            await self._complete([_PROBE], logprobs=1, logprob_token_ids=[_NO_VOCABULARY_HAS])
+        except EngineRejectedError as error:
+            if found := re.search(r"Vocabulary size: (\d+)", str(error)):
+                return int(found[1]) - NUM_PSEUDO_TOKENS
+            raise
+        raise PreflightError(f"{self.url} knows no logprob_token_ids: engine native needs vLLM 0.31 or later")
+
+    def _pseudo_tokens(self, count: int) -> list[int]:
+        if self._vocab_size is None:
+            raise RuntimeError("attach() has not been called")
+        return list(range(self._vocab_size, self._vocab_size + count))
+
+    def _rows(self, choice: dict[str, Any], count: int) -> np.ndarray:
+        """`(T, 1 + count)` log-probabilities: the sampled token's, then the pseudo-tokens'."""
+        try:
+            rows = [list(row.values()) for row in choice["logprobs"]["top_logprobs"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineProtocolError("a choice has no logprobs.top_logprobs", url=self.url) from error
+        if not rows or any(len(row) != 1 + count for row in rows):
+            raise EngineProtocolError(
+                "log-probabilities of the pseudo-tokens are missing; is another client asking this server for top-k "
+                "lists? That garbles requests in the same step",
+                url=self.url,
+            )
+        return np.array(rows, dtype=np.float64)

@@ -1,0 +1,236 @@
+"""Find out what a vLLM server is and can do: a few short requests, and none that could harm it or other clients."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import numpy as np
+
+from dual_rollout.engines.base import Capabilities, EngineInfo, ScoringMethod, TokenIds
+from dual_rollout.engines.http import HttpTransport
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.types import TopK
+
+_PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
+_TAIL_LENGTH = 4
+_LIST_LENGTH = 5
+_ABSURDLY_MANY = 2**31 - 1
+_CHEAP_TO_LIST = 4096  # a server that lists as many log-probabilities is not asked for all of its vocabulary
+_SAME_LOGPROB = 0.1  # nats; kernels differ in bfloat16, wrong rows by far more
+_ROUTES = (
+    "/inference/v1/generate",
+    "/detokenize",
+    "/collective_rpc",
+    "/reset_prefix_cache",
+    "/pause",
+    "/v1/load_lora_adapter",
+)
+
+
+class Probe:
+    """The questions to one server.
+
+    Args:
+        prompt: token ids the model surely has; made longer by repetition.
+        lists: the most likely next tokens: `(prompts, k, temperature) -> TopK`.
+        named: log-probabilities of named tokens: `(prompt, ids, temperature) -> array`.
+        loads_lora: whether the server takes adapters.
+    """
+
+    def __init__(
+        self,
+        http: HttpTransport,
+        info: EngineInfo,
+        prompt: TokenIds,
+        *,
+        lists: Callable[[Sequence[TokenIds], int, float], Awaitable[TopK]],
+        named: Callable[[TokenIds, TokenIds, float], Awaitable[np.ndarray]],
+        loads_lora: Callable[[], Awaitable[bool]],
+    ):
+        self._http = http
+        self._info = info
+        length = min(_PROMPT_LENGTH, (info.max_model_len or 4096) - _TAIL_LENGTH - 1)
+        self._prompt = list(islice(cycle(prompt), max(length, 1)))
+        self._lists = lists
+        self._named = named
+        self._loads_lora = loads_lora
+
+    async def run(self) -> Capabilities:
+        """Ask everything.
+
+        Raises:
+            EngineRejectedError: the server refuses even an ordinary request with this prompt.
+            EngineError: it cannot be reached, or its answers are not usable.
+        """
+        version, schema, metrics = await asyncio.gather(
+            _optional(self._http.get("/version")),
+            _optional(self._http.get("/openapi.json")),
+            _optional(self._http.get_text("/metrics")),
+        )
+        routes = await self._routes(schema)
+        max_logprobs, vocab_size = await self._limits()
+        mode = await self._logprobs_mode(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH))
+        prefix_caching = await self._prefix_caching(metrics)  # the prompt has been seen by now
+        cached_rows = "/inference/v1/generate" in routes and await self._cached_rows()
+        loads_lora = "/v1/load_lora_adapter" in routes and await self._loads_lora()
+        return Capabilities(
+            model=self._info.model,
+            root=self._info.root,
+            max_model_len=self._info.max_model_len,
+            version=version.get("version") if isinstance(version, dict) else None,
+            vocab_size=vocab_size,
+            max_logprobs=max_logprobs,
+            logprobs_mode=mode,
+            named_logprobs=await self._names_tokens(schema),
+            prefix_caching=prefix_caching,
+            generate_endpoint="/inference/v1/generate" in routes,
+            cached_rows=cached_rows,
+            detokenizes="/detokenize" in routes,
+            reloads_weights="/collective_rpc" in routes,
+            resets_prefix_cache="/reset_prefix_cache" in routes,
+            pauses="/pause" in routes,
+            loads_lora=loads_lora,
+            scoring=_scoring(cached_rows, prefix_caching, loads_lora),
+        )
+
+    async def _routes(self, schema: Any) -> set[str]:
+        """Those of `_ROUTES` that are there."""
+        if isinstance(schema, dict) and schema.get("paths"):
+            return set(_ROUTES) & set(schema["paths"])
+        # Without a schema (--disable-fastapi-docs): each takes POST, so a GET is "not allowed" where it exists.
+        exist = await asyncio.gather(*(self._refuses_get(route) for route in _ROUTES))
+        return {route for route, exists in zip(_ROUTES, exist, strict=True) if exists}
+
+    async def _refuses_get(self, route: str) -> bool:
+        try:
+            await self._http.get(route)
+        except EngineRejectedError as error:
+            return error.status == 405
+        except EngineProtocolError:
+            return False
+        return False
+
+    async def _limits(self) -> tuple[int | None, int | None]:
+        """The longest list of log-probabilities, and the size of the vocabulary, as refusals tell them."""
+        longest, _ = await self._refused_logprobs(_ABSURDLY_MANY)
+        if longest is None or longest > _CHEAP_TO_LIST:
+            return longest, None
+        _, vocabulary = await self._refused_logprobs(-1)  # that is, all
+        return longest, vocabulary
+
+    async def _refused_logprobs(self, count: int) -> tuple[int | None, int | None]:
+        """The most that are allowed and the number asked for, from the server's refusal; Nones where it gave any."""
+        try:
+            await self._complete(logprobs=count)
+        except EngineRejectedError as error:
+            found = re.search(r"logprobs of (-?\d+), which is greater than max allowed: (\d+)", str(error))
+            return (int(found[2]), int(found[1])) if found else (None, None)
+        except EngineProtocolError:
+            pass
+        return None, None
+
+    async def _logprobs_mode(self, k: int) -> Literal["raw", "processed"]:
+        """Doubling the temperature halves the distances between tokens, which no rounding can look like."""
+        one, two = [
+            np.sort((await self._lists([self._prompt], k, temperature)).logprobs[0])[::-1] for temperature in (1.0, 2.0)
+        ]
+        last = min(int(np.isfinite(one).sum()), int(np.isfinite(two).sum())) - 1
+        distance, at_two = one[0] - one[last], two[0] - two[last]
+        if distance > 1e-3:
+            return "processed" if at_two < 0.75 * distance else "raw"
+        return "processed" if abs(one[0] - two[0]) > 1e-3 else "raw"
+
+    async def _prefix_caching(self, metrics: str | None) -> bool | None:
+        if found := re.search(r'vllm:cache_config_info\{[^}]*enable_prefix_caching="(\w+)"', metrics or ""):
+            return found[1] == "True"
+        answer = await self._complete()
+        details = (answer.get("usage") or {}).get("prompt_tokens_details") if isinstance(answer, dict) else None
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        return None if cached is None else cached > 0
+
+    async def _names_tokens(self, schema: Any) -> bool:
+        try:
+            return "logprob_token_ids" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
+        except (KeyError, TypeError):
+            pass
+        # Not asked where it can be read: in some versions it garbles what other clients ask for in the same step.
+        try:
+            await self._named(self._prompt, self._prompt[:1], 1.0)
+        except (EngineRejectedError, EngineProtocolError):
+            return False
+        return True
+
+    async def _cached_rows(self) -> bool:
+        """Whether the prompt's log-probabilities after a prefix-cache hit are the right ones.
+
+        Older model runners answer with uninitialised memory, or die of the question. They also refuse
+        prompt_logprob_token_ids, so that is asked first.
+        """
+        longer = [*self._prompt, *self._prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
+        try:
+            answer = await self._generate(longer, prompt_logprob_token_ids=self._prompt[:1])
+            if answer.get("prompt_token_id_logprobs") is None:
+                return False
+            uncached = await self._generate(longer, prompt_logprobs=0, skip_reading_prefix_cache=False)
+            every = await self._generate(longer, prompt_logprobs=0)
+            rows, expected = (_own_logprobs(longer, answer["prompt_logprobs"]) for answer in (uncached, every))
+        except (EngineRejectedError, EngineProtocolError, AttributeError, KeyError, TypeError):
+            return False
+        if not rows or len(expected) != len(longer) - 1 or len(rows) > len(expected):
+            return False
+        return float(np.abs(np.subtract(rows, expected[-len(rows) :])).max()) < _SAME_LOGPROB
+
+    async def _complete(self, **options: Any) -> Any:
+        payload = {"model": self._info.model, "prompt": self._prompt, "max_tokens": 1, "temperature": 0.0, **options}
+        return await self._http.post("/v1/completions", payload)
+
+    async def _generate(self, prompt: TokenIds, **sampling: Any) -> Any:
+        sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **sampling}
+        payload = {"model": self._info.model, "token_ids": prompt, "sampling_params": sampling}
+        return await self._http.post("/inference/v1/generate", payload)
+
+
+def summary(capabilities: Capabilities) -> str:
+    """One line for the log."""
+    c = capabilities
+    caching = {True: "prefix caching", False: "no prefix caching", None: "prefix caching unknown"}[c.prefix_caching]
+    abilities = {
+        "named tokens": c.named_logprobs,
+        "token-in/token-out": c.generate_endpoint,
+        "weight reload": c.reloads_weights,
+        "pause": c.pauses,
+        "LoRA": c.loads_lora,
+    }
+    return (
+        f"{c.model!r} on version {c.version or 'unknown'}, context {c.max_model_len or 'unknown'}, "
+        f"vocabulary {c.vocab_size or 'unknown'}, max_logprobs {c.max_logprobs or 'unlimited'}, "
+        f"{c.logprobs_mode} log-probabilities, {caching}, drafts scored by {c.scoring}; "
+        f"offers {', '.join(name for name, there in abilities.items() if there) or 'nothing else'}"
+    )
+
+
+def _scoring(cached_rows: bool, prefix_caching: bool | None, loads_lora: bool) -> ScoringMethod:
+    if cached_rows and prefix_caching is not False:
+        return "token_ids"
+    # vLLM's CPU build with --enable-lora dies of prompt_logprobs of several prompts at once.
+    if prefix_caching is False and not loads_lora:
+        return "prompt_logprobs"
+    return "prefixes"
+
+
+def _own_logprobs(prompt: TokenIds, rows: list[Any]) -> list[float]:
+    """Log-probabilities of the prompt's last tokens. Rows are counted from the end, for a cache hit drops the first."""
+    tokens = prompt[len(prompt) - len(rows) :]
+    return [row[str(token)]["logprob"] for token, row in zip(tokens, rows, strict=True) if row]
+
+
+async def _optional(answer: Awaitable[Any]) -> Any:
+    """The answer, or None from a server that has none to this question."""
+    try:
+        return await answer
+    except (EngineRejectedError, EngineProtocolError):
+        return None

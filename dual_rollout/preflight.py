@@ -1,0 +1,85 @@
+"""Before the first token: can these two servers give a correct rollout at all?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.engines import Capabilities, Engine
+from dual_rollout.engines.base import TokenIds
+from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.tokens import compare_tokens
+
+logger = logging.getLogger(__name__)
+
+_TRIED_PROMPTS = 32
+
+
+async def check_servers(
+    theta: Engine,
+    t: Engine,
+    config: CoordinatorConfig,
+    contexts_theta: Sequence[TokenIds],
+    contexts_t: Sequence[TokenIds],
+) -> None:
+    """Probe both servers with the first real prompt that they take, and refuse what would go wrong later.
+
+    Raises:
+        PreflightError: the servers cannot serve what `config` asks; says which flag to set.
+        EngineError: a server cannot be reached, or its answers are not usable.
+    """
+    if config.theta_url == config.t_url and config.theta_model == config.t_model and contexts_theta == contexts_t:
+        logger.warning(
+            "theta_url and t_url are both %s, with the same prompts: π_θ and π_t are one model, and α means nothing",
+            config.theta_url,
+        )
+    capabilities = await asyncio.gather(
+        _check_server(theta, contexts_theta, config, "theta_url"), _check_server(t, contexts_t, config, "t_url")
+    )
+    comparison = await compare_tokens(theta, t, *capabilities)
+    for note in comparison.notes:
+        logger.info("tokenizers: %s", note)
+    if comparison.same is False:
+        raise PreflightError(
+            "π_θ and π_t do not speak the same tokens: "
+            + "; ".join(comparison.differences)
+            + ". Serve two models with one tokenizer."
+        )
+
+
+async def _check_server(
+    engine: Engine, contexts: Sequence[TokenIds], config: CoordinatorConfig, flag: str
+) -> Capabilities:
+    capabilities, context = await _probe(engine, contexts, flag)
+    cap, k = capabilities.max_logprobs, config.top_k
+    if cap is not None and k > cap:
+        raise PreflightError(
+            f"top_k is {k}, but the server at {flag} ({engine.url}) gives at most {cap} log-probabilities. "
+            f"Start it with --max-logprobs {k} or more, or lower top_k."
+        )
+    if config.missing == "exact" and not capabilities.named_logprobs:
+        raise PreflightError(
+            f'missing="exact" needs log-probabilities of named tokens (logprob_token_ids), which the server at {flag} '
+            f'({engine.url}, version {capabilities.version or "unknown"}) lacks. Use a newer one, or missing="floor".'
+        )
+    try:
+        await engine.next_top_k([context], k)
+    except EngineRejectedError as error:
+        raise PreflightError(
+            f"the server at {flag} refuses a request for {k} log-probabilities: {error}. "
+            f"Start it with --max-logprobs {k} or more, or lower top_k."
+        ) from error
+    return capabilities
+
+
+async def _probe(engine: Engine, contexts: Sequence[TokenIds], flag: str) -> tuple[Capabilities, TokenIds]:
+    """With the first prompt that the server takes: one that it refuses fails alone, when its turn comes."""
+    refusal: EngineRejectedError | None = None
+    for context in contexts[:_TRIED_PROMPTS]:
+        try:
+            return await engine.probe(context), context
+        except EngineRejectedError as error:
+            refusal = refusal or error
+    raise PreflightError(f"the server at {flag} refuses an ordinary request: {refusal}") from refusal

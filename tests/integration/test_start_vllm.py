@@ -1,0 +1,169 @@
+"""recipes/serving/start_vllm.sh, with the embedded server in vLLM's place."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dual_rollout.server.launch import _free_port
+
+SCRIPT = Path(__file__).parents[2] / "recipes/serving/start_vllm.sh"
+
+# Stands for an interpreter with vLLM: serves with what the embedded server has of vLLM's flags.
+INTERPRETER = """#!/usr/bin/env bash
+if [[ ${{1-}} != -m ]]; then exec {python} "$@"; fi
+shift 2
+while (($#)); do
+    case $1 in
+        --model) model=$2; shift 2 ;;
+        --port | --max-logprobs | --max-model-len) flags+=("$1" "$2"); shift 2 ;;
+        *) shift ;;
+    esac
+done
+exec {python} -m dual_rollout.cli serve "$model" --threads 1 "${{flags[@]}}"
+"""
+
+
+def dry_run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
+    """The words of the two commands."""
+    answer = subprocess.run(
+        [str(SCRIPT), "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env={**os.environ, **(environment or {})},
+    )
+    theta, t = answer.stdout.splitlines()
+    return shlex.split(theta), shlex.split(t)
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_two_models_on_one_gpu_share_its_memory() -> None:
+    theta, t = dry_run("policy", "teacher", "--lora", "16", "--nccl", "--t-quantization", "fp8", "--", "--seed", "1")
+    assert (value(theta, "--model"), value(t, "--model")) == ("policy", "teacher")
+    assert (value(theta, "--port"), value(t, "--port")) == ("8000", "8001")
+    assert float(value(theta, "--gpu-memory-utilization")) + float(value(t, "--gpu-memory-utilization")) < 1
+    assert value(theta, "--max-lora-rank") == "16" and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in theta
+    assert value(theta, "--weight-transfer-config") == '{"backend": "nccl"}'
+    assert value(t, "--quantization") == "fp8"
+    assert not {"--enable-lora", "--weight-transfer-config"} & set(t), "π_t's weights never change"
+    assert "--quantization" not in theta
+    for words in (theta, t):
+        assert {"VLLM_SERVER_DEV_MODE=1", "CUDA_VISIBLE_DEVICES=0", "--enable-scale-out"} <= set(words)
+        assert value(words, "--max-logprobs") == "200" and value(words, "--seed") == "1"
+
+
+def test_devices_of_their_own() -> None:
+    theta, t = dry_run("policy", "teacher", "--theta-devices", "0", "--t-devices", "1,2", "--t-memory", "0.8")
+    assert "CUDA_VISIBLE_DEVICES=0" in theta and "CUDA_VISIBLE_DEVICES=1,2" in t
+    assert (value(theta, "--tensor-parallel-size"), value(t, "--tensor-parallel-size")) == ("1", "2")
+    assert value(theta, "--gpu-memory-utilization") == "0.9" and value(t, "--gpu-memory-utilization") == "0.8"
+
+
+def test_cpu() -> None:
+    theta, t = dry_run("--cpu", "--theta-cores", "0", "--t-cores", "1", "--lora", "8", "policy")
+    assert value(t, "--model") == "policy"
+    assert "VLLM_CPU_OMP_THREADS_BIND=0" in theta and "VLLM_CPU_OMP_THREADS_BIND=1" in t
+    for words in (theta, t):
+        assert value(words, "--dtype") == "float32" and value(words, "--block-size") == "32"
+        assert "--enforce-eager" in words and "--gpu-memory-utilization" not in words
+    assert "q_proj" in theta[theta.index("--lora-target-modules") :]
+
+
+def test_a_key_is_never_on_a_command_line() -> None:
+    for words in dry_run("policy", environment={"DUAL_ROLLOUT_API_KEY": "secret"}):
+        assert not any("secret" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one or two models"),
+        (["a", "b", "c"], "one or two models"),
+        (["a", "--lorra", "8"], "--lorra"),
+        (["a", "--lora"], "--lora needs a value"),
+        (["a", "--cpu", "--nccl"], "--nccl needs GPUs"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    answer = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=30)
+    assert answer.returncode == 2 and message in answer.stderr
+
+
+class Servers:
+    """The script at work on a tiny model."""
+
+    def __init__(self, model: Path, folder: Path, t_model: Path | None = None):
+        interpreter = folder / "python"
+        interpreter.write_text(INTERPRETER.format(python=sys.executable))
+        interpreter.chmod(0o755)
+        self.ports = [_free_port(), _free_port()]
+        command = [str(SCRIPT), "--cpu", "--no-check", "--python", str(interpreter), "--log-dir", str(folder)]
+        command += ["--theta-port", str(self.ports[0]), "--t-port", str(self.ports[1]), "--timeout", "60"]
+        self.output = folder / "output"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, str(model), str(t_model or model)], stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def healthy(self) -> list[bool]:
+        return [_answers(f"http://127.0.0.1:{port}/health") for port in self.ports]
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_both_servers_start_and_stop_with_the_script(
+    tiny_models: tuple[Path, Path], tmp_path: Path, ending: signal.Signals
+) -> None:
+    servers = Servers(tiny_models[0], tmp_path, tiny_models[1])
+    try:
+        assert until(lambda: "Both servers are ready" in servers.output.read_text()), servers.output.read_text()
+        assert servers.healthy() == [True, True]
+        servers.process.send_signal(ending)
+        assert servers.process.wait(20) == 128 + ending
+        assert servers.healthy() == [False, False]
+    finally:
+        servers.process.terminate()
+        servers.process.wait(20)
+
+
+def test_a_server_that_dies_is_shown_and_the_other_stopped(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    servers = Servers(tiny_models[0], tmp_path, tmp_path / "no such model")
+    try:
+        assert servers.process.wait(60) == 1
+        output = servers.output.read_text()
+        assert "t died while starting" in output and "no such model" in output
+        assert servers.healthy() == [False, False]
+    finally:
+        servers.process.terminate()
+        servers.process.wait(20)
