@@ -220,9 +220,7 @@ class DualVLLMCoordinator:
         if self._native is not None:
             await NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token).decode(sequences)
         else:
-            recorder = Recorder(
-                self.theta, self.t, config, stats, with_diagnostics=with_diagnostics, on_token=on_token
-            )
+            recorder = Recorder(self.theta, self.t, config, stats, with_diagnostics=with_diagnostics, on_token=on_token)
             await decode(sequences, recorder, self._tuner)
 
     def _transport(self, url: str) -> HttpTransport:
@@ -346,8 +344,8 @@ def _check_length(context: list[int], max_tokens: int, info: EngineInfo, name: s
     # A server scores a text by generating one token more.
     if limit is not None and len(context) + max_tokens >= limit:
         raise ValueError(
-            f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} and one more for scoring that "
-            f"exceeds its context of {limit}. Shorten the prompt, lower max_tokens, or raise --max-model-len."
+            f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} and one more for scoring "
+            f"that exceeds its context of {limit}. Shorten the prompt, lower max_tokens, or raise --max-model-len."
         )
 
 

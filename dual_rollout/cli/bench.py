@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("set --theta-url and --t-url, or --theta-model")
     with contextlib.ExitStack() as stack:
         if args.theta_url is None:
-            flags = ["--max-logprobs", str(args.top_k), "--threads", "1"]
+            length = max(args.context) + args.max_tokens + 1  # a server scores a text by generating one more
+            flags = ["--max-logprobs", str(args.top_k), "--max-model-len", str(length), "--threads", "1"]
             models = (args.theta_model, args.t_model or args.theta_model)
             args.theta_url, args.t_url = (stack.enter_context(EmbeddedServer(m, flags)).url for m in models)
         asyncio.run(_bench(args))
@@ -77,7 +78,7 @@ async def _bench(args: argparse.Namespace) -> None:
     _save(rows, args)
 
 
-_HEADER = f"{'mode':10}{'conc.':>6}{'context':>8}{'tok/s':>9}{'req/tok':>9}{'KB/tok':>8}{'accept':>8}{'first s':>9}{'CPU µs':>8}"
+_HEADER = "mode       conc. context    tok/s  req/tok  KB/tok  accept  first s  CPU µs"
 
 
 def _line(row: object) -> str:

@@ -106,6 +106,7 @@ class Recorder:
             candidates,
             method=self.config.alpha_method,
             fixed_alpha=self.config.fixed_alpha,
+            kl_budget=self.config.kl_budget,
             alpha_min=self.config.alpha_min,
             alpha_max=self.config.alpha_max,
         )

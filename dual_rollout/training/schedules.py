@@ -54,6 +54,8 @@ class AlphaSchedule:
         """
         if self.kl_budget_end is not None and config.alpha_method != "kl_budget":
             raise ValueError('kl_budget_end needs alpha_method "kl_budget"')
+        if self.ends and config.engine == "native":
+            raise ValueError('alpha_schedule needs engine "dual": a native server has its own, fixed rule for α')
         share = progress if self.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * progress))
         values = {name: (1.0 - share) * getattr(config, name) + share * end for name, end in self.ends.items()}
         return replace(config, **values)

@@ -99,7 +99,7 @@ def policy_logprobs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def test_alpha_and_weights_reach_the_loss_as_tensors(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    trainer = record(tiny_pair, tmp_path, importance_sampling_clip_max=1.5)
+    trainer = record(tiny_pair, tmp_path, importance_sampling_clip_max=1.2)
     batch = trainer.batches[0]
     mask = batch["completion_mask"].bool()
     for name in ("alpha", "importance_weights", "logprobs_theta", "logprobs_t", "sampling_per_token_logps"):
@@ -111,9 +111,9 @@ def test_alpha_and_weights_reach_the_loss_as_tensors(tiny_pair: TinyPair, tmp_pa
     torch.testing.assert_close(batch["logprobs_theta"][mask], expected[mask], atol=1e-3, rtol=0)
     weights = (expected - batch["sampling_per_token_logps"]).exp()
     torch.testing.assert_close(batch["importance_weights"][mask], weights[mask], atol=1e-2, rtol=1e-2)
-    assert batch["importance_weights"][mask].max() > 1.5, "the test needs a weight that the bound cuts"
+    assert batch["importance_weights"][mask].max() > 1.2, "the test needs a weight that the bound cuts"
     ratio = batch["importance_sampling_ratio"]
-    torch.testing.assert_close(ratio[mask], batch["importance_weights"][mask].clamp(max=1.5), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ratio[mask], batch["importance_weights"][mask].clamp(max=1.2), atol=1e-4, rtol=1e-4)
     # One advantage per sequence times one weight per token, which TRL's loss is linear in.
     per_sequence = batch["advantages"] / ratio
     spread = (per_sequence.max(dim=1).values - per_sequence.min(dim=1).values).abs()

@@ -15,6 +15,7 @@ INVALID = {
     "t_url": ["", "localhost", None],
     "theta_engine": ["", "tgi", None],
     "t_engine": ["SGLang", 1],
+    "engine": ["both", None],
     "theta_model": ["", 3],
     "t_model": ["", ["a"]],
     "tokenizer": ["", 1],
