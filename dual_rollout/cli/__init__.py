@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dual_rollout import __version__
-from dual_rollout.cli import bench, serve, train
+from dual_rollout.cli import bench, doctor, serve, serve_native, train
 from dual_rollout.exceptions import DualRolloutError
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"dual-rollout {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback when a command fails")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (bench, serve, train):
+    for command in (bench, doctor, serve, serve_native, train):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     if rest:

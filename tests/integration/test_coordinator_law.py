@@ -21,6 +21,7 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
+from dual_rollout.exceptions import PreflightError
 from tests.chi_square import chi_square_p_value, standard_errors_off
 from tests.markov_server import MarkovServer, random_chain
 
@@ -302,8 +303,8 @@ def test_without_named_logprobs_tail_weights_are_approximate_and_counted():
 
 
 def test_exact_needs_named_logprobs():
-    outputs, _ = generate([[START]], top_k=2, missing="exact", server={"ignore": ("logprob_token_ids",)})
-    assert 'missing="floor"' in outputs[0].error and outputs[0].finish_reason is None
+    with pytest.raises(PreflightError, match='missing="floor"'):
+        generate([[START]], top_k=2, missing="exact", server={"ignore": ("logprob_token_ids",)})
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_one_bad_prompt_fails_alone():
 
 def test_a_prompt_beyond_the_context_is_never_sent():
     async def run() -> tuple[list[GenerationOutput], int]:
-        async with theta_stub(max_req_input_len=10).running() as theta, SGLangStub(markov(T)).running() as t:
+        async with theta_stub(max_req_input_len=11).running() as theta, SGLangStub(markov(T)).running() as t:
             config = CoordinatorConfig(
                 theta_url=theta.url, t_url=t.url, theta_engine="sglang", t_engine="sglang", top_k=2, seed=0
             )
@@ -177,7 +177,7 @@ def test_a_prompt_beyond_the_context_is_never_sent():
 
     outputs, longest = asyncio.run(asyncio.wait_for(run(), 30))
     assert [output.error is None for output in outputs] == [True, False]
-    assert longest < 10
+    assert longest < 11
 
 
 # ---- the engine -----------------------------------------------------------------------------------------------------

@@ -169,6 +169,13 @@ def test_retry_after_is_obeyed():
     assert server.arrivals[1] - server.arrivals[0] >= 1.0
 
 
+def test_a_closed_connection_is_replaced_at_once():
+    """vLLM closes idle connections, and those of requests after an internal error, without saying so."""
+    server = FaultyServer(reset_at_once, ok)
+    assert post(server) == {"fine": True}
+    assert server.arrivals[1] - server.arrivals[0] < 0.2
+
+
 def test_repeats_wait_longer_each_time():
     server = FaultyServer(status(503), status(503), status(503), ok)
     assert post(server, max_retries=3) == {"fine": True}

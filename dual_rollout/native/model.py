@@ -1,0 +1,161 @@
+"""The vLLM model class that holds π_θ and π_t side by side and returns the logits of q*. The only importer of vLLM."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
+
+from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
+from dual_rollout.native.solver import AlphaRule, log_softmax, q_star_logits
+
+_T_PREFIX = "dual_rollout_t."
+
+_compiled_logits = torch.compile(q_star_logits, dynamic=True, backend=current_platform.simple_compile_backend)
+
+
+class DualRolloutForCausalLM(nn.Module):
+    """π_θ and π_t in one engine, each with its own KV cache entries; vLLM samples from q*.
+
+    The served configuration is π_θ's with `dual_rollout` added, see `native.serving`. Weights without a prefix are
+    π_θ's, at start and in every later update; π_t's are read once, as vLLM's `secondary_weights`.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        served = vllm_config.model_config.hf_config
+        settings = served.dual_rollout
+        config_theta = copy.deepcopy(served)
+        config_theta.vocab_size = settings["vocab_size_theta"]
+        model_config = vllm_config.model_config
+        config_t = get_config(settings["t"], model_config.trust_remote_code)
+        _refuse_what_does_not_work(vllm_config, config_theta, config_t)
+
+        self.theta: Any
+        self.t: Any
+        self.vocab_size = min(config_theta.vocab_size, config_t.vocab_size)
+        self.temperature = float(settings["temperature"])
+        self.rule = AlphaRule(settings["fixed_alpha"], settings["alpha_min"], settings["alpha_max"])
+        self.theta = _submodel(vllm_config, config_theta, settings["architectures"], maybe_prefix(prefix, "theta"))
+        self.t = _submodel(vllm_config, config_t, config_t.architectures, maybe_prefix(prefix, "t"))
+        self._hidden_size_theta = config_theta.hidden_size
+        self.secondary_weights: tuple[Any, ...] = (
+            DefaultModelLoader.Source(settings["t"], revision=None, prefix=_T_PREFIX),
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.theta.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`."""
+        input_ids = input_ids.clamp(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
+        hidden_theta = self.theta(input_ids, positions)
+        hidden_t = self.t(input_ids, positions)
+        rows, width = hidden_theta.shape[0], hidden_theta.shape[1] + hidden_t.shape[1]
+        hidden = hidden_theta.new_empty(rows + 1, width)[:rows]
+        hidden[:, : self._hidden_size_theta] = hidden_theta
+        hidden[:, self._hidden_size_theta :] = hidden_t
+        return hidden
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits of q* for rows to sample from, of π_θ for rows of a prompt; `(B, V + 4)`, None on TP ranks > 0.
+
+        vLLM gathers the rows it samples from into a tensor of their own, and slices the rows of a prompt whose
+        `prompt_logprobs` were asked for out of `forward`'s result. That is how the two are told apart; the client
+        checks it (the pseudo-tokens differ), and α = 0 would be reported were it ever to fail.
+        """
+        size = self._hidden_size_theta
+        logits_theta = self.theta.compute_logits(hidden_states[:, :size].contiguous())
+        if _is_slice(hidden_states):
+            return None if logits_theta is None else self._policy_rows(logits_theta)
+        logits_t = self.t.compute_logits(hidden_states[:, size:].contiguous())
+        if logits_theta is None or logits_t is None:
+            return None
+        return _compiled_logits(logits_theta, logits_t, self.rule, self.temperature)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load π_θ's weights under their checkpoint names, all or some; π_t's only at the start."""
+        loaded = set()
+        for is_t, group in groupby(weights, key=lambda item: item[0].startswith(_T_PREFIX)):
+            name, model = ("t", self.t) if is_t else ("theta", self.theta)
+            names = model.load_weights((key.removeprefix(_T_PREFIX), tensor) for key, tensor in group)
+            loaded |= {f"{name}.{key}" for key in names}
+            if is_t:
+                self.secondary_weights = ()
+        return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """Take π_t out of the tree of modules: a weight update takes every module in it apart, and this one is frozen.
+
+        vLLM calls this when all weights are loaded and every layer is processed.
+        """
+        self.t.eval()
+        self.__dict__["t"] = self._modules.pop("t")
+        self._warm_up()
+
+    def _policy_rows(self, logits_theta: Tensor) -> Tensor:
+        logp = log_softmax(logits_theta, self.temperature)[:, : self.vocab_size]
+        return torch.cat((logp, logp.new_full((len(logp), NUM_PSEUDO_TOKENS), POLICY_ROW)), dim=1)
+
+    def _warm_up(self) -> None:
+        """Compile the solver now, for one row and for several, and not during the first requests."""
+        device = next(self.theta.parameters()).device
+        for rows in (1, 2):
+            row = torch.zeros(rows, self.vocab_size, device=device)
+            _compiled_logits(row, row, self.rule, self.temperature)
+
+
+def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: list[str], prefix: str) -> Any:
+    sub = vllm_config.with_hf_config(config, architectures=architectures)
+    sub.model_config.hf_text_config = sub.model_config.hf_config.get_text_config()
+    sub.model_config.model_arch_config = sub.model_config.get_model_arch_config()
+    return initialize_model(vllm_config=sub, prefix=prefix)
+
+
+def _refuse_what_does_not_work(vllm_config: VllmConfig, theta: PretrainedConfig, t: PretrainedConfig) -> None:
+    """Raise `ValueError` for what two models in one engine cannot do."""
+    limit = getattr(t, "max_position_embeddings", None)
+    max_model_len = vllm_config.model_config.max_model_len
+    reasons = {
+        "pipeline parallelism (--pipeline-parallel-size): both models must be on every rank": (
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+        "expert parallelism (--enable-expert-parallel)": vllm_config.parallel_config.enable_expert_parallel,
+        "LoRA (--enable-lora): sync full or merged weights": vllm_config.lora_config is not None,
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "prompt embeddings (--enable-prompt-embeds)": vllm_config.model_config.enable_prompt_embeds,
+        "quantisation of one model only: give both the same quantization_config, or none": (
+            _quantization(theta) != _quantization(t)
+        ),
+        f"--max-model-len {max_model_len}: the target's context is {limit}": max_model_len > (limit or max_model_len),
+    }
+    refused = [reason for reason, applies in reasons.items() if applies]
+    if refused:
+        raise ValueError("dual-rollout's native engine does not work with " + "; nor with ".join(refused))
+
+
+def _quantization(config: PretrainedConfig) -> Any:
+    settings: Any = getattr(config, "quantization_config", None)
+    return settings.to_dict() if hasattr(settings, "to_dict") else settings
+
+
+def _is_slice(rows: Tensor) -> bool:
+    return rows.untyped_storage().nbytes() > rows.numel() * rows.element_size()

@@ -1,0 +1,338 @@
+"""What an engine must do, the same for every server: the embedded one and real vLLM answer alike.
+
+The reference is a plain forward pass of transformers in this process, so two servers that agree with it agree with
+each other: log-probabilities to `CLOSE` nats, token ids exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dual_rollout.engines import HttpTransport, VLLMEngine
+from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.types import NO_TOKEN, TopK
+
+T = TypeVar("T")
+
+CLOSE = 1e-3
+MAX_LOGPROBS = 200
+MAX_MODEL_LEN = 512
+PROMPTS = [[10, 20, 30], [200, 7], list(range(40, 110)), [5]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server for `model` with `MAX_LOGPROBS` and `MAX_MODEL_LEN`, and one (it may be the same) that loads adapters.
+
+    `other` is a model of the same shape, for the server to load.
+    """
+
+    url: str
+    lora_url: str
+    model: Path
+    other: Path
+
+
+class EngineConformance:
+    """Subclasses give a fixture `target`. A test that changes a server's weights puts them back."""
+
+    # ---- what it says of itself
+
+    def test_health(self, target: Target) -> None:
+        assert use(target.url, lambda engine: engine.health()) is None
+
+    def test_the_probe_finds_what_the_server_was_started_with(self, target: Target) -> None:
+        found = use(target.url, lambda engine: engine.probe([1, 2]))
+        assert found.root == str(target.model)
+        assert found.version
+        assert (found.max_logprobs, found.max_model_len) == (MAX_LOGPROBS, MAX_MODEL_LEN)
+        assert found.vocab_size == reference(target.model).config.vocab_size
+        assert (found.logprobs_mode, found.prefix_caching, found.named_logprobs) == ("raw", True, True)
+        assert found.generate_endpoint and found.detokenizes
+        assert found.reloads_weights and found.resets_prefix_cache
+        assert use(target.lora_url, lambda engine: engine.probe([1, 2])).loads_lora
+
+    def test_probing_costs_little_and_happens_once(self, target: Target) -> None:
+        async def ask(engine: VLLMEngine) -> int:
+            await asyncio.gather(*(engine.probe([1, 2]) for _ in range(3)))
+            return engine._http.stats.requests
+
+        assert use(target.url, ask) <= 20
+
+    # ---- next tokens
+
+    @pytest.mark.parametrize("k", [1, 20, 200])
+    def test_next_top_k_of_a_batch(self, target: Target, k: int) -> None:
+        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, k))
+        assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], k)
+
+    def test_tempered_lists_keep_their_proportions(self, target: Target) -> None:
+        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, 200, 0.7))
+        for prompt, ids, logprobs in zip(PROMPTS, top.token_ids, top.logprobs, strict=True):
+            tempered = (torch.tensor(law(target.model, prompt)) / 0.7).log_softmax(0).numpy()
+            np.testing.assert_allclose(logprobs, tempered[ids], atol=0.02)  # the unlisted mass is bounded, not known
+            np.testing.assert_allclose(np.ptp(logprobs), np.ptp(tempered[ids]), atol=CLOSE)
+
+    def test_a_list_of_more_prompts_than_a_request_may_have(self, target: Target) -> None:
+        prompts = [[i % 250] for i in range(1030)]
+        top = use(target.url, lambda engine: engine.next_top_k(prompts, 1))
+        best = {i: int(law(target.model, [i]).argmax()) for i in range(250)}
+        assert top.token_ids[:, 0].tolist() == [best[prompt[0]] for prompt in prompts]
+
+    def test_named_logprobs(self, target: Target) -> None:
+        vocabulary = reference(target.model).config.vocab_size
+        names = [[7, 3, 250], [1], list(range(vocabulary)), []]
+        rows = use(target.url, lambda engine: engine.named_logprobs(PROMPTS, names))
+        for prompt, ids, row in zip(PROMPTS, names, rows, strict=True):
+            np.testing.assert_allclose(row, law(target.model, prompt)[np.array(ids, dtype=int)], atol=CLOSE)
+
+    def test_lists_and_named_tokens_at_once_do_not_disturb_each_other(self, target: Target) -> None:
+        async def ask(engine: VLLMEngine) -> tuple[list[TopK], list[list[np.ndarray]]]:
+            lists = [engine.next_top_k(PROMPTS, 20) for _ in range(8)]
+            named = [engine.named_logprobs(PROMPTS, [[7, 3]] * 4) for _ in range(8)]
+            results = await asyncio.gather(*(call for pair in zip(lists, named, strict=True) for call in pair))
+            return results[::2], results[1::2]
+
+        laws = [law(target.model, prompt) for prompt in PROMPTS]
+        for top, rows in zip(*use(target.url, ask), strict=True):
+            assert_lists(top, laws, 20)
+            np.testing.assert_allclose(rows, [logprobs[[7, 3]] for logprobs in laws], atol=CLOSE)
+
+    def test_draws_avoid_excluded_tokens_and_repeat_with_their_seed(self, target: Target) -> None:
+        likely = np.argsort(-law(target.model, PROMPTS[0]))[:30].tolist()
+
+        async def ask(engine: VLLMEngine) -> list[int]:
+            return await asyncio.gather(
+                *(engine.draw_excluding(PROMPTS[0], likely, 1.0, seed) for seed in [*range(20), *range(20)])
+            )
+
+        tokens = use(target.url, ask)
+        assert not set(tokens) & set(likely)
+        assert tokens[:20] == tokens[20:]
+        assert len(set(tokens)) > 5
+
+    # ---- drafts
+
+    def test_drafts_come_with_the_lists_they_were_drawn_from(self, target: Target) -> None:
+        lengths = [6, 1, 4, 8]
+        drafts = use(target.url, lambda engine: engine.draft(PROMPTS, lengths, 20, 1.0, [11, 12, 13, 14]))
+        assert all(1 <= len(tokens) <= length for tokens, length in zip(drafts.token_ids, lengths, strict=True))
+        assert_lists(drafts.lists, laws_along(target.model, PROMPTS, drafts.token_ids), 20)
+
+    def test_drafts_follow_their_seeds(self, target: Target) -> None:
+        def draft(seeds: list[int]) -> list[list[int]]:
+            drafts = use(target.url, lambda engine: engine.draft([[9, 8]] * 3, [8] * 3, 5, 1.0, seeds))
+            return [tokens.tolist() for tokens in drafts.token_ids]
+
+        first = draft([1, 2, 3])
+        assert draft([3, 1, 4])[:2] == [first[2], first[0]]
+        assert len({str(tokens) for tokens in first}) == 3
+
+    @pytest.mark.parametrize("method", ["prefixes", "prompt_logprobs", "token_ids"])
+    def test_drafts_are_scored_alike_by_every_method(self, target: Target, method: Any) -> None:
+        if method == "token_ids" and not use(target.url, lambda engine: engine.probe([1, 2])).cached_rows:
+            pytest.skip("this server gives no rows after a prefix-cache hit")
+        drafts = [np.array([3, 250, 17, 9]), np.array([1]), np.array([60, 61]), np.array([4, 4, 4, 4, 4])]
+        laws = laws_along(target.model, PROMPTS, drafts)
+
+        async def ask(engine: VLLMEngine) -> list[TopK]:
+            # The second time, the prefix cache has the drafts too, and the third what comes before the next block.
+            twice = [await engine.score_drafts(PROMPTS, drafts, 20, 1.0) for _ in range(2)]
+            longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, drafts, strict=True)]
+            return [*twice, await engine.score_drafts(longer, drafts, 20, 1.0)]
+
+        first, second, after = use(target.url, ask, scoring=method)
+        assert_lists(first, laws, 20)
+        assert_lists(second, laws, 20)
+        longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, drafts, strict=True)]
+        assert_lists(after, laws_along(target.model, longer, drafts), 20)
+
+    def test_score_of_a_text(self, target: Target) -> None:
+        text = [10, 20, 30, 250, 7, 91, 3]
+        own, top = use(target.url, lambda engine: engine.score(text, 3))
+        laws = [law(target.model, text[:i]) for i in range(3, len(text))]
+        np.testing.assert_allclose(own, [row[token] for row, token in zip(laws, text[3:], strict=True)], atol=CLOSE)
+        np.testing.assert_allclose(top, [row.max() for row in laws], atol=CLOSE)
+
+    # ---- changes while it runs
+
+    def test_weights_are_reloaded(self, target: Target) -> None:
+        async def ask(engine: VLLMEngine) -> list[TopK]:
+            lists = []
+            for model in (target.other, target.model):
+                await engine.reload_weights(str(model))
+                lists.append(await engine.next_top_k(PROMPTS, 20))
+            return lists
+
+        for top, model in zip(use(target.url, ask), (target.other, target.model), strict=True):
+            assert_lists(top, [law(model, prompt) for prompt in PROMPTS], 20)
+
+    def test_requests_in_flight_never_see_half_loaded_weights(self, target: Target) -> None:
+        """Each list they get is one model's or the other's, whatever tokens came before it."""
+        prompts, lengths = [[i, i + 1] for i in range(8)], [240] * 8
+
+        async def ask(engine: VLLMEngine) -> Any:
+            drafting = asyncio.create_task(engine.draft(prompts, lengths, 10, 1.0, list(range(8))))
+            await asyncio.sleep(0.2)
+            try:
+                await engine.reload_weights(str(target.other))
+                return await drafting
+            finally:
+                await engine.reload_weights(str(target.model))
+
+        drafts = use(target.url, ask)
+        old, new = (np.array(laws_along(m, prompts, drafts.token_ids)) for m in (target.model, target.other))
+        rows = np.arange(len(old))[:, None]
+        errors = [np.abs(laws[rows, drafts.lists.token_ids] - drafts.lists.logprobs).max(axis=1) for laws in (old, new)]
+        assert np.minimum(*errors).max() < CLOSE
+
+    def test_adapters_are_loaded_and_replaced(self, target: Target, tmp_path: Path) -> None:
+        adapters = [make_adapter(target.model, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)]
+
+        async def ask(engine: VLLMEngine) -> list[TopK]:
+            lists = [await engine.next_top_k(PROMPTS, 20)]
+            for adapter in adapters:
+                await engine.load_lora("conformance", str(adapter))
+                engine.use_lora("conformance")
+                lists.append(await engine.next_top_k(PROMPTS, 20))
+            return lists
+
+        base, *adapted = use(target.lora_url, ask)
+        assert_lists(base, [law(target.model, prompt) for prompt in PROMPTS], 20)
+        for top, adapter in zip(adapted, adapters, strict=True):
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target.model), adapter).eval()
+            assert_lists(top, [logprobs_of(model, prompt)[-1] for prompt in PROMPTS], 20)
+
+    def test_prefix_cache_is_dropped(self, target: Target) -> None:
+        prompt = [(7 * i + 3) % 250 for i in range(100)]
+
+        async def ask(engine: VLLMEngine) -> list[int]:
+            cached = []
+            for reset in (False, False, True):
+                if reset:
+                    await engine.reset_prefix_cache()
+                info = await engine.describe()
+                body = {"model": info.model, "prompt": prompt, "max_tokens": 1}
+                answer = await engine._http.post("/v1/completions", body)
+                cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            return cached
+
+        _, cached, after_reset = use(target.url, ask)
+        assert cached >= 64 and after_reset == 0
+
+    # ---- refusals
+
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda engine: engine.next_top_k([[1] * MAX_MODEL_LEN], 1),
+            lambda engine: engine.next_top_k([[1], [2] * (MAX_MODEL_LEN + 9)], 1),
+            lambda engine: engine.draft([[1] * (MAX_MODEL_LEN - 3)], [9], 1, 1.0, [0]),
+            lambda engine: engine.next_top_k([[1_000_000]], 1),
+            lambda engine: engine.next_top_k([[1]], MAX_LOGPROBS + 1),
+            lambda engine: engine.named_logprobs([[1]], [[1_000_000]]),
+        ],
+        ids=["full context", "too long in a list", "no room for a draft", "no such token", "list", "no such name"],
+    )
+    def test_what_cannot_be_done_is_refused(self, target: Target, ask: Callable[[VLLMEngine], Awaitable[Any]]) -> None:
+        with pytest.raises(EngineRejectedError) as caught:
+            use(target.url, ask)
+        assert caught.value.status == 400
+        assert use(target.url, lambda engine: engine.next_top_k([[1]], 1)).token_ids.shape == (1, 1)
+
+    def test_a_model_that_is_not_served_is_refused(self, target: Target) -> None:
+        with pytest.raises(EngineRejectedError, match="nope"):
+            use(target.url, lambda engine: engine.next_top_k([[1]], 1), model="nope")
+
+    def test_an_adapter_that_is_not_there_is_refused(self, target: Target, tmp_path: Path) -> None:
+        with pytest.raises(EngineRejectedError, match="does not see"):
+            use(target.lora_url, lambda engine: engine.load_lora("absent", str(tmp_path / "absent")))
+
+    def test_weights_that_are_not_there_are_noticed_before_a_reload(self, target: Target, tmp_path: Path) -> None:
+        with pytest.raises(EngineProtocolError, match="does not see"):
+            use(target.url, lambda engine: engine.check_sees(str(tmp_path / "absent")))
+        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, 20))
+        assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], 20)
+
+    def test_a_server_that_is_not_there(self) -> None:
+        for ask in (VLLMEngine.health, VLLMEngine.describe, lambda engine: engine.probe([1])):
+            with pytest.raises(EngineUnavailableError):
+                use("http://127.0.0.1:9", ask)
+
+    def test_errors_name_the_server(self, target: Target) -> None:
+        with pytest.raises(EngineError, match=target.url):
+            use(target.url, lambda engine: engine.next_top_k([[1_000_000]], 1))
+
+
+def use(url: str, ask: Callable[[VLLMEngine], Awaitable[T]], **options: Any) -> T:
+    """What `ask` returns, given an engine on the server."""
+
+    async def run() -> T:
+        engine = VLLMEngine(HttpTransport(url, max_retries=1), **options)
+        try:
+            return await ask(engine)
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(asyncio.wait_for(run(), 120))
+
+
+_models: dict[Path, Any] = {}
+
+
+def reference(folder: Path) -> Any:
+    if folder not in _models:
+        _models[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return _models[folder]
+
+
+def logprobs_of(model: Any, text: Sequence[int]) -> np.ndarray:
+    """Log-probabilities `(len(text), V)` of what follows each token."""
+    with torch.no_grad():
+        return model(torch.tensor([list(text)])).logits[0].double().log_softmax(-1).numpy()
+
+
+def law(folder: Path, prompt: Sequence[int]) -> np.ndarray:
+    """Log-probabilities `(V,)` of the next token."""
+    return logprobs_of(reference(folder), prompt)[-1]
+
+
+def laws_along(folder: Path, prompts: Sequence[Sequence[int]], drafts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Log-probabilities `(V,)` at every position of every draft."""
+    rows: list[np.ndarray] = []
+    for prompt, draft in zip(prompts, drafts, strict=True):
+        every = logprobs_of(reference(folder), [*prompt, *draft.tolist()])
+        rows += list(every[len(prompt) - 1 : -1])
+    return rows
+
+
+def assert_lists(top: TopK, laws: Sequence[np.ndarray], k: int) -> None:
+    """The lists hold the k most likely tokens of the laws, ids exactly and log-probabilities closely."""
+    assert top.token_ids.shape == top.logprobs.shape == (len(laws), k)
+    assert NO_TOKEN not in top.token_ids
+    for ids, logprobs, expected in zip(top.token_ids, top.logprobs, laws, strict=True):
+        np.testing.assert_allclose(logprobs, expected[ids], atol=CLOSE)
+        assert set(ids.tolist()) == set(np.argsort(-expected)[:k].tolist())
+
+
+def make_adapter(model: Path, folder: Path, seed: int) -> Path:
+    """A LoRA adapter that changes the model's distributions visibly."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    adapted.save_pretrained(folder)
+    return folder

@@ -1,0 +1,308 @@
+"""`dual-rollout doctor` and the preflight, against servers with each kind of fault."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout.engines import Capabilities, HttpTransport, VLLMEngine
+from dual_rollout.exceptions import EngineProtocolError, PreflightError
+from dual_rollout.server.launch import EmbeddedServer
+from dual_rollout.tokens import compare_tokens, compare_vocabularies, read_vocabulary
+from tests.markov_server import MarkovServer, random_chain
+
+DEAD = "http://127.0.0.1:9"
+CHAIN = random_chain(np.random.default_rng(0), 8)
+
+
+def doctor(theta: str, t: str, *flags: str) -> tuple[int, str]:
+    """Exit status and what it printed; it may not take 10 s."""
+    command = [sys.executable, "-m", "dual_rollout.cli", "doctor", "--theta-url", theta, "--t-url", t, *flags]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert time.perf_counter() - started < 10
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout
+
+
+def report(theta: str, t: str, *flags: str) -> dict[str, Any]:
+    status, printed = doctor(theta, t, *flags, "--json")
+    found = json.loads(printed)
+    assert found["ok"] is (status == 0)
+    return found
+
+
+def failed(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [check for check in found["checks"] if check["status"] == "failed"]
+    assert all(check["fix"] for check in rows)
+    return [(check["server"], check["name"]) for check in rows]
+
+
+@pytest.fixture(scope="module")
+def small_urls(tiny_models: tuple[Path, Path]) -> Iterator[tuple[str, str]]:
+    """A plain server, and one that says what it is at another temperature; both give 20 log-probabilities."""
+    flags = ["--max-logprobs", "20", "--max-model-len", "256", "--threads", "1"]
+    processed = ["--logprobs-mode", "processed_logprobs", "--enable-lora"]
+    with EmbeddedServer(tiny_models[0], flags) as theta, EmbeddedServer(tiny_models[1], [*flags, *processed]) as t:
+        yield theta.url, t.url
+
+
+@contextlib.asynccontextmanager
+async def serving(*routes: web.RouteDef) -> AsyncIterator[str]:
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+# ---- doctor
+
+
+def test_a_good_pair(small_urls):
+    status, printed = doctor(*small_urls, "--top-k", "20")
+    assert status == 0
+    assert "✗" not in printed and printed.count("✓") > 8
+    for word in ("dual_rollout", "python", "trl", "transformers", "torch", *small_urls):
+        assert word in printed
+
+
+def test_a_good_pair_for_machines(small_urls):
+    found = report(*small_urls, "--top-k", "20")
+    assert found["ok"]
+    assert [found["servers"][side]["logprobs_mode"] for side in ("theta", "t")] == ["raw", "processed"]
+    assert [found["servers"][side]["loads_lora"] for side in ("theta", "t")] == [False, True]
+    assert found["servers"]["theta"]["max_logprobs"] == 20
+    optional = [(c["server"], c["name"]) for c in found["checks"] if c["status"] == "optional"]
+    assert ("π_θ", "LoRA loading") in optional and ("π_θ", "weight reload") not in optional
+    tokens = next(check for check in found["checks"] if check["name"] == "tokens")
+    assert tokens["status"] == "ok"
+
+
+def test_a_list_that_is_too_long(small_urls):
+    found = report(*small_urls, "--top-k", "21")
+    assert failed(found) == [("π_θ", "top_k"), ("π_t", "top_k")]
+    assert "--max-logprobs 21" in str(found["checks"])
+
+
+def test_dead_servers(small_urls):
+    assert failed(report(small_urls[0], DEAD, "--top-k", "20")) == [("π_t", "server")]
+    status, printed = doctor(DEAD, DEAD)
+    assert status == 1 and printed.count("✗") >= 2 and "theta_url" in printed
+
+
+def test_one_server_for_both(small_urls):
+    found = report(small_urls[0], small_urls[0], "--top-k", "20")
+    assert found["ok"], "π_t may see other prompts"
+    row = next(check for check in found["checks"] if check["name"] == "two models")
+    assert row["status"] == "optional" and "α" in row["fix"]
+
+
+def test_something_else_and_something_that_hangs():
+    async def hello(_: web.Request) -> web.Response:
+        return web.Response(text="hello")
+
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async def run() -> dict[str, Any]:
+        async with serving(web.get("/{path:.*}", hello)) as one, serving(web.get("/{path:.*}", hang)) as other:
+            return await asyncio.to_thread(report, one, other)
+
+    found = asyncio.run(run())
+    assert failed(found) == [("π_θ", "server"), ("π_t", "server")]
+
+
+def test_servers_that_offer_little():
+    async def run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        async with MarkovServer(CHAIN).running() as theta, MarkovServer(CHAIN, processed=True).running() as t:
+            return await asyncio.to_thread(report, theta.url, t.url), theta.requests
+
+    found, requests = asyncio.run(run())
+    assert found["ok"]
+    assert [found["servers"][side]["logprobs_mode"] for side in ("theta", "t")] == ["raw", "processed"]
+    assert found["servers"]["theta"]["version"] is None
+    assert all(token < 8 for request in requests for token in request["prompt"] if isinstance(token, int))
+
+
+def test_mistyped_addresses_are_the_users_mistake():
+    status, _ = doctor("localhost:8000", DEAD)
+    assert status == 1
+
+
+# ---- tokens
+
+
+def changed_tokenizer(model: Path, folder: Path) -> Path:
+    """The model with two tokens' ids swapped."""
+    shutil.copytree(model, folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_vocabularies_with_different_ids(tiny_models, tmp_path):
+    original = read_vocabulary(str(tiny_models[0]))
+    swapped = read_vocabulary(str(changed_tokenizer(tiny_models[0], tmp_path / "swapped")))
+    assert original is not None and swapped is not None
+    assert original.roles["eos_token"] == "<|im_end|>" and original.chat_template
+    assert compare_vocabularies(original, original) == compare_vocabularies(swapped, swapped)
+    comparison = compare_vocabularies(original, swapped)
+    a, b = original.ids["a"], original.ids["b"]
+    assert comparison.same is False
+    assert comparison.differences == (
+        f"id {a} is 'a' for π_θ and 'b' for π_t",
+        f"id {b} is 'b' for π_θ and 'a' for π_t",
+    )
+
+
+def test_five_differences_are_shown_and_additions_are_none(tiny_models):
+    original = read_vocabulary(str(tiny_models[0]))
+    shifted = type(original)({token: i + 1 for token, i in original.ids.items()}, {}, None)
+    comparison = compare_vocabularies(original, shifted)
+    assert len(comparison.differences) == 5
+    added = type(original)({**original.ids, "<tool>": len(original.ids)}, {**original.roles, "pad_token": "x"}, None)
+    comparison = compare_vocabularies(original, added)
+    assert comparison.same and comparison.differences == ()
+    assert [any(word in note for note in comparison.notes) for word in ("<tool>", "pad_token", "chat template")] == [
+        True
+    ] * 3
+
+
+def test_a_folder_on_another_machine_has_no_vocabulary(tmp_path):
+    assert read_vocabulary(str(tmp_path / "absent")) is None
+    assert read_vocabulary("organisation/absent-model") is None
+
+
+class Texts:
+    """An engine that has only texts."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    async def detokenize(self, ids: list[int]) -> str:
+        if max(ids) >= len(self.texts):
+            raise EngineProtocolError("no such id", url="http://texts")
+        return "".join(self.texts[i] for i in ids)
+
+
+def test_tokens_that_only_the_servers_know():
+    plain = Capabilities("m", detokenizes=True, vocab_size=100)
+    texts = [f"<{i}>" for i in range(100)]
+    other = [*texts[:40], "wrong", *texts[41:]]
+
+    def compare(theta: list[str], t: list[str], capabilities: Capabilities = plain) -> Any:
+        engines: Any = (Texts(theta), Texts(t))
+        return asyncio.run(compare_tokens(*engines, capabilities, capabilities))
+
+    assert compare(texts, texts).same is True
+    assert compare(texts, other).same is False
+    assert compare(texts, other).differences == ("id 40 is '<40>' for π_θ and 'wrong' for π_t",)
+    assert compare(texts, texts, Capabilities("m")).same is None
+    assert compare(texts[:9], texts[:9]).same is None, "refused by the servers"
+
+
+def test_different_tokens_are_refused_everywhere(tiny_models, small_urls, tmp_path):
+    folder = changed_tokenizer(tiny_models[1], tmp_path / "swapped")
+    with EmbeddedServer(folder, ["--max-logprobs", "20", "--threads", "1"]) as server:
+        assert failed(report(small_urls[0], server.url, "--top-k", "20")) == [("both", "tokens")]
+        with pytest.raises(PreflightError, match=r"same tokens: id \d+ is 'a' for π_θ"):
+            rollout(theta_url=small_urls[0], t_url=server.url, top_k=20)
+
+
+# ---- preflight
+
+
+def rollout(prompts: Any = ([1, 2],), **options: Any) -> Any:
+    async def run() -> Any:
+        async with DualVLLMCoordinator(CoordinatorConfig(max_retries=0, seed=1, **options)) as coordinator:
+            return await coordinator.generate_batch(list(prompts), max_tokens=2)
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_top_k_above_the_servers_limit_is_refused(small_urls):
+    with pytest.raises(PreflightError, match=r"top_k is 21.*at most 20.*--max-logprobs 21"):
+        rollout(theta_url=small_urls[0], t_url=small_urls[1], top_k=21)
+
+
+def test_exact_lists_need_named_tokens():
+    async def run() -> None:
+        async with MarkovServer(CHAIN, ignore=("logprob_token_ids",)).running() as server:
+            await asyncio.to_thread(rollout, theta_url=server.url, t_url=server.url, top_k=4, missing="exact")
+
+    with pytest.raises(PreflightError, match='missing="floor"'):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("t_prompts", [None, [[2, 1]]])
+def test_one_model_as_both_is_warned_about(caplog, t_prompts):
+    async def run() -> None:
+        async with MarkovServer(CHAIN).running() as server:
+            config = CoordinatorConfig(theta_url=server.url, t_url=server.url, top_k=4)
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch([[1, 2]], max_tokens=2, t_prompts=t_prompts)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(run())
+    assert any("α means nothing" in message for message in caplog.messages) is (t_prompts is None)
+
+
+def test_capabilities_are_logged_once(small_urls, caplog):
+    with caplog.at_level(logging.INFO, logger="dual_rollout"):
+        rollout(theta_url=small_urls[0], t_url=small_urls[1], top_k=20)
+    lines = [message for message in caplog.messages if "max_logprobs" in message]
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+    assert "raw log-probabilities" in lines[0] + lines[1] and "processed log-probabilities" in lines[0] + lines[1]
+
+
+def test_a_garbled_list_is_asked_for_again():
+    """As another client's logprob_token_ids garbles it: the sampled token and token 0 at -9999."""
+    good = {f"token_id:{i}": float(np.log(1 / 8)) for i in range(8)}
+    bad = {"token_id:3": float(np.log(1 / 8)), "token_id:0": -9999.0}
+    rows = [bad, bad, good]
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    async def completions(_: web.Request) -> web.Response:
+        row = rows.pop(0)
+        logprobs = {"tokens": ["token_id:3"], "top_logprobs": [row]}
+        return web.json_response({"choices": [{"index": 0, "logprobs": logprobs}]})
+
+    async def run() -> tuple[Any, int]:
+        async with serving(web.get("/v1/models", models), web.post("/v1/completions", completions)) as url:
+            transport = HttpTransport(url, max_retries=0)
+            engine = VLLMEngine(transport)
+            try:
+                return await engine.next_top_k([[1]], 8), transport.stats.retries
+            finally:
+                await engine.aclose()
+
+    top, retries = asyncio.run(run())
+    assert sorted(top.token_ids[0].tolist()) == list(range(8)) and retries == 2
+    rows[:] = [bad] * 9
+    with pytest.raises(EngineProtocolError, match="logprob_token_ids"):
+        asyncio.run(run())

@@ -1,0 +1,98 @@
+"""`dual-rollout serve-native`: the command it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dual_rollout.cli import main
+from dual_rollout.native import ARCHITECTURE
+from tests.tiny_model import make_tiny_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("native") / "theta")
+
+
+@pytest.fixture(scope="module")
+def t(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("native") / "t", num_layers=3, seed=1)
+
+
+def printed_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main(["serve-native", *arguments, "--dry-run"]) == 0
+    return shlex.split(capsys.readouterr().out)
+
+
+def test_dry_run_prints_vllms_command(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = printed_command(capsys, str(theta), str(t), "--alpha-max", "0.6", "--port", "8123", "--enforce-eager")
+    assert command[command.index("--model") + 1] == str(theta)
+    assert command[-3:] == ["--port", "8123", "--enforce-eager"]
+    assert command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    vocab_size = json.loads((theta / "config.json").read_text())["vocab_size"]
+    assert overrides["architectures"] == [ARCHITECTURE] and overrides["vocab_size"] == vocab_size + 4
+    assert overrides["dual_rollout"] == {
+        "t": str(t),
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size_theta": vocab_size,
+        "fixed_alpha": None,
+        "alpha_min": 0.0,
+        "alpha_max": 0.6,
+        "temperature": 1.0,
+    }
+
+
+def test_relative_folders_are_made_absolute(
+    theta: Path, t: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(theta.parent)
+    command = printed_command(capsys, theta.name, str(t))
+    assert command[command.index("--model") + 1] == str(theta)
+
+
+def test_vllms_own_flags_win(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = printed_command(capsys, str(theta), str(t), "--logprobs-mode", "raw_logprobs")
+    assert command.count("--logprobs-mode") == 1 and "raw_logprobs" in command
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha-min", "0.7", "--alpha-max", "0.3"], "--alpha-min"),
+        (["--alpha-method", "fixed"], "--fixed-alpha"),
+        (["--fixed-alpha", "0.3"], "--alpha-method"),
+        (["--alpha-method", "fixed", "--fixed-alpha", "1.3"], "--fixed-alpha"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_bad_settings_are_refused(
+    theta: Path, t: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve-native", str(theta), str(t), *flags, "--dry-run"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_other_token_ids_are_refused(theta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_tiny_model(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    tokenizer["model"]["vocab"] = {token: vocabulary[tokens[-1 - i]] for i, token in enumerate(tokens)}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert isinstance(make_tokenizer(), PreTrainedTokenizerFast)
+    assert main(["serve-native", str(theta), str(other), "--dry-run"]) == 1
+    assert "same token ids" in capsys.readouterr().err
+
+
+def test_a_model_without_a_plain_configuration_is_refused(
+    theta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"vocab_size": 10}}))
+    assert main(["serve-native", str(theta), str(tmp_path), "--dry-run"]) == 1
+    assert "plain text decoders" in capsys.readouterr().err

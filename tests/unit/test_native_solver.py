@@ -1,0 +1,138 @@
+"""The native engine's α and q* in torch against the numpy reference, and what the pseudo-tokens carry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dual_rollout.functional.kl_symmetry import solve_alpha
+from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, decode
+from dual_rollout.native.solver import AlphaRule, q_star, q_star_logits
+
+BALANCED = AlphaRule()
+
+
+def pair(rows: int, vocab: int, scale: float, correlation: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    theta, noise = (torch.randn(rows, vocab, generator=generator) * scale for _ in range(2))
+    return theta, correlation * theta + (1 - correlation**2) ** 0.5 * noise
+
+
+def exact(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return (logits.double() / temperature).log_softmax(1)
+
+
+def kl_difference(theta: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    logp, slope = exact(theta, temperature), exact(t, temperature) - exact(theta, temperature)
+    return ((logp + alpha * slope).softmax(1) * slope).sum(1).abs()
+
+
+def alpha_error(
+    theta: torch.Tensor, t: torch.Tensor, temperature: float, alpha: torch.Tensor, psi: torch.Tensor
+) -> np.ndarray:
+    """Against the reference. Where both models put nearly all mass on one token, float32 leaves nothing to tell them
+    apart by, and any α is as good as another."""
+    reference = solve_alpha(exact(theta, temperature).numpy(), exact(t, temperature).numpy())
+    apart = psi[:, 0].numpy() < -1e-2
+    assert apart.any()
+    return np.abs(alpha[:, 0].numpy() - reference)[apart]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "scale", "correlation"), [(50, 3.0, 0.5), (300, 3.0, 0.98), (2000, 5.0, 0.9), (2000, 8.0, 0.97)]
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_alpha_balances_the_divergences(vocab: int, scale: float, correlation: float, temperature: float) -> None:
+    theta, t = pair(200, vocab, scale, correlation)
+    log_q, alpha, psi = q_star(theta, t, BALANCED, temperature)
+    assert alpha_error(theta, t, temperature, alpha, psi).max() < 1e-4
+    assert kl_difference(theta, t, alpha, temperature).max() < 1e-4
+    path = (1 - alpha.double()) * exact(theta, temperature) + alpha.double() * exact(t, temperature)
+    assert (log_q - path.log_softmax(1)).abs().max() < 5e-5
+    assert (psi - path.logsumexp(1, keepdim=True)).abs().max() < 5e-5
+
+
+def test_peaked_rows_like_those_of_a_language_model() -> None:
+    """One token with almost all mass in both, or one in each, over a wide tail. In the latter rows both divergences are
+    some ten nats, and differ by less than 1e-4 of that."""
+    theta, t = pair(400, 5000, 3.0, 0.95)
+    theta[::2, 7] += 20.0
+    t[::4, 7] += 20.0
+    t[2::4, 9] += 20.0
+    _, alpha, psi = q_star(theta, t, BALANCED, 1.0)
+    assert alpha_error(theta, t, 1.0, alpha, psi).max() < 1e-4
+    assert (kl_difference(theta, t, alpha) / (1 - psi[:, 0])).max() < 1e-4
+
+
+def test_two_tokens() -> None:
+    theta, t = torch.tensor([[5.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 3.0]])
+    _, alpha, _ = q_star(theta, t, BALANCED, 1.0)
+    assert kl_difference(theta, t, alpha).max() < 1e-4
+
+
+def test_equal_models_meet_in_the_middle() -> None:
+    theta, _ = pair(5, 100, 3.0, 0.0)
+    log_q, alpha, psi = q_star(theta, theta.clone(), BALANCED, 1.0)
+    assert alpha.tolist() == [[0.5]] * 5
+    assert (log_q - exact(theta)).abs().max() < 1e-5 and psi.abs().max() < 1e-5
+
+
+def test_rule_bounds_and_fixed_alpha() -> None:
+    theta, t = pair(50, 100, 3.0, 0.5)
+    _, free, _ = q_star(theta, t, BALANCED, 1.0)
+    _, bounded, _ = q_star(theta, t, AlphaRule(minimum=0.45, maximum=0.5), 1.0)
+    assert torch.equal(bounded, free.clamp(0.45, 0.5).mul(2**18).round().div(2**18)) and bounded.std() > 0
+    for alpha, same in ((0.0, theta), (1.0, t)):
+        log_q, found, psi = q_star(theta, t, AlphaRule(fixed=alpha), 1.0)
+        assert set(found[:, 0].tolist()) == {alpha}
+        assert (log_q - exact(same)).abs().max() < 1e-4 and psi.abs().max() < 1e-5
+
+
+def test_impossible_tokens_stay_impossible() -> None:
+    theta, t = pair(3, 20, 2.0, 0.5)
+    theta[:, 3], t[:, 3] = -torch.inf, -torch.inf
+    theta[:, 4] = -torch.inf
+    log_q, alpha, _ = q_star(theta, t, BALANCED, 1.0)
+    assert torch.isfinite(alpha).all() and log_q[:, 3:5].exp().max() == 0
+    assert log_q.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+def test_a_longer_vocabulary_is_cut_to_the_common_tokens() -> None:
+    theta, t = pair(4, 20, 2.0, 0.5)
+    log_q, alpha, psi = q_star(theta, t[:, :17], BALANCED, 1.0)
+    path = (1 - alpha) * theta.log_softmax(1)[:, :17] + alpha * t[:, :17].log_softmax(1)
+    assert log_q.shape == (4, 17)
+    assert (psi - path.logsumexp(1, keepdim=True)).abs().max() < 1e-5
+    assert (log_q - path.log_softmax(1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("solved_at", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize("asked", [0.1, 0.7, 1.0, 1.5, 2.0])
+def test_the_client_reads_what_was_used(solved_at: float, asked: float) -> None:
+    theta, t = pair(300, 500, 4.0, 0.9)
+    log_q, alpha, psi = q_star(theta, t, BALANCED, solved_at)
+    served = (q_star_logits(theta, t, BALANCED, solved_at) / asked).log_softmax(1)  # as vLLM does
+    read = np.array([decode(row, asked) for row in served[:, -NUM_PSEUDO_TOKENS:].tolist()])
+    assert read[:, 0].tolist() == alpha[:, 0].tolist(), "the very α"
+    assert read[:, 1] == pytest.approx(psi[:, 0].numpy(), abs=1e-5)
+    assert read[:, 2] == pytest.approx(solved_at, abs=1e-5)
+    if asked == solved_at:
+        assert (served[:, :-NUM_PSEUDO_TOKENS] - log_q).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("asked", [0.1, 1.0, 2.0])
+def test_pseudo_tokens_are_never_sampled(asked: float) -> None:
+    theta, t = pair(300, 500, 4.0, 0.5)
+    served = (q_star_logits(theta, t, BALANCED, 1.0).double() / asked).log_softmax(1)
+    assert served[:, -NUM_PSEUDO_TOKENS:].exp().max() < 1e-20
+    assert np.log(1e-20) > FLOOR / 2.0
+
+
+def test_another_temperature_stays_on_the_same_path() -> None:
+    """q*^(1/T), which vLLM samples from when asked for T, is on the path between the tempered models."""
+    theta, t = pair(20, 100, 3.0, 0.8)
+    _, alpha, _ = q_star(theta, t, BALANCED, 1.0)
+    served = (q_star_logits(theta, t, BALANCED, 1.0)[:, :100] / 0.6).log_softmax(1)
+    path = (1 - alpha) * exact(theta, 0.6) + alpha * exact(t, 0.6)
+    assert (served - path.log_softmax(1)).abs().max() < 1e-4

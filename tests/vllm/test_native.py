@@ -1,0 +1,336 @@
+"""The native engine on real vLLM: what it serves is q* of the two models, whatever the engine does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.exceptions import PreflightError
+from dual_rollout.functional.kl_symmetry import solve_alpha
+from tests.chi_square import chi_square_p_value
+from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
+from tests.vllm.conftest import ServerPair
+from tests.vllm.servers import NativeServer, VllmServerError
+
+VOCAB_SIZE = len(make_tokenizer())
+TOLERANCE = 2e-4  # nats; vLLM's kernels against transformers', both in float32
+BLOCKS = 20  # of 32 tokens: room for seven of the sixteen sequences that the server may run
+SMALL_CACHE = (f"--num-gpu-blocks-override={BLOCKS}", f"--max-logprobs={VOCAB_SIZE + 4}")
+
+
+@dataclass(frozen=True)
+class Native:
+    """A native server and its two models."""
+
+    server: NativeServer
+    theta: Any
+    t: Any
+    temperature: float = 1.0
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_tiny_qwen3(folder: Path) -> Path:
+    """Another architecture than the tiny Llama's, with more layers, other widths and twice the keys and values."""
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(5)
+    model = Qwen3ForCausalLM(config).float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=2.0 / config.hidden_size**0.5)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
+    """A nearby pair behind a cache that is too small for the batches of these tests."""
+    folder = tmp_path_factory.mktemp("native")
+    theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
+    t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
+    with NativeServer(theta, t, flags=SMALL_CACHE, log=folder / "server.log") as server:
+        yield Native(server, load(theta), load(t))
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
+    """Two architectures, depths and sizes of cache entries; α solved at temperature 0.7 and bounded."""
+    folder = tmp_path_factory.mktemp("unlike")
+    theta, t = make_tiny_model(folder / "theta", hidden_size=64), make_tiny_qwen3(folder / "t")
+    settings = ("--temperature", "0.7", "--alpha-max", "0.5")
+    with NativeServer(theta, t, settings=settings, log=folder / "server.log") as server:
+        yield Native(server, load(theta), load(t), temperature=0.7)
+
+
+def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 250, size=int(size)).tolist() for size in rng.integers(1, 60, size=count)]
+
+
+def generate(native: Native, prompts: Sequence[list[int]], max_tokens: int, **options: Any) -> list[GenerationOutput]:
+    config = CoordinatorConfig(
+        engine="native", theta_url=native.url, temperature=native.temperature, ignore_eos=True, **options
+    )
+
+    async def run() -> list[GenerationOutput]:
+        async with DualVLLMCoordinator(config) as coordinator:
+            return await coordinator.generate_batch(prompts, max_tokens=max_tokens, return_diagnostics=True)
+
+    outputs = asyncio.run(run())
+    assert [output.error for output in outputs] == [None] * len(prompts)
+    return outputs
+
+
+def logprobs_of(model: Any, text: Sequence[int], start: int, temperature: float) -> np.ndarray:
+    """`(len(text) - start, V)` float64: the laws of the tokens from `start` on."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(text)])).logits[0, start - 1 : -1].double()
+    return (logits / temperature).log_softmax(-1).numpy()
+
+
+def largest_errors(native: Native, outputs: Sequence[GenerationOutput], theta: Any = None) -> dict[str, float]:
+    """Of every field against transformers over the full vocabulary, at the α that was reported."""
+    errors: dict[str, float] = {}
+
+    def note(name: str, served: Sequence[float], expected: np.ndarray) -> None:
+        errors[name] = max(errors.get(name, 0.0), float(np.abs(np.array(served) - expected).max()))
+
+    for output in outputs:
+        text, start = [*output.prompt_token_ids, *output.generated_tokens], len(output.prompt_token_ids)
+        logp_theta = logprobs_of(theta or native.theta, text, start, native.temperature)
+        logp_t = logprobs_of(native.t, text, start, native.temperature)
+        alpha = np.array(output.alpha_history)[:, None]
+        path = (1 - alpha) * logp_theta + alpha * logp_t
+        psi = np.log(np.exp(path).sum(1))
+        chosen = np.arange(len(path)), output.generated_tokens
+        note("log q", output.logprobs_q, (path - psi[:, None])[chosen])
+        note("log π_θ", output.logprobs_theta, logp_theta[chosen])
+        note("log π_t", output.logprobs_t, logp_t[chosen])
+        note("weight", np.log(output.importance_weights).tolist(), (logp_theta - path + psi[:, None])[chosen])
+        note("psi", output.diagnostics["psi"], psi)
+        q = np.exp(path - psi[:, None])
+        note("KL difference", np.abs((q * (logp_t - logp_theta)).sum(1)).tolist(), np.zeros(len(q)))
+        note("α", output.alpha_history, solve_alpha(logp_theta, logp_t))
+    return errors
+
+
+def metric(server: NativeServer, name: str) -> float:
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as response:
+        found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, f"no metric {name}"
+    return sum(map(float, found))
+
+
+def assert_right(errors: dict[str, float], balanced: bool = True) -> None:
+    assert errors.pop("KL difference") < 1e-4 or not balanced
+    assert errors.pop("α") < 1e-3 or not balanced
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_every_field_is_exact_under_batching_and_preemption(native: Native) -> None:
+    before = metric(native.server, "num_preemptions_total")
+    outputs = generate(native, ragged_prompts(16), max_tokens=60)
+    assert metric(native.server, "num_preemptions_total") > before, "the cache was large enough"
+    assert sum(len(output.generated_tokens) for output in outputs) == 960
+    assert_right(largest_errors(native, outputs))
+
+
+def test_every_field_is_exact_after_a_prefix_cache_hit(native: Native) -> None:
+    prompt = ragged_prompts(1, seed=3)[0] + list(range(100, 180))
+    generate(native, [prompt], max_tokens=1)
+    before = metric(native.server, "prefix_cache_hits_total")
+    outputs = generate(native, [[*prompt, 5], [*prompt, 6, 7]], max_tokens=20)
+    assert metric(native.server, "prefix_cache_hits_total") >= before + 2 * 64
+    assert_right(largest_errors(native, outputs))
+
+
+def test_whole_laws_are_served(native: Native) -> None:
+    """log q* of every token of the vocabulary, after 208 contexts, at the α that is served beside it."""
+    prompts = [prompt[:20] for prompt in ragged_prompts(13, seed=7)]
+    for prompt in prompts:
+        body = {
+            "model": native.server.name,
+            "prompt": prompt,
+            "max_tokens": 16,
+            "ignore_eos": True,
+            "logprobs": VOCAB_SIZE + 4,
+            "temperature": 1.0,
+            "return_tokens_as_token_ids": True,
+        }
+        (choice,) = native.server.post("/v1/completions", body)["choices"]
+        served = np.array(
+            [
+                [row[f"token_id:{token}"] for token in range(VOCAB_SIZE + 4)]
+                for row in choice["logprobs"]["top_logprobs"]
+            ]
+        )
+        tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        logp_theta, logp_t = (
+            logprobs_of(model, [*prompt, *tokens], len(prompt), 1.0) for model in (native.theta, native.t)
+        )
+        alpha = (served[:, [VOCAB_SIZE]] - served[:, [VOCAB_SIZE + 1]]) / 16
+        path = (1 - alpha) * logp_theta + alpha * logp_t
+        expected = path - np.log(np.exp(path).sum(1, keepdims=True))
+        assert np.abs(served[:, :VOCAB_SIZE] - expected).max() < TOLERANCE
+        assert alpha[:, 0] == pytest.approx(solve_alpha(logp_theta, logp_t), abs=1e-3)
+
+
+def test_unlike_models_at_another_temperature_with_bounds(unlike: Native) -> None:
+    outputs = generate(unlike, ragged_prompts(8, seed=1), max_tokens=30, alpha_max=0.5)
+    alphas = np.concatenate([output.alpha_history for output in outputs])
+    assert alphas.max() == 0.5 and 0.02 < (alphas < 0.5).mean() < 0.98
+    assert_right(largest_errors(unlike, outputs), balanced=False)
+    for output in outputs:
+        text, start = [*output.prompt_token_ids, *output.generated_tokens], len(output.prompt_token_ids)
+        laws = (logprobs_of(model, text, start, 0.7) for model in (unlike.theta, unlike.t))
+        assert output.alpha_history == pytest.approx(np.minimum(solve_alpha(*laws), 0.5), abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sampled_frequencies_follow_the_law(native: Native, temperature: float) -> None:
+    """4096 draws of one position. Chi-square, false alarm one in 10,000; pseudo-tokens never."""
+    prompt = list(range(30, 70))
+    logp_theta, logp_t = (logprobs_of(model, [*prompt, 0], len(prompt), 1.0) for model in (native.theta, native.t))
+    alpha = solve_alpha(logp_theta, logp_t)[:, None]
+    law = np.exp(((1 - alpha) * logp_theta + alpha * logp_t) / temperature)[0]
+    drawn = np.zeros(VOCAB_SIZE)
+    for _ in range(8):
+        body = {
+            "model": native.server.name,
+            "prompt": prompt,
+            "n": 512,
+            "max_tokens": 1,
+            "logprobs": 0,
+            "ignore_eos": True,
+            "temperature": temperature,
+            "return_tokens_as_token_ids": True,
+        }
+        for choice in native.server.post("/v1/completions", body)["choices"]:
+            drawn[int(choice["logprobs"]["tokens"][0].removeprefix("token_id:"))] += 1
+    assert chi_square_p_value(drawn, drawn.sum() * law / law.sum()) > 1e-4
+
+
+def test_seeds_repeat(native: Native) -> None:
+    first, second, other = (
+        [output.generated_tokens for output in generate(native, ragged_prompts(3), max_tokens=12, seed=seed)]
+        for seed in (5, 5, 6)
+    )
+    assert first == second != other
+
+
+def test_a_stop_token_ends_the_sequence(native: Native) -> None:
+    async def run() -> list[GenerationOutput]:
+        async with DualVLLMCoordinator(CoordinatorConfig(engine="native", theta_url=native.url)) as coordinator:
+            stops = range(0, VOCAB_SIZE, 3)
+            return await coordinator.generate_batch(ragged_prompts(6), max_tokens=60, stop_token_ids=stops)
+
+    for output in asyncio.run(run()):
+        assert output.finish_reason == "stop" and output.generated_tokens[-1] % 3 == 0
+        assert all(token % 3 for token in output.generated_tokens[:-1])
+
+
+def test_streamed_tokens_have_exact_weights(native: Native) -> None:
+    async def run() -> list[Any]:
+        config = CoordinatorConfig(engine="native", theta_url=native.url, ignore_eos=True)
+        async with DualVLLMCoordinator(config) as coordinator:
+            return [chunk async for chunk in coordinator.generate_stream([3, 1, 4], max_tokens=40)]
+
+    chunks = asyncio.run(run())
+    text = [3, 1, 4] + [chunk.token_id for chunk in chunks]
+    logp_theta = logprobs_of(native.theta, text, 3, 1.0)[np.arange(40), text[3:]]
+    weights = np.exp(logp_theta - [chunk.logprob_q for chunk in chunks])
+    assert [chunk.importance_weight for chunk in chunks] == pytest.approx(weights, rel=1e-3)
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_new_weights_are_the_policys_alone(native: Native, tmp_path: Path) -> None:
+    """All weights, then one tensor alone, as a transfer that sends them one by one would."""
+    generate(native, [[1, 2, 3]], max_tokens=4)
+    moved = perturbed_copy(native.server.model, tmp_path / "moved", noise=0.3, seed=9)
+    try:
+        reload_policy(native, moved)
+        outputs = generate(native, ragged_prompts(8), max_tokens=30)
+        assert_right(largest_errors(native, outputs, theta=load(moved)))
+
+        name = "model.layers.1.mlp.down_proj.weight"
+        theta = load(moved)
+        with torch.no_grad():
+            theta.get_parameter(name).mul_(1.5)
+        (tmp_path / "one").mkdir()
+        save_file({name: theta.get_parameter(name).data.contiguous()}, tmp_path / "one" / "model.safetensors")
+        reload_policy(native, tmp_path / "one")
+        outputs = generate(native, ragged_prompts(8), max_tokens=30)
+        assert_right(largest_errors(native, outputs, theta=theta))
+        assert "Failed to load weights" not in load_warnings(native.server, ("Linear", "Embedding", "RMSNorm"))
+    finally:
+        reload_policy(native, native.server.model)
+    assert_right(largest_errors(native, generate(native, [[4, 5]], max_tokens=20)))
+
+
+def reload_policy(native: Native, folder: Path) -> None:
+    config = CoordinatorConfig(engine="native", theta_url=native.url)
+
+    async def run() -> None:
+        async with DualVLLMCoordinator(config) as coordinator:
+            await coordinator.theta.reload_weights(str(folder))
+
+    asyncio.run(run())
+
+
+def load_warnings(server: NativeServer, layers: Sequence[str]) -> str:
+    """Lines of the log on layers of these kinds that a full update left without weights; π_t's would be among them."""
+    full_update = server.log.read_text().split("Reloading weights inplace")[1:2]
+    lines = "".join(full_update).split("Reloading and processing")[0].splitlines()
+    return "\n".join(line for line in lines if any(layer in line for layer in layers))
+
+
+def test_wrong_settings_are_refused(native: Native, unlike: Native, vllm_pair: ServerPair) -> None:
+    async def ask(url: str, **options: Any) -> list[GenerationOutput]:
+        config = CoordinatorConfig(engine="native", theta_url=url, **options)
+        async with DualVLLMCoordinator(config) as coordinator:
+            return await coordinator.generate_batch([[1, 2, 3]], max_tokens=20)
+
+    with pytest.raises(PreflightError, match=r"--temperature 0\.7"):
+        asyncio.run(ask(native.url, temperature=0.7))
+    with pytest.raises(PreflightError, match="serve-native"):
+        asyncio.run(ask(vllm_pair.theta.url))
+    (output,) = asyncio.run(ask(unlike.url, temperature=0.7, alpha_max=0.1))
+    assert output.error is not None and "--alpha-max" in output.error
+    with pytest.raises(ValueError, match="ess_balance"):
+        CoordinatorConfig(engine="native", alpha_method="ess_balance")
+
+
+def test_what_two_models_cannot_do_is_refused(native: Native, tmp_path: Path) -> None:
+    flags = ("--enable-lora", "--max-lora-rank=8")
+    server = NativeServer(native.server.model, native.server.target, flags=flags, log=tmp_path / "server.log")
+    with pytest.raises(VllmServerError, match="died"), server:
+        pass
+    assert "does not work with LoRA (--enable-lora)" in (tmp_path / "server.log").read_text()
