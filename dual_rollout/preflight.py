@@ -15,6 +15,7 @@ from dual_rollout.tokens import compare_tokens
 logger = logging.getLogger(__name__)
 
 _TRIED_PROMPTS = 32
+_TRIED_TOKENS = 64  # of a prompt; the probe too uses no more, so what is refused is not the prompt
 
 
 async def check_servers(
@@ -65,7 +66,7 @@ async def _check_server(
             f'({engine.url}, version {capabilities.version or "unknown"}) lacks. Use a newer one, or missing="floor".'
         )
     try:
-        await engine.next_top_k([context], k)
+        await engine.next_top_k([context[:_TRIED_TOKENS]], k)
     except EngineRejectedError as error:
         raise PreflightError(
             f"the server at {flag} refuses a request for {k} log-probabilities: {error}. "

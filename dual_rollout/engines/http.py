@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "DUAL_ROLLOUT_API_KEY"
 _RETRIED_STATUS = (429, 502, 503, 504)
 _KEEP_ALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
-_backoff = wait_exponential_jitter(initial=0.25, max=15.0, jitter=0.25)
+_backoff = wait_exponential_jitter(multiplier=0.25, max=15.0, jitter=0.25)
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ class SGLangEngine:
     async def probe(self, prompt: TokenIds) -> Capabilities:
         if self._capabilities is None:
             info = await self.describe()
-            text = ([*prompt] * 3)[:_PROBED_LENGTH]
+            text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
             self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
             self._capabilities = Capabilities(
                 model=info.model,
