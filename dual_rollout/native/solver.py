@@ -53,7 +53,7 @@ def q_star(
 
 
 def q_star_logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
-    """What is served, `(B, V + 4)`: τ log q* of the pair at temperature τ, which vLLM divides by τ; and what it carries."""
+    """What is served, `(B, V + 4)`: τ log q* at temperature τ, which vLLM divides by τ; and what it carries."""
     log_q, alpha, psi = q_star(logits_theta, logits_t, rule, temperature)
     offsets = torch.cat((0.0 * alpha, -alpha, psi, torch.full_like(alpha, -temperature)), dim=1)
     return torch.cat((temperature * log_q, FLOOR + SCALE * offsets), dim=1)
