@@ -114,9 +114,14 @@ def servers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The URLs of both servers; embedded ones are started by the main process when the recipe names none.
 
     Raises:
-        ValueError: only one of the two URLs is set.
+        ValueError: only one of the two URLs is set, or the native engine's is not.
     """
     dual = recipe.dual
+    if dual.dual_engine == "native":
+        if dual.dual_theta_url is None:
+            raise ValueError("dual_engine: native needs dual_theta_url, the URL of dual-rollout serve-native")
+        yield dual.dual_theta_url, dual.dual_theta_url
+        return
     if (dual.dual_theta_url is None) != (dual.dual_t_url is None):
         raise ValueError("set both dual_theta_url and dual_t_url, or neither to start embedded servers")
     if dual.dual_theta_url is not None:
