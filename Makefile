@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := outputs/models/SmolLM2-135M-Instruct
 RECIPE ?= recipes/quickstart/grpo_cpu.yaml
-STEPS ?= 8
+STEPS ?= 20
 
 .PHONY: help install check test test-vllm demo clean
 
@@ -32,7 +32,7 @@ test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM serv
 	PYTHON=$(PYTHON) bash tests/vllm/install.sh
 	$(BIN)/python -m pytest tests/vllm
 
-demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=40 makes it longer)
+demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=100 makes it longer)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/one_cpu.yaml \
 		--num_cpu_threads_per_process 2 -m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS)
 
