@@ -24,6 +24,6 @@ def two_servers(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     if args.theta_url and args.t_url:
         yield args.theta_url, args.t_url
         return
-    flags = ["--max-logprobs", "100", "--max-model-len", "1024", "--threads", "1"]
+    flags = ["--max-logprobs", "100", "--threads", "1"]
     with EmbeddedServer(args.model, flags) as theta, EmbeddedServer(args.model, flags) as t:
         yield theta.url, t.url
