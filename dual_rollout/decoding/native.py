@@ -22,7 +22,7 @@ class NativeDecoder:
     """Draws sequences from a server that `NativeEngine.attach` has found to be good.
 
     Attributes:
-        with_diagnostics: record ψ(α) of each token.
+        with_diagnostics: record both divergences of each position, and that the whole vocabulary was covered.
         max_block: tokens per request; whole sequences when None.
         on_token: called after each token is recorded.
     """
@@ -66,12 +66,15 @@ class NativeDecoder:
         self._record(sequence, sample, logp_theta)
 
     def _record(self, sequence: DecodingSequence, sample: NativeSample, logp_theta: np.ndarray) -> None:
+        alphas, kl_theta, kl_t = sample.alpha, sample.kl_theta, sample.kl_t
+        psi = -(1.0 - alphas) * kl_theta - alphas * kl_t
         # log q = (1 − α) log π_θ + α log π_t − ψ; at α = 0 it says nothing of π_t.
         with np.errstate(divide="ignore", invalid="ignore"):
-            logp_t = (sample.log_q + sample.psi - (1.0 - sample.alpha) * logp_theta) / sample.alpha
-        logp_t[sample.alpha == 0.0] = np.nan
-        columns = (sample.alpha, sample.log_q, sample.psi, logp_theta, logp_t)
-        for i, (alpha, log_q, psi, theta, t) in enumerate(np.transpose(columns).tolist(), start=1):
+            logp_t = (sample.log_q + psi - (1.0 - alphas) * logp_theta) / alphas
+        logp_t[alphas == 0.0] = np.nan
+        diagnostics = np.transpose((kl_theta, kl_t, np.abs(kl_theta - kl_t))).tolist()
+        columns = np.transpose((alphas, sample.log_q, logp_theta, logp_t)).tolist()
+        for i, (alpha, log_q, theta, t) in enumerate(columns, start=1):
             sequence.append(
                 sample.token_ids[i - 1],
                 alpha=alpha,
@@ -81,7 +84,7 @@ class NativeDecoder:
                 log_weight=theta - log_q,
                 top_theta=NOT_KNOWN_YET,
                 top_t=NOT_KNOWN_YET,
-                diagnostics={"psi": psi} if self.with_diagnostics else {},
+                diagnostics=_diagnostics(*diagnostics[i - 1]) if self.with_diagnostics else {},
             )
             if i == len(sample.token_ids) and sample.finish_reason == "stop":
                 sequence.finish_reason = "stop"  # also at a stop token that only the server knows
@@ -103,3 +106,7 @@ class NativeDecoder:
                 "serve-native the same --alpha-method, --fixed-alpha, --alpha-min and --alpha-max",
                 url=self.engine.url,
             )
+
+
+def _diagnostics(kl_theta: float, kl_t: float, kl_diff: float) -> dict[str, float]:
+    return {"kl_theta": kl_theta, "kl_t": kl_t, "kl_diff": kl_diff, "coverage_theta": 1.0, "coverage_t": 1.0}

@@ -28,14 +28,15 @@ class NativeSample:
         token_ids: the stop token included when there was one.
         log_q: `(T,)` log q*(y), nats.
         alpha: `(T,)` the α of each position.
-        psi: `(T,)` ψ(α) = log Σ π_θ^(1−α) π_t^α, nats; −KL where α balances the divergences.
+        kl_theta, kl_t: `(T,)` KL(q‖π_θ) and KL(q‖π_t) of each position, nats.
         finish_reason: "stop" or "length".
     """
 
     token_ids: list[int]
     log_q: np.ndarray
     alpha: np.ndarray
-    psi: np.ndarray
+    kl_theta: np.ndarray
+    kl_t: np.ndarray
     finish_reason: FinishReason
 
 
@@ -90,7 +91,7 @@ class NativeEngine(VLLMEngine):
         seed: int | None = None,
     ) -> NativeSample:
         """Draw up to `max_tokens` tokens after `prompt` in one request. `attach` comes first."""
-        names = self._pseudo_tokens(3)
+        names = self._pseudo_tokens(4)
         options: dict[str, Any] = {} if seed is None else {"seed": seed}
         (choice,) = await self._complete(
             [prompt],
@@ -108,7 +109,8 @@ class NativeEngine(VLLMEngine):
             token_ids=[int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]],
             log_q=rows[:, 0],
             alpha=carried[:, 0],
-            psi=carried[:, 1],
+            kl_theta=carried[:, 1],
+            kl_t=carried[:, 2],
             finish_reason="stop" if choice["finish_reason"] == "stop" else "length",
         )
 

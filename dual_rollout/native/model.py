@@ -76,7 +76,7 @@ class DualRolloutForCausalLM(nn.Module):
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits of q* for rows to sample from, of π_θ for rows of a prompt; `(B, V + 4)`, None on TP ranks > 0.
+        """Logits of q* for rows to sample from, of π_θ for rows of a prompt; `(B, V + 5)`, None on TP ranks > 0.
 
         vLLM gathers the rows it samples from into a tensor of their own, and slices the rows of a prompt whose
         `prompt_logprobs` were asked for out of `forward`'s result. That is how the two are told apart; the client

@@ -6,6 +6,7 @@ The mathematics is that of `dual_rollout.functional.kl_symmetry`, which is the r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +28,28 @@ class AlphaRule:
     maximum: float = 1.0
 
 
-def q_star(
-    logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log q*, α and ψ(α) = log Σ π_θ^(1−α) π_t^α of the pair at `temperature`.
+class QStar(NamedTuple):
+    """q* of B positions, float32, nats.
+
+    Attributes:
+        logprobs: `(B, V)` log q*.
+        alpha: `(B, 1)`, the very α that `logprobs` was made with.
+        kl_theta, kl_t: `(B, 1)` KL(q‖π_θ) and KL(q‖π_t). With ψ = log Σ π_θ^(1−α) π_t^α they are αψ′ − ψ and
+            (α−1)ψ′ − ψ.
+    """
+
+    logprobs: Tensor
+    alpha: Tensor
+    kl_theta: Tensor
+    kl_t: Tensor
+
+
+def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> QStar:
+    """q* of the pair at `temperature`, over the whole vocabulary.
 
     Args:
         logits_theta, logits_t: `(B, V_θ)` and `(B, V_t)`, any floating type. A token beyond the shorter vocabulary has
             probability zero there, and so under q*.
-
-    Returns:
-        `(B, V)` log q*, `(B, 1)` α and `(B, 1)` ψ, float32, nats. α is the one that log q* was made with.
     """
     vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
     logp_theta = log_softmax(logits_theta, temperature)[:, :vocab_size]
@@ -48,15 +60,21 @@ def q_star(
         alpha = torch.full_like(logp_theta[:, :1], min(max(rule.fixed, rule.minimum), rule.maximum))
     alpha = (alpha / ALPHA_STEP).round() * ALPHA_STEP
     path = logp_theta + alpha * slope
-    psi = path.logsumexp(dim=1, keepdim=True)
-    return path - psi, alpha, psi
+    peak = path.amax(dim=1, keepdim=True)
+    weight = (path - peak).exp()
+    total = weight.sum(dim=1, keepdim=True)
+    psi, rate = peak + total.log(), (weight * slope).sum(dim=1, keepdim=True) / total
+    kl_theta, kl_t = alpha * rate - psi, (alpha - 1.0) * rate - psi
+    return QStar(path - psi, alpha, kl_theta.clamp(min=0.0), kl_t.clamp(min=0.0))
 
 
 def q_star_logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
-    """What is served, `(B, V + 4)`: τ log q* at temperature τ, which vLLM divides by τ; and what it carries."""
-    log_q, alpha, psi = q_star(logits_theta, logits_t, rule, temperature)
-    offsets = torch.cat((0.0 * alpha, -alpha, psi, torch.full_like(alpha, -temperature)), dim=1)
-    return torch.cat((temperature * log_q, FLOOR + SCALE * offsets), dim=1)
+    """What is served, `(B, V + 5)`: τ log q* of the pair at temperature τ, which vLLM divides by τ, and the numbers."""
+    q = q_star(logits_theta, logits_t, rule, temperature)
+    carried = torch.cat(
+        (torch.zeros_like(q.alpha), q.alpha, q.kl_theta, q.kl_t, torch.full_like(q.alpha, temperature)), dim=1
+    )
+    return torch.cat((temperature * q.logprobs, FLOOR - SCALE * carried), dim=1)
 
 
 def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:

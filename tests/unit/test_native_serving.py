@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dual_rollout.cli import main
+from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from dual_rollout.native import ARCHITECTURE
 from tests.tiny_model import make_tiny_model, make_tokenizer
 
@@ -36,7 +37,7 @@ def test_dry_run_prints_vllms_command(theta: Path, t: Path, capsys: pytest.Captu
     assert command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     vocab_size = json.loads((theta / "config.json").read_text())["vocab_size"]
-    assert overrides["architectures"] == [ARCHITECTURE] and overrides["vocab_size"] == vocab_size + 4
+    assert overrides["architectures"] == [ARCHITECTURE] and overrides["vocab_size"] == vocab_size + NUM_PSEUDO_TOKENS
     assert overrides["dual_rollout"] == {
         "t": str(t),
         "architectures": ["LlamaForCausalLM"],

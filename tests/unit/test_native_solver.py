@@ -8,7 +8,7 @@ import torch
 
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, decode
-from dual_rollout.native.solver import AlphaRule, q_star, q_star_logits
+from dual_rollout.native.solver import AlphaRule, QStar, q_star, q_star_logits
 
 BALANCED = AlphaRule()
 
@@ -28,15 +28,13 @@ def kl_difference(theta: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, tem
     return ((logp + alpha * slope).softmax(1) * slope).sum(1).abs()
 
 
-def alpha_error(
-    theta: torch.Tensor, t: torch.Tensor, temperature: float, alpha: torch.Tensor, psi: torch.Tensor
-) -> np.ndarray:
+def alpha_error(theta: torch.Tensor, t: torch.Tensor, temperature: float, q: QStar) -> np.ndarray:
     """Against the reference. Where both models put nearly all mass on one token, float32 leaves nothing to tell them
     apart by, and any α is as good as another."""
     reference = solve_alpha(exact(theta, temperature).numpy(), exact(t, temperature).numpy())
-    apart = psi[:, 0].numpy() < -1e-2
+    apart = q.kl_theta[:, 0].numpy() > 1e-2
     assert apart.any()
-    return np.abs(alpha[:, 0].numpy() - reference)[apart]
+    return np.abs(q.alpha[:, 0].numpy() - reference)[apart]
 
 
 @pytest.mark.parametrize(
@@ -45,12 +43,14 @@ def alpha_error(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_alpha_balances_the_divergences(vocab: int, scale: float, correlation: float, temperature: float) -> None:
     theta, t = pair(200, vocab, scale, correlation)
-    log_q, alpha, psi = q_star(theta, t, BALANCED, temperature)
-    assert alpha_error(theta, t, temperature, alpha, psi).max() < 1e-4
-    assert kl_difference(theta, t, alpha, temperature).max() < 1e-4
-    path = (1 - alpha.double()) * exact(theta, temperature) + alpha.double() * exact(t, temperature)
-    assert (log_q - path.log_softmax(1)).abs().max() < 5e-5
-    assert (psi - path.logsumexp(1, keepdim=True)).abs().max() < 5e-5
+    q = q_star(theta, t, BALANCED, temperature)
+    assert alpha_error(theta, t, temperature, q).max() < 1e-4
+    assert kl_difference(theta, t, q.alpha, temperature).max() < 1e-4
+    logp_theta, logp_t = exact(theta, temperature), exact(t, temperature)
+    log_q = ((1 - q.alpha.double()) * logp_theta + q.alpha.double() * logp_t).log_softmax(1)
+    assert (q.logprobs - log_q).abs().max() < 5e-5
+    for found, logp in ((q.kl_theta, logp_theta), (q.kl_t, logp_t)):
+        assert (found - (log_q.exp() * (log_q - logp)).sum(1, keepdim=True)).abs().max() < 5e-5
 
 
 def test_peaked_rows_like_those_of_a_language_model() -> None:
@@ -60,65 +60,69 @@ def test_peaked_rows_like_those_of_a_language_model() -> None:
     theta[::2, 7] += 20.0
     t[::4, 7] += 20.0
     t[2::4, 9] += 20.0
-    _, alpha, psi = q_star(theta, t, BALANCED, 1.0)
-    assert alpha_error(theta, t, 1.0, alpha, psi).max() < 1e-4
-    assert (kl_difference(theta, t, alpha) / (1 - psi[:, 0])).max() < 1e-4
+    q = q_star(theta, t, BALANCED, 1.0)
+    assert alpha_error(theta, t, 1.0, q).max() < 1e-4
+    assert (kl_difference(theta, t, q.alpha) / (1 + q.kl_theta[:, 0])).max() < 1e-4
 
 
 def test_two_tokens() -> None:
     theta, t = torch.tensor([[5.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 3.0]])
-    _, alpha, _ = q_star(theta, t, BALANCED, 1.0)
+    alpha = q_star(theta, t, BALANCED, 1.0).alpha
     assert kl_difference(theta, t, alpha).max() < 1e-4
 
 
 def test_equal_models_meet_in_the_middle() -> None:
     theta, _ = pair(5, 100, 3.0, 0.0)
-    log_q, alpha, psi = q_star(theta, theta.clone(), BALANCED, 1.0)
-    assert alpha.tolist() == [[0.5]] * 5
-    assert (log_q - exact(theta)).abs().max() < 1e-5 and psi.abs().max() < 1e-5
+    q = q_star(theta, theta.clone(), BALANCED, 1.0)
+    assert q.alpha.tolist() == [[0.5]] * 5
+    assert (q.logprobs - exact(theta)).abs().max() < 1e-5
+    assert q.kl_theta.max() < 1e-5 and q.kl_t.max() < 1e-5
 
 
 def test_rule_bounds_and_fixed_alpha() -> None:
     theta, t = pair(50, 100, 3.0, 0.5)
-    _, free, _ = q_star(theta, t, BALANCED, 1.0)
-    _, bounded, _ = q_star(theta, t, AlphaRule(minimum=0.45, maximum=0.5), 1.0)
+    free = q_star(theta, t, BALANCED, 1.0).alpha
+    bounded = q_star(theta, t, AlphaRule(minimum=0.45, maximum=0.5), 1.0).alpha
     assert torch.equal(bounded, free.clamp(0.45, 0.5).mul(2**18).round().div(2**18)) and bounded.std() > 0
     for alpha, same in ((0.0, theta), (1.0, t)):
-        log_q, found, psi = q_star(theta, t, AlphaRule(fixed=alpha), 1.0)
-        assert set(found[:, 0].tolist()) == {alpha}
-        assert (log_q - exact(same)).abs().max() < 1e-4 and psi.abs().max() < 1e-5
+        q = q_star(theta, t, AlphaRule(fixed=alpha), 1.0)
+        assert set(q.alpha[:, 0].tolist()) == {alpha}
+        assert (q.logprobs - exact(same)).abs().max() < 1e-4
+        assert (q.kl_theta if alpha == 0.0 else q.kl_t).max() < 1e-5
 
 
 def test_impossible_tokens_stay_impossible() -> None:
     theta, t = pair(3, 20, 2.0, 0.5)
     theta[:, 3], t[:, 3] = -torch.inf, -torch.inf
     theta[:, 4] = -torch.inf
-    log_q, alpha, _ = q_star(theta, t, BALANCED, 1.0)
-    assert torch.isfinite(alpha).all() and log_q[:, 3:5].exp().max() == 0
-    assert log_q.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    q = q_star(theta, t, BALANCED, 1.0)
+    assert torch.isfinite(q.alpha).all() and q.logprobs[:, 3:5].exp().max() == 0
+    assert q.logprobs.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
 def test_a_longer_vocabulary_is_cut_to_the_common_tokens() -> None:
     theta, t = pair(4, 20, 2.0, 0.5)
-    log_q, alpha, psi = q_star(theta, t[:, :17], BALANCED, 1.0)
-    path = (1 - alpha) * theta.log_softmax(1)[:, :17] + alpha * t[:, :17].log_softmax(1)
-    assert log_q.shape == (4, 17)
+    q = q_star(theta, t[:, :17], BALANCED, 1.0)
+    path = (1 - q.alpha) * theta.log_softmax(1)[:, :17] + q.alpha * t[:, :17].log_softmax(1)
+    assert q.logprobs.shape == (4, 17)
+    psi = -(1 - q.alpha) * q.kl_theta - q.alpha * q.kl_t
     assert (psi - path.logsumexp(1, keepdim=True)).abs().max() < 1e-5
-    assert (log_q - path.log_softmax(1)).abs().max() < 1e-5
+    assert (q.logprobs - path.log_softmax(1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("solved_at", [1.0, 0.7, 1.5])
 @pytest.mark.parametrize("asked", [0.1, 0.7, 1.0, 1.5, 2.0])
 def test_the_client_reads_what_was_used(solved_at: float, asked: float) -> None:
     theta, t = pair(300, 500, 4.0, 0.9)
-    log_q, alpha, psi = q_star(theta, t, BALANCED, solved_at)
+    q = q_star(theta, t, BALANCED, solved_at)
     served = (q_star_logits(theta, t, BALANCED, solved_at) / asked).log_softmax(1)  # as vLLM does
     read = np.array([decode(row, asked) for row in served[:, -NUM_PSEUDO_TOKENS:].tolist()])
-    assert read[:, 0].tolist() == alpha[:, 0].tolist(), "the very α"
-    assert read[:, 1] == pytest.approx(psi[:, 0].numpy(), abs=1e-5)
-    assert read[:, 2] == pytest.approx(solved_at, abs=1e-5)
+    assert read[:, 0].tolist() == q.alpha[:, 0].tolist(), "the very α"
+    assert read[:, 1] == pytest.approx(q.kl_theta[:, 0].numpy(), abs=1e-5)
+    assert read[:, 2] == pytest.approx(q.kl_t[:, 0].numpy(), abs=1e-5)
+    assert read[:, 3] == pytest.approx(solved_at, abs=1e-5)
     if asked == solved_at:
-        assert (served[:, :-NUM_PSEUDO_TOKENS] - log_q).abs().max() < 1e-4
+        assert (served[:, :-NUM_PSEUDO_TOKENS] - q.logprobs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("asked", [0.1, 1.0, 2.0])
@@ -132,7 +136,11 @@ def test_pseudo_tokens_are_never_sampled(asked: float) -> None:
 def test_another_temperature_stays_on_the_same_path() -> None:
     """q*^(1/T), which vLLM samples from when asked for T, is on the path between the tempered models."""
     theta, t = pair(20, 100, 3.0, 0.8)
-    _, alpha, _ = q_star(theta, t, BALANCED, 1.0)
+    alpha = q_star(theta, t, BALANCED, 1.0).alpha
     served = (q_star_logits(theta, t, BALANCED, 1.0)[:, :100] / 0.6).log_softmax(1)
     path = (1 - alpha) * exact(theta, 0.6) + alpha * exact(t, 0.6)
     assert (served - path.log_softmax(1)).abs().max() < 1e-4
+
+
+def test_numbers_that_vllm_cut_off_are_not_a_number() -> None:
+    assert np.isnan(decode([-1000.0, -1080.0, -9999.0, -1010.0], 0.1)[1])
