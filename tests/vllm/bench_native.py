@@ -1,9 +1,9 @@
 """The native engine's speed as ratios: against both servers generating plainly side by side, and the naive loop.
 
-Two servers, one core each, and a native server on both cores; all three are up the whole time, and only one side is
-asked at a time. Every round measures all modes in turn, so that a drift of the machine's speed meets them alike. With
-vLLM's default executor, processes that wait for each other spin, which costs the native server's two threads more than
-it costs two servers of one thread; `uni` keeps the worker in the engine's process::
+Two servers of one thread each and a native server of two; all three are up the whole time, and only one side is asked
+at a time. Every round measures all modes in turn, so that a drift of the machine's speed meets them alike. Threads are
+not bound to cores unless --bind says so: two bound threads of the native server wait for each other whenever another
+process takes one of their cores::
 
     python -m tests.vllm.bench_native THETA T --concurrency 4 16 --rounds 3
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import statistics
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -68,14 +69,10 @@ async def with_log_q(
         await transport.aclose()
 
 
-def placement(executor: str, threads: int) -> dict[str, Any]:
-    """Options of a server. Only the default executor binds threads to cores."""
-    if executor == "mp":
-        return {}
-    return {
-        "flags": ["--distributed-executor-backend=uni"],
-        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)},
-    }
+def placement(bind: bool, threads: int) -> dict[str, Any]:
+    """Options of a server of so many threads; the harness binds them to cores by itself."""
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return {} if bind else {"environment": unbound}
 
 
 def main() -> None:
@@ -87,12 +84,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--executor", choices=["uni", "mp"], default="uni", help="of all three servers")
-    parser.add_argument("--plain-executor", choices=["uni", "mp"], help="of the two plain servers, if another")
+    parser.add_argument("--bind", action="store_true", help="bind each server's threads to cores")
     args = parser.parse_args()
-    plain = placement(args.plain_executor or args.executor, threads=1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped
+    plain = placement(args.bind, threads=1)
     theta, t = VllmServer(args.theta, core=0, **plain), VllmServer(args.t, core=1, **plain)
-    native = NativeServer(args.theta, args.t, **placement(args.executor, threads=2))
+    native = NativeServer(args.theta, args.t, **placement(args.bind, threads=2))
     with running(native), running(theta, t):
         dual = CoordinatorConfig(theta_url=theta.url, t_url=t.url)
         alone = CoordinatorConfig(engine="native", theta_url=native.url)
