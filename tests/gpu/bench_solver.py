@@ -1,0 +1,59 @@
+"""What sampling from q* adds to a step of two models on a GPU: the solver against the matrix product before it.
+
+python -m tests.gpu.bench_solver
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dual_rollout.native.solver import AlphaRule, q_star_logits
+
+SHAPES = ((16, 49_152, 576), (16, 151_936, 1536), (64, 151_936, 1536), (64, 151_936, 3584), (256, 151_936, 3584))
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 50) -> float:
+    """Median time of one call, replayed from a CUDA graph as vLLM does."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(f"{'batch':>6}{'vocab':>9}{'hidden':>8}{'lm_head ms':>12}{'softmax ms':>12}{'solver ms':>11}{'peak MiB':>10}")
+    generator = torch.Generator("cuda").manual_seed(0)
+    for batch, vocab, hidden in SHAPES:
+        hidden_states = torch.randn(batch, hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
+        head = torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
+        logits = torch.randn(batch, vocab, device="cuda", generator=generator).mul_(3)
+        nearby = (logits + 0.5 * torch.randn(batch, vocab, device="cuda", generator=generator)).bfloat16()
+        logits = logits.bfloat16()
+        product = milliseconds(lambda h=hidden_states, w=head: h @ w.T)
+        softmax = milliseconds(lambda x=logits: x.float().log_softmax(1))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        q_star_logits(logits, nearby, AlphaRule(), 1.0)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        solver = milliseconds(lambda x=logits, y=nearby: q_star_logits(x, y, AlphaRule(), 1.0))
+        print(
+            f"{batch:>6}{vocab:>9}{hidden:>8}{product:>12.3f}{softmax:>12.3f}{solver:>11.3f}{peak:>10.0f}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
