@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 MODEL := outputs/models/SmolLM2-135M-Instruct
 RECIPE ?= recipes/quickstart/grpo_cpu.yaml
 STEPS ?= 20
+# Processes that share the tests, each with servers of its own
+WORKERS ?= 2
 
 .PHONY: help install check test test-vllm demo clean
 
@@ -26,7 +28,7 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 test: install  ## all tests but those that need real vLLM or a GPU
-	$(BIN)/python -m pytest -m 'not vllm and not gpu'
+	$(BIN)/python -m pytest -m 'not vllm and not gpu' --numprocesses $(WORKERS)
 
 test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM servers (CPU build, in .venv-vllm)
 	PYTHON=$(PYTHON) bash tests/vllm/install.sh
