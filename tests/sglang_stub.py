@@ -80,6 +80,7 @@ class SGLangStub:
         self.adapters: dict[str, Law] = {}
         self.model_path = "models/chain"
         self.url = ""
+        self._vocabulary = len(law([0]))
         self._eos = eos
         self._old_routes = old_routes
         self._load = load or _no_folder
@@ -217,6 +218,16 @@ class SGLangStub:
                 f"Input length ({len(prompt)} tokens) exceeds the maximum allowed length "
                 f"({self.max_req_input_len} tokens). Use a shorter input or enable --allow-auto-truncate."
             )
+        if max(prompt) >= self._vocabulary:
+            raise ValueError(
+                f"The input_ids {prompt} contains values greater than the vocab size ({self._vocabulary})."
+            )
+        for token in payload.get("token_ids_logprob") or []:
+            if not 0 <= token < self._vocabulary:
+                raise ValueError(
+                    f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is "
+                    f"[0, {self._vocabulary})."
+                )
         law = self._law_for(payload.get("lora_path"))
         top, named = payload.get("top_logprobs_num", 0), payload.get("token_ids_logprob")
         output_ids, output_rows = self._sample(law, prompt, sampling)

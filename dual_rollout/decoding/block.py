@@ -1,9 +1,9 @@
 """Block decoding: π_θ drafts several tokens in one request, π_t scores them in one, rejection keeps the law exact.
 
-At each drafted position the proposal is π_θ itself. A token y that π_θ's list holds is kept with probability
-min(1, q*(y)/π_θ(y)); any other is dropped, since its π_θ(y) may not be known. The first dropped position is drawn from
-the residual, q* minus what was kept there: for each y of the list q*(y) − min(q*(y), π_θ(y)), for all others q*(y).
-Whatever the acceptance rule, kept plus residual is q*, so each token has exactly the law that lockstep gives it
+At each drafted position the proposal is π_θ itself. A token y that π_θ's list holds, or whose π_θ(y) was asked for by
+name (missing="exact"), is kept with probability min(1, q*(y)/π_θ(y)); any other is dropped. The first dropped position
+is drawn from the residual, q* minus what was kept there: for each such y q*(y) − min(q*(y), π_θ(y)), for all others
+q*(y). Whatever the acceptance rule, kept plus residual is q*, so each token has exactly the law that lockstep gives it
 (Leviathan et al. 2023, arXiv:2211.17192, with a target between the two models).
 """
 
@@ -14,8 +14,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from dual_rollout.decoding.record import Positions, Recorder
+from dual_rollout.decoding.record import Positions, Recorder, both
 from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.engines.base import Drafts, ScoringMethod, prefixes
+from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
 
@@ -26,10 +28,11 @@ class Block:
     With `adaptive`, the length of each sequence's drafts follows its measured acceptance.
     """
 
-    def __init__(self, recorder: Recorder, limit: int, *, adaptive: bool):
+    def __init__(self, recorder: Recorder, limit: int, scoring: ScoringMethod, *, adaptive: bool):
         self._recorder = recorder
         self._config = recorder.config
         self._limit = limit
+        self._scoring = scoring
         self._adaptive = adaptive
 
     def _length(self, sequence: DecodingSequence) -> int:
@@ -41,18 +44,25 @@ class Block:
 
     async def advance(self, sequences: list[DecodingSequence]) -> None:
         """Draft, score, accept from left to right, and draw one token from the residual where a draft ends early."""
-        k, temperature = self._config.top_k, self._config.temperature
-        drafts = await self._recorder.theta.draft(
-            [sequence.context_theta for sequence in sequences],
+        recorder, temperature = self._recorder, self._config.temperature
+        theta = recorder.theta
+        if temperature != 1.0 and (await theta.probe(sequences[0].context_theta)).logprobs_mode == "raw":
+            raise EngineRejectedError(
+                'decoding="block" at temperature != 1 needs to know the law of its drafts: start the server with '
+                "--logprobs-mode processed_logprobs",
+                url=theta.url,
+                status=400,
+            )
+        contexts_theta = [sequence.context_theta for sequence in sequences]
+        k = await recorder.lists_theta.length(contexts_theta[0])
+        drafts = await theta.draft(
+            contexts_theta,
             [self._length(sequence) for sequence in sequences],
             k,
             temperature,
             [int(sequence.rewind().integers(2**31)) for sequence in sequences],
         )
-        lists_t = await self._recorder.t.score_drafts(
-            [sequence.context_t for sequence in sequences], drafts.token_ids, k, temperature
-        )
-        positions = self._recorder.positions(drafts.lists, lists_t)
+        positions = await self._positions(contexts_theta, [sequence.context_t for sequence in sequences], drafts, k)
         lengths = [len(tokens) for tokens in drafts.token_ids]
         uniforms = np.concatenate(
             [sequence.rng.random((length, 2)) for sequence, length in zip(sequences, lengths, strict=True)]
@@ -74,6 +84,24 @@ class Block:
         redrawn = index[~kept[index]]
         columns[redrawn] = sample_rows(_residual(positions, redrawn), uniforms[redrawn, 1])
         await self._recorder.record(owners, index, columns[index], positions)
+
+    async def _positions(
+        self, contexts_theta: list[list[int]], contexts_t: list[list[int]], drafts: Drafts, k: int
+    ) -> Positions:
+        """The laws at all drafted positions; `k` tokens were asked for in the drafts' own lists."""
+        recorder, tokens, temperature = self._recorder, drafts.token_ids, self._config.temperature
+        k_t = await recorder.lists_t.length(contexts_t[0])
+        scored = await recorder.t.score_drafts(contexts_t, tokens, k_t, temperature, self._scoring)
+        top_theta, top_t = await both(
+            recorder.lists_theta.complete(drafts.lists, k, lambda: prefixes(contexts_theta, tokens)),
+            recorder.lists_t.complete(scored, k_t, lambda: prefixes(contexts_t, tokens)),
+        )
+        return await recorder.positions(
+            top_theta,
+            top_t,
+            lambda names: recorder.theta.score_named(contexts_theta, tokens, names, temperature),
+            lambda names: recorder.t.score_named(contexts_t, tokens, names, temperature),
+        )
 
 
 def _accept(drafted: np.ndarray, positions: Positions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

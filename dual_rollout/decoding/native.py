@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.record import DecodingStats, OnToken
+from dual_rollout.decoding.scheduler import OnFinished
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
 from dual_rollout.engines.native import NativeEngine, NativeSample
 from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
@@ -34,22 +35,25 @@ class NativeDecoder:
     max_block: int | None = None
     on_token: OnToken | None = None
 
-    async def decode(self, sequences: Sequence[DecodingSequence]) -> None:
+    async def decode(self, sequences: Iterable[DecodingSequence], on_finished: OnFinished | None = None) -> None:
         """Decode all sequences to their end, in place, at most `max_concurrency` in flight.
 
-        A fault of one prompt ends that sequence only, with its `failure` set.
+        `sequences` is consumed as places become free. A fault of one prompt ends that sequence only, with its
+        `failure` set.
         """
-        slots = asyncio.Semaphore(self.config.max_concurrency)
+        waiting = iter(sequences)
 
-        async def run(sequence: DecodingSequence) -> None:
-            async with slots:
+        async def run_place() -> None:
+            for sequence in waiting:
                 try:
                     while not sequence.done:
                         await self._extend(sequence)
                 except DualRolloutError as error:
                     sequence.fail(error)
+                if on_finished is not None:
+                    await on_finished(sequence)
 
-        await asyncio.gather(*map(run, sequences))
+        await asyncio.gather(*(run_place() for _ in range(self.config.max_concurrency)))
 
     async def _extend(self, sequence: DecodingSequence) -> None:
         config, prompt = self.config, list(sequence.context_theta)

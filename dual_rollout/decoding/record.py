@@ -12,9 +12,11 @@ from typing import TypeVar
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding.lists import Lists
+from dual_rollout.decoding.outage import until_back
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
 from dual_rollout.engines.base import Engine
-from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineRejectedError
+from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import Candidates, merge_lists
 from dual_rollout.functional.diagnostics import compute_diagnostics
 from dual_rollout.functional.law import Law, position_law
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 OnToken = Callable[[DecodingSequence], None]
+Name = Callable[[list[list[int]]], Awaitable[list[np.ndarray]]]
+"""Log-probabilities of named tokens: for each row those of its list of ids, which may be empty."""
 
 _MAX_TAIL_DRAWS = 1000
 
@@ -36,6 +40,9 @@ class DecodingStats:
     Attributes:
         steps: rounds of asking both servers (each for many sequences at once).
         positions: laws built; in block decoding more than tokens, since a rejection wastes what follows it.
+        listed_tokens, listed_mass: tokens of all lists that laws were built from, and their mass; two lists a position.
+        received_tokens: tokens of all lists that came, with those that `top_k: auto` cut off or asked for again.
+        repeated_lists: lists that `top_k: auto` asked for again, because the first did not hold enough mass.
         tokens: tokens sampled.
         draft_tokens, accepted_tokens: tokens drafted from π_θ, and those of them that q* accepted.
         tail_tokens: tokens outside both lists.
@@ -43,11 +50,17 @@ class DecodingStats:
         scored_tokens: log-probabilities fetched afterwards because a list lacked the sampled token.
         approximate_tail_weights: tail tokens whose weight uses floored candidates, because the server does not report
             named tokens.
+        policy_tokens: tokens drawn from π_θ alone, because their prompt has no target or π_t's server was gone.
+        lost_target_tokens: those of them for which π_t's server was gone.
         disjoint_positions: positions where the lists shared no token; sampled from the policy there.
     """
 
     steps: int = 0
     positions: int = 0
+    listed_tokens: int = 0
+    listed_mass: float = 0.0
+    received_tokens: int = 0
+    repeated_lists: int = 0
     tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -55,7 +68,19 @@ class DecodingStats:
     tail_draws: int = 0
     scored_tokens: int = 0
     approximate_tail_weights: int = 0
+    policy_tokens: int = 0
+    lost_target_tokens: int = 0
     disjoint_positions: int = 0
+
+    @property
+    def top_k_mean(self) -> float:
+        """Mean length of the lists that laws were built from; 0 before the first."""
+        return self.listed_tokens / (2 * self.positions) if self.positions else 0.0
+
+    @property
+    def top_k_mass_mean(self) -> float:
+        """Mean mass of these lists; 0 before the first."""
+        return self.listed_mass / (2 * self.positions) if self.positions else 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -94,14 +119,22 @@ class Recorder:
         on_token: OnToken | None = None,
     ):
         self.theta, self.t = theta, t
+        self.lists_theta, self.lists_t = Lists(theta, config, stats), Lists(t, config, stats)
         self.config = config
         self.stats = stats
-        self._with_diagnostics = with_diagnostics
-        self._on_token = on_token
+        self.with_diagnostics = with_diagnostics
+        self.on_token = on_token
 
-    def positions(self, top_theta: TopK, top_t: TopK) -> Positions:
-        """Candidates, α and q* of all rows at once."""
+    async def positions(self, top_theta: TopK, top_t: TopK, name_theta: Name, name_t: Name) -> Positions:
+        """Candidates, α and q* of all rows at once; with missing="exact" what a list lacks is asked for by name."""
         candidates = merge_lists(top_theta, top_t, self.config.support)
+        if self.config.missing == "exact":
+            rows = range(len(candidates.token_ids))
+            top_theta, top_t = await both(
+                _completed(top_theta, [candidates.missing(row, candidates.exact_theta) for row in rows], name_theta),
+                _completed(top_t, [candidates.missing(row, candidates.exact_t) for row in rows], name_t),
+            )
+            candidates = merge_lists(top_theta, top_t, self.config.support)
         law = position_law(
             candidates,
             method=self.config.alpha_method,
@@ -110,7 +143,7 @@ class Recorder:
             alpha_min=self.config.alpha_min,
             alpha_max=self.config.alpha_max,
         )
-        self.stats.positions += len(law.alpha)
+        self._count(candidates)
         return Positions(
             candidates,
             law,
@@ -118,6 +151,13 @@ class Recorder:
             top_t.logprobs.max(axis=1),
             self._diagnostics(candidates, law),
         )
+
+    def _count(self, candidates: Candidates) -> None:
+        self.stats.positions += len(candidates.token_ids)
+        self.stats.listed_tokens += int(
+            np.isfinite(candidates.exact_theta).sum() + np.isfinite(candidates.exact_t).sum()
+        )
+        self.stats.listed_mass += float(candidates.coverage_theta.sum() + candidates.coverage_t.sum())
 
     async def record(
         self, sequences: Sequence[DecodingSequence], rows: np.ndarray, columns: np.ndarray, positions: Positions
@@ -182,18 +222,28 @@ class Recorder:
                 diagnostics={name: column[row] for name, column in positions.diagnostics.items()},
             )
             self.stats.tokens += 1
-            if self._on_token is not None:
-                self._on_token(sequence)
+            if self.on_token is not None:
+                self.on_token(sequence)
 
     async def settle(self, sequence: DecodingSequence) -> None:
         """Fetch what no list held, and complete the record: log w = log π_θ − log q*."""
+
+        async def score_t() -> None:
+            await self._score(self.t, sequence.context_t, sequence.logp_t, sequence.top_t, in_t)
+
+        in_theta, in_t = (np.isnan(values) for values in (sequence.logp_theta, sequence.logp_t))
+        in_t &= ~np.array(sequence.without_target, dtype=bool)
         try:
             await both(
-                self._score(self.theta, sequence.context_theta, sequence.logp_theta, sequence.top_theta),
-                self._score(self.t, sequence.context_t, sequence.logp_t, sequence.top_t),
+                self._score(self.theta, sequence.context_theta, sequence.logp_theta, sequence.top_theta, in_theta),
+                until_back(score_t, self.t.url) if self.config.on_target_failure == "wait" else score_t(),
             )
         except DualRolloutError as error:
-            sequence.fail(error)
+            lost = isinstance(error, EngineError) and error.url == self.t.url
+            if lost and self.config.on_target_failure == "policy":
+                logger.warning("some log π_t stay NaN (on_target_failure is policy): %s", error)
+            else:
+                sequence.fail(error)
         for i, log_weight in enumerate(sequence.log_weight):
             if math.isnan(log_weight):
                 sequence.log_weight[i] = sequence.logp_theta[i] - sequence.log_q[i]
@@ -205,16 +255,15 @@ class Recorder:
     ) -> tuple[int | None, float]:
         """A token outside S, and the log of π_θ's mass there; None, and the sequence marked, where that fails."""
         try:
-            return await both(
-                self._draw_outside(sequence, candidates.token_ids[row]), self._tail_mass(sequence, candidates, row)
-            )
+            return await both(self._draw_outside(sequence, candidates, row), self._tail_mass(sequence, candidates, row))
         except DualRolloutError as error:
             sequence.fail(error)
             return None, NOT_KNOWN_YET
 
-    async def _draw_outside(self, sequence: DecodingSequence, candidate_ids: np.ndarray) -> int:
+    async def _draw_outside(self, sequence: DecodingSequence, candidates: Candidates, row: int) -> int:
         """y ~ π_θ given y outside S, by rejection; the server's exclusion only makes the first draw succeed."""
-        excluded = candidate_ids[candidate_ids != NO_TOKEN].tolist()
+        likeliest_first = candidates.token_ids[row][np.argsort(-candidates.logp_theta[row])]
+        excluded = likeliest_first[likeliest_first != NO_TOKEN].tolist()
         inside = set(excluded)
         self.stats.tail_tokens += 1
         for _ in range(_MAX_TAIL_DRAWS):
@@ -246,7 +295,7 @@ class Recorder:
         return float(np.log(max(mass, np.finfo(np.float32).eps)))
 
     def _diagnostics(self, candidates: Candidates, law: Law) -> dict[str, list[float]]:
-        if not self._with_diagnostics:
+        if not self.with_diagnostics:
             return {}
         rows = compute_diagnostics(
             np.exp(candidates.logp_theta),
@@ -258,21 +307,35 @@ class Recorder:
         )
         return {name: np.asarray(row).tolist() for name, row in rows.items() if name != "alpha"}
 
-    async def _score(self, engine: Engine, context: list[int], logprobs: list[float], tops: list[float]) -> None:
-        """Replace NaN in `logprobs` by exact values, with one request for the whole sequence.
+    async def _score(
+        self, engine: Engine, context: list[int], logprobs: list[float], tops: list[float], unknown: np.ndarray
+    ) -> None:
+        """Replace `logprobs` where they are `unknown` by exact values, with one request for the whole sequence.
 
         Servers score a text at temperature 1. The most likely token of each position was listed at the temperature in
         use, which fixes the normaliser: log p_T(y) = (log p(y) − log p(top)) / T + log p_T(top).
         """
-        unknown = [i for i, value in enumerate(logprobs) if math.isnan(value)]
-        if not unknown:
+        indices = np.flatnonzero(unknown).tolist()
+        if not indices:
             return
         first = len(context) - len(logprobs)
-        last = first + unknown[-1] + 1
+        last = first + indices[-1] + 1
         own, top = await engine.score(context[:last], first)
-        for i in unknown:
+        for i in indices:
             logprobs[i] = (own[i] - top[i]) / self.config.temperature + tops[i]
-        self.stats.scored_tokens += len(unknown)
+        self.stats.scored_tokens += len(indices)
+
+
+async def _completed(top: TopK, missing: list[list[int]], name: Name) -> TopK:
+    """The lists with the missing tokens added."""
+    width = max(map(len, missing))
+    if width == 0:
+        return top
+    extra_ids = np.full((len(missing), width), NO_TOKEN, dtype=np.int64)
+    extra = np.full((len(missing), width), -np.inf)
+    for row, (ids, logprobs) in enumerate(zip(missing, await name(missing), strict=True)):
+        extra_ids[row, : len(ids)], extra[row, : len(ids)] = ids, logprobs
+    return TopK(np.hstack([top.token_ids, extra_ids]), np.hstack([top.logprobs, extra]))
 
 
 async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from dual_rollout.decoding.record import Recorder
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
-from dual_rollout.exceptions import DualRolloutError, EngineRejectedError
+from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineRejectedError
+
+OnFinished = Callable[[DecodingSequence], Awaitable[None]]
+"""Awaited with each sequence whose record is complete; while it waits, fewer new sequences are begun."""
 
 
 class Mode(Protocol):
@@ -22,69 +24,104 @@ class Mode(Protocol):
 
 
 class Scheduler:
-    """Continuous batching on the client: sequences come from `waiting`, and a finished one is replaced at once.
+    """Continuous batching on the client: a finished sequence is replaced at once by the next of `sequences`.
 
     The active sequences are split into groups that advance on their own, so that the servers work for one group while
     the client, or the other server, is busy with another. No round waits for the slowest of the whole batch.
+
+    `sequences` is consumed as places become free, and nothing is kept of what has finished, so there may be any number
+    of them. One that is done before it begins, because its prompt was bad, takes no place.
     """
 
-    def __init__(self, sequences: Iterable[DecodingSequence], recorder: Recorder):
-        self._waiting = deque(sequences)
+    def __init__(
+        self, sequences: Iterable[DecodingSequence], recorder: Recorder, on_finished: OnFinished | None = None
+    ):
+        self._waiting = iter(sequences)
         self._recorder = recorder
+        self._on_finished = on_finished
         self._groups: list[list[DecodingSequence]] = []
-        self._settling: list[asyncio.Task[None]] = []
+        self._settling: set[asyncio.Task[None]] = set()
 
     @property
     def load(self) -> Load:
-        """Sequences that the next round will have in flight, and their longest context."""
+        """Sequences that the next round will have in flight, and their longest context. Asked after a round."""
         active = [sequence for group in self._groups for sequence in group]
-        sequences = active + list(self._waiting)[: self._recorder.config.max_concurrency - len(active)]
-        longest = max(max(len(s.context_theta), len(s.context_t)) for s in sequences)
-        return Load.of(len(sequences), longest)
+        return Load.of(len(active), max(max(len(s.context_theta), len(s.context_t)) for s in active))
 
     async def run(self, mode: Mode, *, groups: int, rounds: int | None = None) -> None:
         """Advance every group by `rounds` rounds, or to the end of all sequences when None."""
-        limit = self._recorder.config.max_concurrency
         active = [sequence for group in self._groups for sequence in group]
-        while self._waiting and len(active) < limit:
-            active.append(self._waiting.popleft())
+        await self._fill(active, self._recorder.config.max_concurrency)
         groups = max(1, min(groups, len(active)))
         self._groups = [active[i::groups] for i in range(groups)]
         await asyncio.gather(*(self._run_group(group, mode, rounds) for group in self._groups))
 
     async def finish(self) -> None:
         """Wait until the records of all finished sequences are complete."""
-        await asyncio.gather(*self._settling)
+        while self._settling:
+            await self._collect(asyncio.ALL_COMPLETED)
+
+    def abandon(self) -> None:
+        """Stop completing records: nobody waits for them any more."""
+        for task in self._settling:
+            task.cancel()
 
     @property
     def done(self) -> bool:
-        """Whether no sequence is left."""
-        return not self._waiting and not any(self._groups)
+        """Whether no sequence is left. Asked after a round."""
+        return not any(self._groups)
 
     async def _run_group(self, group: list[DecodingSequence], mode: Mode, rounds: int | None) -> None:
         capacity = len(group)
         while group and rounds != 0:
             await advance(mode, group)
-            ended = [sequence for sequence in group if sequence.done]
-            self._settling += [asyncio.create_task(self._recorder.settle(sequence)) for sequence in ended]
+            for sequence in group:
+                if sequence.done:
+                    self._complete(sequence)
             group[:] = [sequence for sequence in group if not sequence.done]
-            while self._waiting and len(group) < capacity:
-                group.append(self._waiting.popleft())
+            await self._fill(group, capacity)
             rounds = None if rounds is None else rounds - 1
+
+    async def _fill(self, group: list[DecodingSequence], capacity: int) -> None:
+        while len(group) < capacity:
+            while len(self._settling) >= self._recorder.config.max_concurrency:
+                await self._collect(asyncio.FIRST_COMPLETED)
+            sequence = next(self._waiting, None)
+            if sequence is None:
+                return
+            if sequence.done:
+                self._complete(sequence)
+            else:
+                group.append(sequence)
+
+    def _complete(self, sequence: DecodingSequence) -> None:
+        """Complete the record aside, while the others go on."""
+
+        async def complete() -> None:
+            await self._recorder.settle(sequence)
+            if self._on_finished is not None:
+                await self._on_finished(sequence)
+
+        self._settling.add(asyncio.create_task(complete()))
+
+    async def _collect(self, until: str) -> None:
+        ended, _ = await asyncio.wait(self._settling, return_when=until)
+        self._settling -= ended
+        for task in ended:
+            task.result()
 
 
 async def advance(mode: Mode, sequences: list[DecodingSequence]) -> None:
     """One round, with faults kept to the sequences they concern."""
     try:
         await mode.advance(sequences)
-    except EngineRejectedError as error:
+    except (EngineRejectedError, EngineProtocolError) as error:
         if len(sequences) == 1:
             sequences[0].fail(error)
             return
-        # One bad prompt makes a server refuse the whole list: find it, so that the others go on.
+        # One bad prompt makes a server refuse the whole list, or answer it badly: find it, so that the others go on.
         middle = len(sequences) // 2
-        await advance(mode, sequences[:middle])
-        await advance(mode, sequences[middle:])
+        await asyncio.gather(advance(mode, sequences[:middle]), advance(mode, sequences[middle:]))
     except DualRolloutError as error:
         for sequence in sequences:
             sequence.fail(error)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from dual_rollout.engines.base import Context
 from dual_rollout.types import FinishReason
 
 NOT_KNOWN_YET = math.nan
@@ -21,6 +22,7 @@ class DecodingSequence:
         context_theta, context_t: token ids each model sees: its own prompt, then the shared completion.
         tokens: the completion.
         alpha, log_q, logp_theta, logp_t, log_weight: one float per token, nats (α plain).
+        without_target: whether the token was drawn from π_θ alone.
         top_theta, top_t: log-probability of the most likely token at each position, nats.
         diagnostics: per-token lists by name.
         run_length: running mean of the accepted tokens per draft; None before the first draft.
@@ -36,8 +38,8 @@ class DecodingSequence:
         stop_ids: Collection[int],
         key: tuple[int, int],
     ):
-        self.context_theta = list(prompt_theta)
-        self.context_t = list(prompt_t)
+        self.context_theta: list[int] = Context(prompt_theta)
+        self.context_t: list[int] = Context(prompt_t)
         self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
         self.rng = np.random.Generator(self._bits)
         self.tokens: list[int] = []
@@ -46,6 +48,7 @@ class DecodingSequence:
         self.logp_theta: list[float] = []
         self.logp_t: list[float] = []
         self.log_weight: list[float] = []
+        self.without_target: list[bool] = []
         self.top_theta: list[float] = []
         self.top_t: list[float] = []
         self.diagnostics: dict[str, list[float]] = {}
@@ -93,6 +96,7 @@ class DecodingSequence:
         top_theta: float,
         top_t: float,
         diagnostics: Mapping[str, float],
+        without_target: bool = False,
     ) -> None:
         """Add a sampled token; of `log_q`, `logp_theta`, `log_weight` two determine the third, see `settle`."""
         for context in (self.context_theta, self.context_t, self.tokens):
@@ -102,6 +106,7 @@ class DecodingSequence:
         self.logp_theta.append(logp_theta)
         self.logp_t.append(logp_t)
         self.log_weight.append(log_weight)
+        self.without_target.append(without_target)
         self.top_theta.append(top_theta)
         self.top_t.append(top_t)
         for name, value in diagnostics.items():

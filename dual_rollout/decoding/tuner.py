@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.engines.base import ScoringMethod
 
 DEFAULT_DRAFT_TOKENS = 8
+_FIRST_LENGTH, _OTHER_LENGTHS = 4, (8, 2)
 _LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of one measurement
 _SETTLED_ROUNDS = 32
-_PROMISING = 0.85  # a block this close to the best is worth trying at other lengths
+_HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
+_PROMISING = 0.85  # of the best so far: worth trying at other lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A way to decode: the mode, the number of groups that take turns, and the longest draft."""
+    """A way to decode: the mode, the number of groups that take turns, the longest draft and how it is scored."""
 
     mode: str
     groups: int
-    num_draft_tokens: int
+    num_draft_tokens: int = 1
+    scoring: ScoringMethod = "prefixes"
 
     def __str__(self) -> str:
-        drafts = f", {self.num_draft_tokens} draft tokens" if self.mode == "block" else ""
+        drafts = f", {self.num_draft_tokens} draft tokens scored by {self.scoring}" if self.mode == "block" else ""
         return f"{self.mode}, {self.groups} group{'s' if self.groups > 1 else ''}{drafts}"
 
 
@@ -48,9 +53,14 @@ class Tuner:
     At a load never seen, every choice is tried for a few rounds; near a load that is known, only its two best are
     compared again. Then the best is used, and measured on. Measuring costs nothing but the difference in speed: what
     is sampled meanwhile is as exact as ever.
+
+    Attributes:
+        scoring: the ways in which π_t's server can score drafts.
+        chosen: what was found fastest at the latest load.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scoring: tuple[ScoringMethod, ...] = ("prefixes",)) -> None:
+        self.scoring = scoring
         self._rates: dict[Load, dict[Choice, float]] = {}
         self._load: Load | None = None
         self.chosen: Choice | None = None
@@ -58,14 +68,14 @@ class Tuner:
     def first(self, config: CoordinatorConfig) -> Choice:
         """For the round that reads the prompts."""
         if config.decoding == "block":
-            return Choice("block", 1, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS)
-        return Choice("lockstep", 1, 1)
+            return Choice("block", 1, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS, self.scoring[0])
+        return Choice("lockstep", 1)
 
     def choose(self, config: CoordinatorConfig, load: Load) -> tuple[Choice, int]:
         """What to do next, and for how many rounds."""
         rates = self._rates.setdefault(load, {})
         self._load = load
-        for choice in self._worth_trying(config, load):
+        for choice in self._worth_trying(config, load, rates):
             if choice not in rates:
                 return choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS
         self.chosen = max(rates, key=rates.__getitem__)
@@ -85,30 +95,35 @@ class Tuner:
             for load, rates in self._rates.items()
         }
 
-    def _worth_trying(self, config: CoordinatorConfig, load: Load) -> list[Choice]:
-        known = [other for other, rates in self._rates.items() if other != load and len(rates) > 1]
+    def _worth_trying(self, config: CoordinatorConfig, load: Load, rates: dict[Choice, float]) -> Iterator[Choice]:
+        """The choices to measure, in order. What comes later depends on what was measured of the earlier ones."""
+        known = [other for other, others in self._rates.items() if other != load and len(others) > 1]
         if known:
             nearest = self._rates[min(known, key=load.distance)]
-            return sorted(nearest, key=nearest.__getitem__, reverse=True)[:2]
+            yield from sorted(nearest, key=nearest.__getitem__, reverse=True)[:2]
+            return
         groups = (1, 2) if load.sequences > 1 else (1,)
-        lockstep = [Choice("lockstep", count, 1) for count in groups]
+        if config.decoding != "block":
+            yield from (Choice("lockstep", count) for count in groups)
+            if config.decoding == "lockstep" or not can_block(config):
+                return
+        length = config.num_draft_tokens or (DEFAULT_DRAFT_TOKENS if config.decoding == "block" else _FIRST_LENGTH)
+        for method in self.scoring:
+            choice = Choice("block", groups[-1], length, method)
+            yield choice
+            if config.decoding == "auto" and rates[choice] < _HOPELESS * max(rates.values()):
+                return
+        fastest = max((choice for choice in rates if choice.mode == "block"), key=rates.__getitem__)
         if config.decoding == "block":
-            return [Choice("block", count, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS) for count in groups]
-        if config.decoding == "lockstep" or not can_block(config):
-            return lockstep
-        rates = self._rates[load]
-        first = Choice("block", groups[-1], config.num_draft_tokens or 4)
-        lengths = [first.num_draft_tokens]
-        if config.num_draft_tokens is None and rates.get(first, 0.0) > _PROMISING * max(rates.values(), default=1.0):
-            lengths += [8, 2]
-        return lockstep + [Choice("block", groups[-1], length) for length in lengths]
+            yield replace(fastest, groups=1)
+        elif config.num_draft_tokens is None and rates[fastest] > _PROMISING * max(rates.values()):
+            yield from (replace(fastest, num_draft_tokens=other) for other in _OTHER_LENGTHS)
 
 
 def can_block(config: CoordinatorConfig) -> bool:
     """Whether block decoding can give the configured law.
 
-    It needs the law a draft was drawn from, which raw lists do not give at temperature != 1, and it scores whole blocks
-    at once, which leaves no round trip per position for `missing="exact"`. With a seed the tokens must not depend on
-    what the clock says is fastest.
+    It needs the law a draft was drawn from, which raw lists do not give at temperature != 1. With a seed the tokens
+    must not depend on what the clock says is fastest.
     """
-    return config.temperature == 1.0 and config.missing == "floor" and config.seed is None
+    return config.temperature == 1.0 and config.seed is None

@@ -13,6 +13,12 @@ from dual_rollout.types import TopK
 TokenIds = Sequence[int]
 
 
+class Context(list[int]):
+    """A text that grows by what is sampled. `home` is where its beginning is cached, if there are several servers."""
+
+    home: object = None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What a server says of the model it serves.
@@ -41,6 +47,15 @@ class Drafts:
     lists: TopK
 
 
+def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[list[int]]:
+    """What precedes each position of each draft, R texts in all."""
+    return [
+        [*prompt, *draft[:end].tolist()]
+        for prompt, draft in zip(prompts, drafts, strict=True)
+        for end in range(len(draft))
+    ]
+
+
 ScoringMethod = Literal["token_ids", "prefixes", "prompt_logprobs"]
 """How a drafted block is scored: by the token-in/token-out endpoint, computing what follows the cached prefix; as one
 prompt per prefix, which the prefix cache makes cheap; or by rows for the whole prompt, computed anew."""
@@ -61,9 +76,11 @@ class Capabilities:
         generate_endpoint: it has a token-in/token-out endpoint.
         cached_rows: asked for the prompt's log-probabilities after a prefix-cache hit, that endpoint gives the right
             rows for what was not cached; False also where asking is known to be dangerous.
+        named_rows: that endpoint reports log-probabilities of named tokens along a text (`prompt_logprob_token_ids`),
+            and the right ones.
         detokenizes: it has /detokenize.
         reloads_weights, resets_prefix_cache, pauses, loads_lora: it can do so while it runs.
-        scoring: the best way to score a drafted block.
+        scoring: the ways to score a drafted block, the most promising first.
     """
 
     model: str
@@ -77,12 +94,13 @@ class Capabilities:
     prefix_caching: bool | None = None
     generate_endpoint: bool = False
     cached_rows: bool = False
+    named_rows: bool = False
     detokenizes: bool = False
     reloads_weights: bool = False
     resets_prefix_cache: bool = False
     pauses: bool = False
     loads_lora: bool = False
-    scoring: ScoringMethod = "prefixes"
+    scoring: tuple[ScoringMethod, ...] = ("prefixes",)
 
 
 class Engine(Protocol):
@@ -114,15 +132,36 @@ class Engine(Protocol):
         ...
 
     async def score_drafts(
-        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        k: int,
+        temperature: float,
+        method: ScoringMethod,
     ) -> TopK:
-        """The k most likely tokens at each position of each draft, given what precedes it; `(R, K)` as in `Drafts`."""
+        """The k most likely tokens at each position of each draft, given what precedes it; `(R, K)` as in `Drafts`.
+
+        All methods that `probe` finds give the same; which is faster depends on the server and the load.
+        """
         ...
 
     async def named_logprobs(
         self, prompts: Sequence[TokenIds], token_ids: Sequence[TokenIds], temperature: float = 1.0
     ) -> list[np.ndarray]:
         """Log-probabilities of named next tokens: for each prompt an array as long as its `token_ids`."""
+        ...
+
+    async def score_named(
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        token_ids: Sequence[TokenIds],
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of named tokens at each position of each draft, given what precedes it.
+
+        `token_ids` has one list per position, R in all as in `Drafts`; the answer an array as long as each.
+        """
         ...
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,8 +175,8 @@ class Engine(Protocol):
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         """One next token drawn from the model, where `excluded` tokens are made as unlikely as the server can.
 
-        The caller rejects an excluded token and draws again with another seed; the law stays exact even where a
-        server ignores the exclusion.
+        They come the likeliest first, for servers that take only so many. The caller rejects an excluded token and
+        draws again with another seed; the law stays exact even where a server ignores the exclusion.
         """
         ...
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dual_rollout.engines.base import Capabilities, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.types import TopK
 
@@ -19,6 +20,7 @@ _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to com
 _TAIL_LENGTH = 4
 _LIST_LENGTH = 5
 _ABSURDLY_MANY = 2**31 - 1
+_NO_VOCABULARY_HAS = 10**9
 _CHEAP_TO_LIST = 4096  # a server that lists as many log-probabilities is not asked for all of its vocabulary
 _SAME_LOGPROB = 0.1  # nats; kernels differ in bfloat16, wrong rows by far more
 _ROUTES = (
@@ -75,7 +77,7 @@ class Probe:
         max_logprobs, vocab_size = await self._limits()
         mode = await self._logprobs_mode(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH))
         prefix_caching = await self._prefix_caching(metrics)  # the prompt has been seen by now
-        cached_rows = "/inference/v1/generate" in routes and await self._cached_rows()
+        cached_rows, named_rows = await self._prompt_rows() if "/inference/v1/generate" in routes else (False, False)
         loads_lora = "/v1/load_lora_adapter" in routes and await self._loads_lora()
         return Capabilities(
             model=self._info.model,
@@ -89,6 +91,7 @@ class Probe:
             prefix_caching=prefix_caching,
             generate_endpoint="/inference/v1/generate" in routes,
             cached_rows=cached_rows,
+            named_rows=named_rows,
             detokenizes="/detokenize" in routes,
             reloads_weights="/collective_rpc" in routes,
             resets_prefix_cache="/reset_prefix_cache" in routes,
@@ -117,6 +120,13 @@ class Probe:
     async def _limits(self) -> tuple[int | None, int | None]:
         """The longest list of log-probabilities, and the size of the vocabulary, as refusals tell them."""
         longest, _ = await self._refused_logprobs(_ABSURDLY_MANY)
+        try:
+            await self._complete(logit_bias={str(_NO_VOCABULARY_HAS): 1.0})
+        except EngineRejectedError as error:
+            if found := re.search(r"Vocabulary size: (\d+)", str(error)):
+                return longest, int(found[1])
+        except EngineProtocolError:
+            pass
         if longest is None or longest > _CHEAP_TO_LIST:
             return longest, None
         _, vocabulary = await self._refused_logprobs(-1)  # that is, all
@@ -134,15 +144,19 @@ class Probe:
         return None, None
 
     async def _logprobs_mode(self, k: int) -> Literal["raw", "processed"]:
-        """Doubling the temperature halves the distances between tokens, which no rounding can look like."""
+        """Doubling the temperature halves the distances between tokens, which no rounding can look like.
+
+        Where the tokens are too alike to tell, or only one may be listed, its own log-probability must move by more
+        than kernels round. "raw" is the safe answer: lists are then asked for at temperature 1.
+        """
         one, two = [
             np.sort((await self._lists([self._prompt], k, temperature)).logprobs[0])[::-1] for temperature in (1.0, 2.0)
         ]
         last = min(int(np.isfinite(one).sum()), int(np.isfinite(two).sum())) - 1
         distance, at_two = one[0] - one[last], two[0] - two[last]
-        if distance > 1e-3:
+        if distance > _SAME_LOGPROB:
             return "processed" if at_two < 0.75 * distance else "raw"
-        return "processed" if abs(one[0] - two[0]) > 1e-3 else "raw"
+        return "processed" if abs(one[0] - two[0]) > _SAME_LOGPROB else "raw"
 
     async def _prefix_caching(self, metrics: str | None) -> bool | None:
         if found := re.search(r'vllm:cache_config_info\{[^}]*enable_prefix_caching="(\w+)"', metrics or ""):
@@ -164,25 +178,39 @@ class Probe:
             return False
         return True
 
-    async def _cached_rows(self) -> bool:
-        """Whether the prompt's log-probabilities after a prefix-cache hit are the right ones.
+    async def _prompt_rows(self) -> tuple[bool, bool]:
+        """Whether the prompt's log-probabilities after a prefix-cache hit are right, and those of named tokens.
 
-        Older model runners answer with uninitialised memory, or die of the question. They also refuse
+        Older model runners answer the first question with uninitialised memory, or die of it. They also refuse
         prompt_logprob_token_ids, so that is asked first.
         """
         longer = [*self._prompt, *self._prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
         try:
-            answer = await self._generate(longer, prompt_logprob_token_ids=self._prompt[:1])
-            if answer.get("prompt_token_id_logprobs") is None:
-                return False
+            if (named := await self._named_rows(longer)) is None:
+                return False, False
             uncached = await self._generate(longer, prompt_logprobs=0, skip_reading_prefix_cache=False)
             every = await self._generate(longer, prompt_logprobs=0)
             rows, expected = (_own_logprobs(longer, answer["prompt_logprobs"]) for answer in (uncached, every))
-        except (EngineRejectedError, EngineProtocolError, AttributeError, KeyError, TypeError):
-            return False
-        if not rows or len(expected) != len(longer) - 1 or len(rows) > len(expected):
-            return False
-        return float(np.abs(np.subtract(rows, expected[-len(rows) :])).max()) < _SAME_LOGPROB
+        except (EngineRejectedError, EngineProtocolError, AttributeError, KeyError, TypeError, ValueError):
+            return False, False
+        if len(expected) != len(longer) - 1:
+            return False, False
+        return _agree(rows, expected), _agree(named, expected)
+
+    async def _named_rows(self, text: TokenIds) -> list[float] | None:
+        """Log-probabilities of the last tokens of `text`, asked for by name; None from a server that gives none."""
+        names = sorted(set(text[-_TAIL_LENGTH:]))
+        for skip in (False, True):  # rows that the prefix cache has are not given
+            answer = await self._generate(
+                text,
+                prompt_logprob_token_ids=names,
+                prompt_logprob_start=len(text) - 1 - _TAIL_LENGTH,
+                skip_reading_prefix_cache=skip,
+            )
+            if (encoded := answer.get("prompt_token_id_logprobs")) is not None:
+                rows = decoded_floats(encoded, (_TAIL_LENGTH, len(names)))
+                return [row[names.index(token)] for row, token in zip(rows, text[-_TAIL_LENGTH:], strict=True)]
+        return None
 
     async def _complete(self, **options: Any) -> Any:
         payload = {"model": self._info.model, "prompt": self._prompt, "max_tokens": 1, "temperature": 0.0, **options}
@@ -201,6 +229,7 @@ def summary(capabilities: Capabilities) -> str:
     abilities = {
         "named tokens": c.named_logprobs,
         "token-in/token-out": c.generate_endpoint,
+        "named tokens along a text": c.named_rows,
         "weight reload": c.reloads_weights,
         "pause": c.pauses,
         "LoRA": c.loads_lora,
@@ -208,24 +237,33 @@ def summary(capabilities: Capabilities) -> str:
     return (
         f"{c.model!r} on version {c.version or 'unknown'}, context {c.max_model_len or 'unknown'}, "
         f"vocabulary {c.vocab_size or 'unknown'}, max_logprobs {c.max_logprobs or 'unlimited'}, "
-        f"{c.logprobs_mode} log-probabilities, {caching}, drafts scored by {c.scoring}; "
+        f"{c.logprobs_mode} log-probabilities, {caching}, drafts scored by {' or '.join(c.scoring)}; "
         f"offers {', '.join(name for name, there in abilities.items() if there) or 'nothing else'}"
     )
 
 
-def _scoring(cached_rows: bool, prefix_caching: bool | None, loads_lora: bool) -> ScoringMethod:
-    if cached_rows and prefix_caching is not False:
-        return "token_ids"
+def _scoring(cached_rows: bool, prefix_caching: bool | None, loads_lora: bool) -> tuple[ScoringMethod, ...]:
+    """The ways to score drafts, the most promising first."""
+    methods: list[ScoringMethod] = ["prefixes"]
     # vLLM's CPU build with --enable-lora dies of prompt_logprobs of several prompts at once.
-    if prefix_caching is False and not loads_lora:
-        return "prompt_logprobs"
-    return "prefixes"
+    if not loads_lora:
+        methods.insert(0 if prefix_caching is False else 1, "prompt_logprobs")
+    if cached_rows and prefix_caching is not False:
+        methods.insert(0, "token_ids")
+    return tuple(methods)
 
 
 def _own_logprobs(prompt: TokenIds, rows: list[Any]) -> list[float]:
     """Log-probabilities of the prompt's last tokens. Rows are counted from the end, for a cache hit drops the first."""
     tokens = prompt[len(prompt) - len(rows) :]
     return [row[str(token)]["logprob"] for token, row in zip(tokens, rows, strict=True) if row]
+
+
+def _agree(rows: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether `rows` are the last of `expected`, but for what kernels round."""
+    if not 0 < len(rows) <= len(expected):
+        return False
+    return float(np.abs(np.subtract(rows, expected[-len(rows) :])).max()) < _SAME_LOGPROB
 
 
 async def _optional(answer: Awaitable[Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, TokenIds
+from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.candidates import at_temperature
@@ -59,6 +59,7 @@ class SGLangEngine:
         self._info: EngineInfo | None = None
         self._server: Mapping[str, Any] = {}
         self._capabilities: Capabilities | None = None
+        self._probing = asyncio.Lock()
         self._processed: bool | None = None
         self._rows_fit = True
         self._warned = False
@@ -84,28 +85,32 @@ class SGLangEngine:
         return self._info
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
-        if self._capabilities is None:
-            info = await self.describe()
-            text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
-            self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
-            self._capabilities = Capabilities(
-                model=info.model,
-                root=info.root,
-                max_model_len=info.max_model_len,
-                version=self._server.get("version"),
-                logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
-                named_logprobs=True,
-                prefix_caching=not self._server.get("disable_radix_cache"),
-                generate_endpoint=True,
-                cached_rows=self._rows_fit,
-                detokenizes=not self._server.get("skip_tokenizer_init"),
-                reloads_weights=True,
-                resets_prefix_cache=True,
-                pauses=True,
-                loads_lora=await self.loads_lora(),
-                scoring="token_ids" if self._rows_fit else "prefixes",
-            )
+        async with self._probing:
+            if self._capabilities is None:
+                self._capabilities = await self._probed(prompt)
         return self._capabilities
+
+    async def _probed(self, prompt: TokenIds) -> Capabilities:
+        info = await self.describe()
+        text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
+        self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
+        return Capabilities(
+            model=info.model,
+            root=info.root,
+            max_model_len=info.max_model_len,
+            version=self._server.get("version"),
+            logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
+            named_logprobs=True,
+            prefix_caching=not self._server.get("disable_radix_cache"),
+            generate_endpoint=True,
+            cached_rows=self._rows_fit,
+            detokenizes=not self._server.get("skip_tokenizer_init"),
+            reloads_weights=True,
+            resets_prefix_cache=True,
+            pauses=True,
+            loads_lora=await self.loads_lora(),
+            scoring=("token_ids", "prefixes") if self._rows_fit else ("prefixes",),
+        )
 
     async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
         if temperature == 1.0 or await self._reports_processed(prompts[0]):
@@ -120,8 +125,7 @@ class SGLangEngine:
         temperature: float,
         seeds: Sequence[int],
     ) -> Drafts:
-        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
-            raise self._needs_processed('decoding="block"')
+        raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
         await self.describe()
         sampling = [
             _sampling(max_new_tokens=length, temperature=temperature, ignore_eos=False, **self._seed(seed))
@@ -135,19 +139,22 @@ class SGLangEngine:
             rows += self._output_rows(meta, "output_top_logprobs", length)
         if len(rows) != sum(map(len, drafts)):
             raise EngineProtocolError("output_top_logprobs is not as long as the draft", url=self.url)
-        return Drafts(drafts, self._top_k(rows, k))
+        lists = self._top_k(rows, k)
+        return Drafts(drafts, at_temperature(lists, temperature) if raw else lists)
 
     async def score_drafts(
-        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        k: int,
+        temperature: float,
+        method: ScoringMethod,
     ) -> TopK:
         texts = [[*prompt, *draft.tolist()] for prompt, draft in zip(prompts, drafts, strict=True)]
         starts = [len(prompt) for prompt in prompts]
         # Log-probabilities of a prompt's tokens do not follow the temperature, those of the next token do.
-        if temperature != 1.0 or not self._rows_fit:
-            prefixes = [
-                text[:end] for text, start in zip(texts, starts, strict=True) for end in range(start, len(text))
-            ]
-            return await self.next_top_k(prefixes, k, temperature)
+        if temperature != 1.0 or method == "prefixes":
+            return await self.next_top_k(prefixes(prompts, drafts), k, temperature)
         return await self._rows(texts, starts, k)
 
     async def named_logprobs(
@@ -155,15 +162,29 @@ class SGLangEngine:
     ) -> list[np.ndarray]:
         if temperature != 1.0 and not await self._reports_processed(prompts[0]):
             raise self._needs_processed('missing="exact"')
-        names = [list(ids) for ids in token_ids]
-        metas = await self._generate(prompts, _sampling(temperature=temperature), token_ids_logprob=names)
-        values = []
-        for asked, meta in zip(names, metas, strict=True):
+        values = [np.empty(0) for _ in prompts]
+        rows = [row for row, ids in enumerate(token_ids) if len(ids)]
+        if not rows:
+            return values
+        names = [list(token_ids[row]) for row in rows]
+        metas = await self._generate(
+            [prompts[row] for row in rows], _sampling(temperature=temperature), token_ids_logprob=names
+        )
+        for row, asked, meta in zip(rows, names, metas, strict=True):
             ids, logprobs = self._triples(self._output_rows(meta, "output_token_ids_logprobs", 1))
             if ids[0].tolist() != asked:
                 raise EngineProtocolError("output_token_ids_logprobs are not those of the named tokens", url=self.url)
-            values.append(logprobs[0])
+            values[row] = logprobs[0]
         return values
+
+    async def score_named(
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        token_ids: Sequence[TokenIds],
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        return await self.named_logprobs(prefixes(prompts, drafts), token_ids, temperature)
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(token_ids) - start

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, count
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds
+from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.engines.probe import Probe, summary
+from dual_rollout.engines.questions import MALFORMED, Questions
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import NO_TOKEN, TopK
@@ -24,8 +26,10 @@ T = TypeVar("T")
 
 _KEY_PREFIX = "token_id:"
 _MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
+_MAX_BIASED_TOKENS = 1024  # on logit_bias: newer model runners fail on more, for everybody
 _MAX_PROMPTS = 1024  # vLLM's own cap on a list of prompts
-_SPOILT_RETRIES = 2
+_SPOILT_REPEATS = 2
+_LARGEST_ID = 2**31 - 1
 _MASS_TOLERANCE = 1e-2
 _NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
 _NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
@@ -45,14 +49,14 @@ class VLLMEngine:
 
     Args:
         model: the served name; the first one listed when None.
-        scoring: how to score drafts, instead of the way the probe found best.
     """
 
-    def __init__(self, transport: HttpTransport, model: str | None = None, scoring: ScoringMethod | None = None):
+    def __init__(self, transport: HttpTransport, model: str | None = None):
         self.url = transport.url
         self._http = transport
+        self._questions = Questions(transport)
         self._wanted = model
-        self._wanted_scoring = scoring
+        self._names: set[str] = set()
         self._info: EngineInfo | None = None
         self._capabilities: Capabilities | None = None
         self._probing = asyncio.Lock()
@@ -66,7 +70,11 @@ class VLLMEngine:
             cards = answer.get("data") if isinstance(answer, dict) else None
             if not cards:
                 raise EngineProtocolError("/v1/models lists no model", url=self.url)
-            served = [card.get("id") for card in cards]
+            if not isinstance(cards, list) or not all(
+                isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards
+            ):
+                raise EngineProtocolError("/v1/models lists what are no models", url=self.url)
+            served = [card["id"] for card in cards]
             name = self._wanted or served[0]
             if name not in served:
                 raise EngineRejectedError(
@@ -75,6 +83,7 @@ class VLLMEngine:
                     status=404,
                 )
             card = cards[served.index(name)]
+            self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
             self._info = EngineInfo(name, card.get("root"), card.get("max_model_len"))
         return self._info
 
@@ -89,7 +98,12 @@ class VLLMEngine:
                     named=self._named_alone,
                     loads_lora=self.loads_lora,
                 )
-                self._capabilities = await questions.run()
+                try:
+                    self._capabilities = await questions.run()
+                except MALFORMED as error:
+                    raise EngineProtocolError(
+                        f"answers to the probe have another shape ({type(error).__name__}: {error})", url=self.url
+                    ) from error
                 logger.info("%s: %s", self.url, summary(self._capabilities))
         return self._capabilities
 
@@ -106,12 +120,7 @@ class VLLMEngine:
         temperature: float,
         seeds: Sequence[int],
     ) -> Drafts:
-        if temperature != 1.0 and not await self._reports_processed(prompts[0]):
-            raise EngineRejectedError(
-                'decoding="block" at temperature != 1 needs --logprobs-mode processed_logprobs',
-                url=self.url,
-                status=400,
-            )
+        raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
 
         async def ask() -> Drafts:
             # One request each: in a list with one seed all sequences would get the same noise.
@@ -123,32 +132,41 @@ class VLLMEngine:
                     )
                 )
             keys = [choice["logprobs"]["tokens"] for (choice,) in answers]
+            for (choice,), tokens, length in zip(answers, keys, lengths, strict=True):
+                cut = choice.get("finish_reason") == "length" and len(tokens) < length
+                if cut or not 1 <= len(tokens) <= length:
+                    raise _SpoiltAnswerError(f"a draft of {length} tokens has {len(tokens)}", url=self.url)
             rows = [
                 _without_sampled(row, key, k)
                 for (choice,), tokens in zip(answers, keys, strict=True)
                 for row, key in zip(choice["logprobs"]["top_logprobs"], tokens, strict=True)
             ]
-            return Drafts([_token_ids(tokens) for tokens in keys], self._pack(rows, k))
+            lists = self._pack(rows, k)
+            return Drafts([_token_ids(tokens) for tokens in keys], at_temperature(lists, temperature) if raw else lists)
 
         return await self._until_whole(ask)
 
     async def score_drafts(
-        self, prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray], k: int, temperature: float
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        k: int,
+        temperature: float,
+        method: ScoringMethod,
     ) -> TopK:
-        method = self._wanted_scoring or (await self.probe(prompts[0])).scoring
         if method == "prefixes" or (temperature != 1.0 and await self._reports_processed(prompts[0])):
-            prefixes = [
-                [*prompt, *draft[:end].tolist()]
-                for prompt, draft in zip(prompts, drafts, strict=True)
-                for end in range(len(draft))
-            ]
-            return await self.next_top_k(prefixes, k, temperature)
+            return await self.next_top_k(prefixes(prompts, drafts), k, temperature)
         # Rows of prompts are at temperature 1, whatever the request's.
         score = self._score_after_cache if method == "token_ids" else self._score_prompt
-        rows = await asyncio.gather(
-            *(score([*prompt, *draft.tolist()], len(draft), k) for prompt, draft in zip(prompts, drafts, strict=True))
-        )
-        top = self._pack(list(chain.from_iterable(rows)), k)
+        texts = [[*prompt, *draft.tolist()] for prompt, draft in zip(prompts, drafts, strict=True)]
+
+        async def ask() -> TopK:
+            rows = await asyncio.gather(
+                *(score(text, len(draft), k) for text, draft in zip(texts, drafts, strict=True))
+            )
+            return self._pack(list(chain.from_iterable(rows)), k)
+
+        top = await self._until_whole(ask)
         return top if temperature == 1.0 else at_temperature(top, temperature)
 
     async def named_logprobs(
@@ -169,24 +187,45 @@ class VLLMEngine:
                 *(self._named(prompt, ids, temperature) for prompt, ids in zip(prompts, token_ids, strict=True))
             )
 
+    async def score_named(
+        self,
+        prompts: Sequence[TokenIds],
+        drafts: Sequence[np.ndarray],
+        token_ids: Sequence[TokenIds],
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        # Rows of prompts are at temperature 1, whatever the request's.
+        if temperature != 1.0 or not (await self.probe(prompts[0])).named_rows:
+            return await self.named_logprobs(prefixes(prompts, drafts), token_ids, temperature)
+        ends = list(accumulate(map(len, drafts)))
+        rows = await asyncio.gather(
+            *(
+                self._score_named_rows([*prompt, *draft.tolist()], len(prompt), token_ids[end - len(draft) : end])
+                for prompt, draft, end in zip(prompts, drafts, ends, strict=True)
+            )
+        )
+        return list(chain.from_iterable(rows))
+
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
-        (choice,) = await self._complete([token_ids], temperature=0.0, prompt_logprobs=1)
-        rows = choice.get("prompt_logprobs")
-        if not isinstance(rows, list) or len(rows) != len(token_ids):
-            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
-        own, top = [], []
-        for token, row in zip(token_ids[start:], rows[start:], strict=True):
-            values = {int(key): entry["logprob"] for key, entry in row.items()}
-            if token not in values:
-                raise EngineProtocolError(f"prompt_logprobs lacks the prompt's own token {token}", url=self.url)
-            own.append(values[token])
-            top.append(max(values.values()))
-        return self._as_logprobs(own), self._as_logprobs(top)
+        async def ask() -> tuple[np.ndarray, np.ndarray]:
+            (choice,) = await self._complete([token_ids], temperature=0.0, prompt_logprobs=1)
+            own, top = [], []
+            for token, row in zip(token_ids[start:], self._prompt_rows(choice, token_ids)[start:], strict=True):
+                values = {int(key): entry["logprob"] for key, entry in row.items()}
+                own.append(values[token])
+                top.append(max(values.values()))
+            return self._as_logprobs(own), self._as_logprobs(top)
+
+        return await self._until_whole(ask)
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
-        bias = {str(token): -100.0 for token in excluded}
-        (choice,) = await self._complete([prompt], logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
-        return int(_token_ids(choice["logprobs"]["tokens"])[0])
+        bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}
+
+        async def ask() -> int:
+            (choice,) = await self._complete([prompt], logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
+            return int(self._checked_ids(_token_ids(choice["logprobs"]["tokens"]))[0])
+
+        return await self._until_whole(ask)
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         info = await self.describe()
@@ -197,6 +236,7 @@ class VLLMEngine:
 
     async def health(self) -> None:
         await self._http.get("/health")
+        await self._questions.confirm()
 
     async def reset_prefix_cache(self) -> None:
         try:
@@ -208,6 +248,9 @@ class VLLMEngine:
             raise EngineProtocolError("the prefix cache was not dropped, because requests are using it", url=self.url)
 
     async def reload_weights(self, path: str) -> None:
+        await self._questions.took_weights(lambda: self._reload_weights(path))
+
+    async def _reload_weights(self, path: str) -> None:
         async with self._paused():
             try:
                 await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
@@ -216,6 +259,9 @@ class VLLMEngine:
             await self.reset_prefix_cache()
 
     async def load_lora(self, name: str, path: str) -> None:
+        await self._questions.took_weights(lambda: self._load_lora(name, path))
+
+    async def _load_lora(self, name: str, path: str) -> None:
         async with self._paused():
             # Not with load_inplace: vLLM (0.31) then reads the adapter from disk again at every step, and dies when
             # the folder is gone.
@@ -305,41 +351,114 @@ class VLLMEngine:
         return await self._until_whole(ask)
 
     async def _until_whole(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` gives, asked again if it was spoilt."""
-        for _ in range(_SPOILT_RETRIES):
+        """What `ask` makes of an answer, asked again if that was spoilt or could not be read."""
+        for repeat in count():
             try:
                 return await ask()
             except _SpoiltAnswerError as error:
-                self._http.stats.retries += 1
-                logger.warning("%s; trying again", error)
-        return await ask()
+                spoilt = error
+            except MALFORMED as error:
+                spoilt = _SpoiltAnswerError(
+                    f"an answer of another shape ({type(error).__name__}: {error})", url=self.url
+                )
+            if repeat == _SPOILT_REPEATS:
+                raise spoilt
+            self._http.stats.retries += 1
+            logger.warning("%s; asking again", spoilt)
+        raise AssertionError("the loop returns or raises")
 
     async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
         """Lists for the last `count` tokens of a text, whose beginning the prefix cache may have."""
-        info = await self.describe()
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
         for skip in (False, True):
-            answer = await self._http.post(
-                "/inference/v1/generate",
-                {
-                    "model": self._lora or info.model,
-                    "token_ids": text,
-                    "sampling_params": {**sampling, "skip_reading_prefix_cache": skip},
-                },
-            )
-            rows = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+            rows = await self._generate(text, {**sampling, "skip_reading_prefix_cache": skip}, "prompt_logprobs")
             # Rows are missing at the beginning: those of cached tokens, and in a text seen before, some of the last.
             if isinstance(rows, list) and len(rows) >= count and all(rows[-count:]):
-                return [_prompt_row(row, k) for row in rows[-count:]]
-        raise EngineProtocolError(f"prompt_logprobs lack rows for the last {count} tokens", url=self.url)
+                return self._rows_of(rows[-count:], text[-count:], k)
+        raise _SpoiltAnswerError(f"prompt_logprobs lack rows for the last {count} tokens", url=self.url)
+
+    async def _score_named_rows(self, text: TokenIds, start: int, token_ids: Sequence[TokenIds]) -> list[np.ndarray]:
+        """Log-probabilities of the named tokens at each position of a text from `start` on, one list of names each.
+
+        The endpoint takes one list of names for all rows, so each gets those of all and gives back its own.
+        """
+        named = [position for position, ids in enumerate(token_ids) if ids]
+        if not named:
+            return [np.empty(0) for _ in token_ids]
+        first, last = start + named[0], start + named[-1]
+        names = sorted(set(chain.from_iterable(token_ids)))
+        width = (await self.probe(text)).max_logprobs or len(names)
+        parts = await asyncio.gather(
+            *(
+                self._named_rows(text[: last + 1], last + 1 - first, names[i : i + width])
+                for i in range(0, len(names), width)
+            )
+        )
+        values = np.hstack(parts)
+        column = {token: i for i, token in enumerate(names)}
+        return [
+            values[start + position - first, [column[token] for token in ids]] if ids else np.empty(0)
+            for position, ids in enumerate(token_ids)
+        ]
+
+    async def _named_rows(self, text: TokenIds, count: int, names: Sequence[int]) -> np.ndarray:
+        """`(count, len(names))` log-probabilities of named tokens at the last `count` tokens of a text."""
+        sampling = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprob_token_ids": names,
+            "prompt_logprob_start": len(text) - 1 - count,  # row i is about token i + 1
+            "detokenize": False,
+        }
+        for skip in (False, True):
+            encoded = await self._generate(
+                text, {**sampling, "skip_reading_prefix_cache": skip}, "prompt_token_id_logprobs"
+            )
+            # There are none where the prefix cache has the first of them.
+            if encoded is not None:
+                try:
+                    return self._as_logprobs(decoded_floats(encoded, (count, len(names))))
+                except ValueError as error:
+                    raise EngineProtocolError(f"prompt_token_id_logprobs are {error}", url=self.url) from error
+        raise EngineProtocolError("the answer has no prompt_token_id_logprobs", url=self.url)
 
     async def _score_prompt(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
         """Lists for the last `count` tokens of a text, computed anew."""
         (choice,) = await self._complete([text], temperature=0.0, prompt_logprobs=k)
+        return self._rows_of(self._prompt_rows(choice, text)[-count:], text[-count:], k)
+
+    async def _generate(self, text: TokenIds, sampling: Mapping[str, Any], field: str) -> Any:
+        """One field of the answer of the token-in/token-out endpoint."""
+        payload = {
+            "model": self._lora or (await self.describe()).model,
+            "token_ids": text,
+            "sampling_params": sampling,
+        }
+        return await self._questions.ask(
+            "/inference/v1/generate",
+            payload,
+            lambda answer: answer.get(field),
+            models=self._answering,
+            prompt_tokens=len(text),
+        )
+
+    def _prompt_rows(self, choice: Mapping[str, Any], text: TokenIds) -> list[Any]:
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(text):
-            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
-        return [_prompt_row(row, k) for row in rows[-count:]]
+            raise _SpoiltAnswerError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
+        return rows
+
+    def _rows_of(self, rows: Sequence[Any], tokens: TokenIds, k: int) -> list[dict[str, float]]:
+        """Rows of prompt_logprobs as k-lists; each must hold the prompt's own token."""
+        for row, token in zip(rows, tokens, strict=True):
+            if str(token) not in row:
+                raise _SpoiltAnswerError(f"prompt_logprobs lack the prompt's own token {token}", url=self.url)
+        return [_prompt_row(row, k) for row in rows]
+
+    @property
+    def _answering(self) -> set[str]:
+        """Names that answers may give for their model."""
+        return self._names if self._lora is None else {self._lora}
 
     async def _reports_processed(self, prompt: TokenIds) -> bool:
         """Whether log-probabilities follow the temperature."""
@@ -385,12 +504,16 @@ class VLLMEngine:
             **_PLAIN_SAMPLING,
             **options,
         }
-        return await self._until_whole(lambda: self._choices(payload))
+        return await self._questions.ask(
+            "/v1/completions",
+            payload,
+            lambda answer: self._choices(answer, len(prompts)),
+            models=self._answering,
+            prompt_tokens=sum(map(len, prompts)),
+        )
 
-    async def _choices(self, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-        answer = await self._http.post("/v1/completions", payload)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        count = len(payload["prompt"])
+    def _choices(self, answer: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+        choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != count:
             raise EngineProtocolError(f"expected {count} choices in the answer", url=self.url)
         choices.sort(key=lambda choice: choice["index"])
@@ -404,13 +527,13 @@ class VLLMEngine:
         try:
             return choice["logprobs"]["top_logprobs"][0]
         except (KeyError, TypeError, IndexError) as error:
-            raise EngineProtocolError("a choice has no logprobs.top_logprobs", url=self.url) from error
+            raise _SpoiltAnswerError("a choice has no logprobs.top_logprobs", url=self.url) from error
 
     def _pack(self, rows: list[dict[str, float]], k: int) -> TopK:
         """Rows of `{"token_id:7": -0.3}` as arrays; parsed in bulk, the hot spot of the client."""
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         if not len(rows) or lengths.min() == 0:
-            raise EngineProtocolError("an empty list of log-probabilities", url=self.url)
+            raise _SpoiltAnswerError("an empty list of log-probabilities", url=self.url)
         keys = " ".join(chain.from_iterable(rows))
         values = self._as_logprobs(list(chain.from_iterable(row.values() for row in rows)))
         if keys.count(_KEY_PREFIX) != len(values):
@@ -432,8 +555,20 @@ class VLLMEngine:
             token_ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (token_ids, logprobs))
         return TopK(token_ids, logprobs)
 
+    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
+        size = self._capabilities.vocab_size if self._capabilities is not None else None
+        if len(ids) and not (ids.min() >= 0 and ids.max() <= (_LARGEST_ID if size is None else size - 1)):
+            raise _SpoiltAnswerError(f"token ids from {ids.min()} to {ids.max()}, vocabulary {size}", url=self.url)
+        return ids
+
     def _check_complete(self, token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> None:
-        """A list of fewer than k tokens must hold all there is."""
+        """No list names a token twice or has more mass than 1, and one of fewer than k tokens holds all there is."""
+        self._checked_ids(token_ids[logprobs > -np.inf])
+        ordered = np.sort(token_ids, axis=1)
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)).any():
+            raise _SpoiltAnswerError("a list names a token twice", url=self.url)
+        if (np.exp(logprobs).sum(axis=1) > 1 + _MASS_TOLERANCE).any():
+            raise _SpoiltAnswerError("the probabilities of a list add up to more than 1", url=self.url)
         short = (token_ids != NO_TOKEN).sum(axis=1) < k
         if short.any() and (np.exp(logprobs[short]).sum(axis=1) < 1 - _MASS_TOLERANCE).any():
             raise _SpoiltAnswerError(
@@ -442,10 +577,10 @@ class VLLMEngine:
                 url=self.url,
             )
 
-    def _as_logprobs(self, values: list[Any]) -> np.ndarray:
+    def _as_logprobs(self, values: list[Any] | np.ndarray) -> np.ndarray:
         logprobs = np.array(values, dtype=np.float64)
         if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
-            raise EngineProtocolError("log-probabilities are NaN or positive", url=self.url)
+            raise _SpoiltAnswerError("log-probabilities are NaN or positive", url=self.url)
         return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
 
 

@@ -145,6 +145,20 @@ def _normalise(logp: np.ndarray) -> np.ndarray:
     return logp - np.log(np.exp(logp).sum(axis=1, keepdims=True))
 
 
+def tokens_to_mass(top: TopK, mass: float) -> np.ndarray:
+    """How many of each row's most likely tokens hold `mass` together, `(B,)`; K + 1 where all of the list do not."""
+    reached = np.cumsum(np.exp(-np.sort(-top.logprobs, axis=1)), axis=1) >= mass
+    return np.where(reached.any(axis=1), reached.argmax(axis=1), top.logprobs.shape[1]) + 1
+
+
+def most_likely(top: TopK, counts: np.ndarray) -> TopK:
+    """Each row cut to its `counts[row]` most likely tokens, the most likely first; of equals the lower id."""
+    order = np.lexsort((top.token_ids, -top.logprobs), axis=1)[:, : counts.max()]
+    ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (top.token_ids, top.logprobs))
+    kept = np.arange(order.shape[1]) < counts[:, None]
+    return TopK(np.where(kept, ids, NO_TOKEN), np.where(kept, logprobs, -np.inf))
+
+
 def at_temperature(top: TopK, temperature: float) -> TopK:
     """Raw (temperature 1) lists turned into those of softmax(logits / temperature).
 

@@ -1,4 +1,4 @@
-"""What an engine must do, the same for every server: the embedded one and real vLLM answer alike.
+"""What an engine must do, the same for every server: the embedded one, real vLLM and SGLang's stub answer alike.
 
 The reference is a plain forward pass of transformers in this process, so two servers that agree with it agree with
 each other: log-probabilities to `CLOSE` nats, token ids exactly.
@@ -7,8 +7,8 @@ each other: log-probabilities to `CLOSE` nats, token ids exactly.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dual_rollout.engines import HttpTransport, VLLMEngine
+from dual_rollout.engines import Engine, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.types import NO_TOKEN, TopK
 
@@ -28,31 +28,41 @@ CLOSE = 1e-3
 MAX_LOGPROBS = 200
 MAX_MODEL_LEN = 512
 PROMPTS = [[10, 20, 30], [200, 7], list(range(40, 110)), [5]]
+DRAFTS = [np.array([3, 250, 17, 9]), np.array([1]), np.array([60, 61]), np.array([4, 4, 4, 4, 4])]
 
 
 @dataclass(frozen=True)
 class Target:
     """A server for `model` with `MAX_LOGPROBS` and `MAX_MODEL_LEN`, and one (it may be the same) that loads adapters.
 
-    `other` is a model of the same shape, for the server to load.
+    `other` is a model of the same shape, for the server to load; `engine` makes its client.
     """
 
     url: str
     lora_url: str
     model: Path
     other: Path
+    engine: Callable[..., Engine] = VLLMEngine
+
+    @property
+    def with_lora(self) -> Target:
+        return replace(self, url=self.lora_url)
 
 
 class EngineConformance:
     """Subclasses give a fixture `target`. A test that changes a server's weights puts them back."""
 
+    accepts: Collection[str] = ()
+    """Requests, by the names below, that this server can answer though others cannot."""
+    absent_adapter = "does not see"
+
     # ---- what it says of itself
 
     def test_health(self, target: Target) -> None:
-        assert use(target.url, lambda engine: engine.health()) is None
+        assert use(target, lambda engine: engine.health()) is None
 
     def test_the_probe_finds_what_the_server_was_started_with(self, target: Target) -> None:
-        found = use(target.url, lambda engine: engine.probe([1, 2]))
+        found = use(target, lambda engine: engine.probe([1, 2]))
         assert found.root == str(target.model)
         assert found.version
         assert (found.max_logprobs, found.max_model_len) == (MAX_LOGPROBS, MAX_MODEL_LEN)
@@ -60,24 +70,24 @@ class EngineConformance:
         assert (found.logprobs_mode, found.prefix_caching, found.named_logprobs) == ("raw", True, True)
         assert found.generate_endpoint and found.detokenizes
         assert found.reloads_weights and found.resets_prefix_cache
-        assert use(target.lora_url, lambda engine: engine.probe([1, 2])).loads_lora
+        assert use(target.with_lora, lambda engine: engine.probe([1, 2])).loads_lora
 
     def test_probing_costs_little_and_happens_once(self, target: Target) -> None:
-        async def ask(engine: VLLMEngine) -> int:
+        async def ask(engine: Engine) -> int:
             await asyncio.gather(*(engine.probe([1, 2]) for _ in range(3)))
-            return engine._http.stats.requests
+            return engine._http.stats.requests  # type: ignore[attr-defined]
 
-        assert use(target.url, ask) <= 20
+        assert use(target, ask) <= 20
 
     # ---- next tokens
 
     @pytest.mark.parametrize("k", [1, 20, 200])
     def test_next_top_k_of_a_batch(self, target: Target, k: int) -> None:
-        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, k))
+        top = use(target, lambda engine: engine.next_top_k(PROMPTS, k))
         assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], k)
 
     def test_tempered_lists_keep_their_proportions(self, target: Target) -> None:
-        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, 200, 0.7))
+        top = use(target, lambda engine: engine.next_top_k(PROMPTS, 200, 0.7))
         for prompt, ids, logprobs in zip(PROMPTS, top.token_ids, top.logprobs, strict=True):
             tempered = (torch.tensor(law(target.model, prompt)) / 0.7).log_softmax(0).numpy()
             np.testing.assert_allclose(logprobs, tempered[ids], atol=0.02)  # the unlisted mass is bounded, not known
@@ -85,38 +95,38 @@ class EngineConformance:
 
     def test_a_list_of_more_prompts_than_a_request_may_have(self, target: Target) -> None:
         prompts = [[i % 250] for i in range(1030)]
-        top = use(target.url, lambda engine: engine.next_top_k(prompts, 1))
+        top = use(target, lambda engine: engine.next_top_k(prompts, 1))
         best = {i: int(law(target.model, [i]).argmax()) for i in range(250)}
         assert top.token_ids[:, 0].tolist() == [best[prompt[0]] for prompt in prompts]
 
     def test_named_logprobs(self, target: Target) -> None:
         vocabulary = reference(target.model).config.vocab_size
         names = [[7, 3, 250], [1], list(range(vocabulary)), []]
-        rows = use(target.url, lambda engine: engine.named_logprobs(PROMPTS, names))
+        rows = use(target, lambda engine: engine.named_logprobs(PROMPTS, names))
         for prompt, ids, row in zip(PROMPTS, names, rows, strict=True):
             np.testing.assert_allclose(row, law(target.model, prompt)[np.array(ids, dtype=int)], atol=CLOSE)
 
     def test_lists_and_named_tokens_at_once_do_not_disturb_each_other(self, target: Target) -> None:
-        async def ask(engine: VLLMEngine) -> tuple[list[TopK], list[list[np.ndarray]]]:
+        async def ask(engine: Engine) -> tuple[list[TopK], list[list[np.ndarray]]]:
             lists = [engine.next_top_k(PROMPTS, 20) for _ in range(8)]
             named = [engine.named_logprobs(PROMPTS, [[7, 3]] * 4) for _ in range(8)]
             results = await asyncio.gather(*(call for pair in zip(lists, named, strict=True) for call in pair))
             return results[::2], results[1::2]
 
         laws = [law(target.model, prompt) for prompt in PROMPTS]
-        for top, rows in zip(*use(target.url, ask), strict=True):
+        for top, rows in zip(*use(target, ask), strict=True):
             assert_lists(top, laws, 20)
             np.testing.assert_allclose(rows, [logprobs[[7, 3]] for logprobs in laws], atol=CLOSE)
 
     def test_draws_avoid_excluded_tokens_and_repeat_with_their_seed(self, target: Target) -> None:
         likely = np.argsort(-law(target.model, PROMPTS[0]))[:30].tolist()
 
-        async def ask(engine: VLLMEngine) -> list[int]:
+        async def ask(engine: Engine) -> list[int]:
             return await asyncio.gather(
                 *(engine.draw_excluding(PROMPTS[0], likely, 1.0, seed) for seed in [*range(20), *range(20)])
             )
 
-        tokens = use(target.url, ask)
+        tokens = use(target, ask)
         assert not set(tokens) & set(likely)
         assert tokens[:20] == tokens[20:]
         assert len(set(tokens)) > 5
@@ -125,13 +135,13 @@ class EngineConformance:
 
     def test_drafts_come_with_the_lists_they_were_drawn_from(self, target: Target) -> None:
         lengths = [6, 1, 4, 8]
-        drafts = use(target.url, lambda engine: engine.draft(PROMPTS, lengths, 20, 1.0, [11, 12, 13, 14]))
+        drafts = use(target, lambda engine: engine.draft(PROMPTS, lengths, 20, 1.0, [11, 12, 13, 14]))
         assert all(1 <= len(tokens) <= length for tokens, length in zip(drafts.token_ids, lengths, strict=True))
         assert_lists(drafts.lists, laws_along(target.model, PROMPTS, drafts.token_ids), 20)
 
     def test_drafts_follow_their_seeds(self, target: Target) -> None:
         def draft(seeds: list[int]) -> list[list[int]]:
-            drafts = use(target.url, lambda engine: engine.draft([[9, 8]] * 3, [8] * 3, 5, 1.0, seeds))
+            drafts = use(target, lambda engine: engine.draft([[9, 8]] * 3, [8] * 3, 5, 1.0, seeds))
             return [tokens.tolist() for tokens in drafts.token_ids]
 
         first = draft([1, 2, 3])
@@ -140,26 +150,59 @@ class EngineConformance:
 
     @pytest.mark.parametrize("method", ["prefixes", "prompt_logprobs", "token_ids"])
     def test_drafts_are_scored_alike_by_every_method(self, target: Target, method: Any) -> None:
-        if method == "token_ids" and not use(target.url, lambda engine: engine.probe([1, 2])).cached_rows:
-            pytest.skip("this server gives no rows after a prefix-cache hit")
-        drafts = [np.array([3, 250, 17, 9]), np.array([1]), np.array([60, 61]), np.array([4, 4, 4, 4, 4])]
-        laws = laws_along(target.model, PROMPTS, drafts)
+        if method not in use(target, lambda engine: engine.probe([1, 2])).scoring:
+            pytest.skip("this server cannot")
+        longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, DRAFTS, strict=True)]
 
-        async def ask(engine: VLLMEngine) -> list[TopK]:
+        async def ask(engine: Engine) -> list[TopK]:
             # The second time, the prefix cache has the drafts too, and the third what comes before the next block.
-            twice = [await engine.score_drafts(PROMPTS, drafts, 20, 1.0) for _ in range(2)]
-            longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, drafts, strict=True)]
-            return [*twice, await engine.score_drafts(longer, drafts, 20, 1.0)]
+            return [
+                await engine.score_drafts(prompts, DRAFTS, 20, 1.0, method) for prompts in (PROMPTS, PROMPTS, longer)
+            ]
 
-        first, second, after = use(target.url, ask, scoring=method)
-        assert_lists(first, laws, 20)
-        assert_lists(second, laws, 20)
-        longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, drafts, strict=True)]
-        assert_lists(after, laws_along(target.model, longer, drafts), 20)
+        for prompts, top in zip((PROMPTS, PROMPTS, longer), use(target, ask), strict=True):
+            assert_lists(top, laws_along(target.model, prompts, DRAFTS), 20)
+
+    def test_named_tokens_are_scored_along_drafts(self, target: Target) -> None:
+        """By name in one request per draft where the probe finds that it can be done, else prefix by prefix."""
+        vocabulary = reference(target.model).config.vocab_size
+        names: list[list[int]] = [[7], [], [3, 9, 250], [1], list(range(vocabulary)), [], [], [5], [], [2, 4], [], []]
+        laws = laws_along(target.model, PROMPTS, DRAFTS)
+
+        async def ask(engine: Engine) -> list[list[np.ndarray]]:
+            await engine.probe([1, 2])
+            before = engine._http.stats.requests  # type: ignore[attr-defined]
+            rows = [await engine.score_named(PROMPTS, DRAFTS, names) for _ in range(2)]
+            if (await engine.probe([1, 2])).named_rows:
+                # One for each draft with names, two for all of the vocabulary, and again what the cache had rows of.
+                assert engine._http.stats.requests - before <= 2 * 2 * 5  # type: ignore[attr-defined]
+            return rows
+
+        for rows in use(target, ask):
+            for expected, ids, row in zip(laws, names, rows, strict=True):
+                np.testing.assert_allclose(row, expected[np.array(ids, dtype=int)], atol=CLOSE)
+
+    def test_rows_that_the_prefix_cache_holds_are_asked_for_again(self, target: Target) -> None:
+        """A draft over the end of a block of the cache; once scored, its first tokens are in the cache."""
+        prompts, drafts = [[(7 * i) % 250 for i in range(60)]], [np.arange(100, 110)]
+        laws = laws_along(target.model, prompts, drafts)
+
+        async def ask(engine: Engine) -> list[tuple[TopK, list[np.ndarray]]]:
+            return [
+                (
+                    await engine.score_drafts(prompts, drafts, 20, 1.0, (await engine.probe([1, 2])).scoring[0]),
+                    await engine.score_named(prompts, drafts, [[5, 6]] * 10),
+                )
+                for _ in range(2)
+            ]
+
+        for top, rows in use(target, ask):
+            assert_lists(top, laws, 20)
+            np.testing.assert_allclose(rows, [row[[5, 6]] for row in laws], atol=CLOSE)
 
     def test_score_of_a_text(self, target: Target) -> None:
         text = [10, 20, 30, 250, 7, 91, 3]
-        own, top = use(target.url, lambda engine: engine.score(text, 3))
+        own, top = use(target, lambda engine: engine.score(text, 3))
         laws = [law(target.model, text[:i]) for i in range(3, len(text))]
         np.testing.assert_allclose(own, [row[token] for row, token in zip(laws, text[3:], strict=True)], atol=CLOSE)
         np.testing.assert_allclose(top, [row.max() for row in laws], atol=CLOSE)
@@ -167,21 +210,21 @@ class EngineConformance:
     # ---- changes while it runs
 
     def test_weights_are_reloaded(self, target: Target) -> None:
-        async def ask(engine: VLLMEngine) -> list[TopK]:
+        async def ask(engine: Engine) -> list[TopK]:
             lists = []
             for model in (target.other, target.model):
                 await engine.reload_weights(str(model))
                 lists.append(await engine.next_top_k(PROMPTS, 20))
             return lists
 
-        for top, model in zip(use(target.url, ask), (target.other, target.model), strict=True):
+        for top, model in zip(use(target, ask), (target.other, target.model), strict=True):
             assert_lists(top, [law(model, prompt) for prompt in PROMPTS], 20)
 
     def test_requests_in_flight_never_see_half_loaded_weights(self, target: Target) -> None:
         """Each list they get is one model's or the other's, whatever tokens came before it."""
         prompts, lengths = [[i, i + 1] for i in range(8)], [240] * 8
 
-        async def ask(engine: VLLMEngine) -> Any:
+        async def ask(engine: Engine) -> Any:
             drafting = asyncio.create_task(engine.draft(prompts, lengths, 10, 1.0, list(range(8))))
             await asyncio.sleep(0.2)
             try:
@@ -190,7 +233,7 @@ class EngineConformance:
             finally:
                 await engine.reload_weights(str(target.model))
 
-        drafts = use(target.url, ask)
+        drafts = use(target, ask)
         old, new = (np.array(laws_along(m, prompts, drafts.token_ids)) for m in (target.model, target.other))
         rows = np.arange(len(old))[:, None]
         errors = [np.abs(laws[rows, drafts.lists.token_ids] - drafts.lists.logprobs).max(axis=1) for laws in (old, new)]
@@ -199,7 +242,7 @@ class EngineConformance:
     def test_adapters_are_loaded_and_replaced(self, target: Target, tmp_path: Path) -> None:
         adapters = [make_adapter(target.model, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)]
 
-        async def ask(engine: VLLMEngine) -> list[TopK]:
+        async def ask(engine: Engine) -> list[TopK]:
             lists = [await engine.next_top_k(PROMPTS, 20)]
             for adapter in adapters:
                 await engine.load_lora("conformance", str(adapter))
@@ -207,7 +250,7 @@ class EngineConformance:
                 lists.append(await engine.next_top_k(PROMPTS, 20))
             return lists
 
-        base, *adapted = use(target.lora_url, ask)
+        base, *adapted = use(target.with_lora, ask)
         assert_lists(base, [law(target.model, prompt) for prompt in PROMPTS], 20)
         for top, adapter in zip(adapted, adapters, strict=True):
             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target.model), adapter).eval()
@@ -216,18 +259,18 @@ class EngineConformance:
     def test_prefix_cache_is_dropped(self, target: Target) -> None:
         prompt = [(7 * i + 3) % 250 for i in range(100)]
 
-        async def ask(engine: VLLMEngine) -> list[int]:
+        async def ask(engine: Engine) -> list[int]:
             cached = []
             for reset in (False, False, True):
                 if reset:
                     await engine.reset_prefix_cache()
                 info = await engine.describe()
                 body = {"model": info.model, "prompt": prompt, "max_tokens": 1}
-                answer = await engine._http.post("/v1/completions", body)
+                answer = await engine._http.post("/v1/completions", body)  # type: ignore[attr-defined]
                 cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
             return cached
 
-        _, cached, after_reset = use(target.url, ask)
+        _, cached, after_reset = use(target, ask)
         assert cached >= 64 and after_reset == 0
 
     # ---- refusals
@@ -244,45 +287,54 @@ class EngineConformance:
         ],
         ids=["full context", "too long in a list", "no room for a draft", "no such token", "list", "no such name"],
     )
-    def test_what_cannot_be_done_is_refused(self, target: Target, ask: Callable[[VLLMEngine], Awaitable[Any]]) -> None:
+    def test_what_cannot_be_done_is_refused(
+        self, target: Target, ask: Callable[[Engine], Awaitable[Any]], request: pytest.FixtureRequest
+    ) -> None:
+        if request.node.callspec.id in self.accepts:
+            pytest.skip("this server can")
         with pytest.raises(EngineRejectedError) as caught:
-            use(target.url, ask)
+            use(target, ask)
         assert caught.value.status == 400
-        assert use(target.url, lambda engine: engine.next_top_k([[1]], 1)).token_ids.shape == (1, 1)
+        assert use(target, lambda engine: engine.next_top_k([[1]], 1)).token_ids.shape == (1, 1)
 
     def test_a_model_that_is_not_served_is_refused(self, target: Target) -> None:
         with pytest.raises(EngineRejectedError, match="nope"):
-            use(target.url, lambda engine: engine.next_top_k([[1]], 1), model="nope")
+            use(target, lambda engine: engine.next_top_k([[1]], 1), model="nope")
 
     def test_an_adapter_that_is_not_there_is_refused(self, target: Target, tmp_path: Path) -> None:
-        with pytest.raises(EngineRejectedError, match="does not see"):
-            use(target.lora_url, lambda engine: engine.load_lora("absent", str(tmp_path / "absent")))
+        with pytest.raises(EngineRejectedError, match=self.absent_adapter):
+            use(target.with_lora, lambda engine: engine.load_lora("absent", str(tmp_path / "absent")))
 
     def test_weights_that_are_not_there_are_noticed_before_a_reload(self, target: Target, tmp_path: Path) -> None:
         with pytest.raises(EngineProtocolError, match="does not see"):
-            use(target.url, lambda engine: engine.check_sees(str(tmp_path / "absent")))
-        top = use(target.url, lambda engine: engine.next_top_k(PROMPTS, 20))
+            use(target, lambda engine: engine.check_sees(str(tmp_path / "absent")))
+        top = use(target, lambda engine: engine.next_top_k(PROMPTS, 20))
         assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], 20)
 
-    def test_a_server_that_is_not_there(self) -> None:
-        for ask in (VLLMEngine.health, VLLMEngine.describe, lambda engine: engine.probe([1])):
+    def test_a_server_that_is_not_there(self, target: Target) -> None:
+        calls: list[Callable[[Engine], Awaitable[Any]]] = [
+            lambda engine: engine.health(),
+            lambda engine: engine.describe(),
+            lambda engine: engine.probe([1]),
+        ]
+        for ask in calls:
             with pytest.raises(EngineUnavailableError):
-                use("http://127.0.0.1:9", ask)
+                use(replace(target, url="http://127.0.0.1:9"), ask)
 
     def test_errors_name_the_server(self, target: Target) -> None:
         with pytest.raises(EngineError, match=target.url):
-            use(target.url, lambda engine: engine.next_top_k([[1_000_000]], 1))
+            use(target, lambda engine: engine.next_top_k([[1_000_000]], 1))
 
 
-def use(url: str, ask: Callable[[VLLMEngine], Awaitable[T]], **options: Any) -> T:
+def use(target: Target, ask: Callable[[Engine], Awaitable[T]], **options: Any) -> T:
     """What `ask` returns, given an engine on the server."""
 
     async def run() -> T:
-        engine = VLLMEngine(HttpTransport(url, max_retries=1), **options)
+        transport = HttpTransport(target.url, max_retries=1)
         try:
-            return await ask(engine)
+            return await ask(target.engine(transport, **options))
         finally:
-            await engine.aclose()
+            await transport.aclose()
 
     return asyncio.run(asyncio.wait_for(run(), 120))
 

@@ -1,10 +1,11 @@
 """The law of what comes out of the coordinator, over HTTP, against one that is enumerated here.
 
-Both models are Markov chains, so q* of every position and the probability of every sequence are known. They are
-computed below from the definitions, by bisection and with dictionaries, and share no code with the package.
+Both models are Markov chains, so q* of every position and the probability of every sequence are known.
 
 Each χ² test fails for a correct program with probability 1e-4, each comparison of a mean (5 standard errors) with
-6e-7. Seeds are fixed, so an outcome does not change from run to run.
+6e-7. Seeds are fixed, so an outcome does not change from run to run. With 400 sequences of two tokens, a law that is
+off by a total variation of 0.2 is found with a probability of about 0.9; what q* is at each position is compared digit
+by digit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutpu
 from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.exceptions import PreflightError
 from tests.chi_square import chi_square_p_value, standard_errors_off
+from tests.exact_law import position_law, tempered
 from tests.markov_server import MarkovServer, random_chain
 
 V = 9
@@ -39,7 +41,7 @@ class Case:
 
     name: str
     options: dict[str, Any]
-    sequences: int = 2000
+    sequences: int = 800
     tokens: int = 2
     server: dict[str, Any] = field(default_factory=dict)
 
@@ -54,10 +56,10 @@ CASES = [
     Case("union-all", {"top_k": V}, tokens=3),
     Case("union-3", {"top_k": 3}),
     Case("union-1", {"top_k": 1}),
-    Case("union-3-exact", {"top_k": 3, "missing": "exact"}, sequences=800),
+    Case("union-3-exact", {"top_k": 3, "missing": "exact"}, sequences=400),
     Case("union-all-exact", {"top_k": V, "missing": "exact"}, sequences=400),
-    Case("tail-2-floor", {"top_k": 2, "support": "tail"}, sequences=1500),
-    Case("tail-3-exact", {"top_k": 3, "support": "tail", "missing": "exact"}, sequences=1000),
+    Case("tail-2-floor", {"top_k": 2, "support": "tail"}, sequences=600),
+    Case("tail-3-exact", {"top_k": 3, "support": "tail", "missing": "exact"}, sequences=400),
     Case("tail-all", {"top_k": V, "support": "tail"}),
     Case("fixed-0", {"top_k": V, "alpha_method": "fixed", "fixed_alpha": 0.0}),
     Case("fixed-0.3", {"top_k": 4, "alpha_method": "fixed", "fixed_alpha": 0.3}),
@@ -72,17 +74,19 @@ CASES = [
     Case(
         "temperature-processed-tail",
         {"top_k": 3, "temperature": 1.5, "support": "tail", "missing": "exact"},
-        sequences=800,
+        sequences=400,
         server={"processed": True},
     ),
     *(
-        Case(f"block-{name}", {"decoding": "block", **options}, tokens=3, sequences=1500, server=server)
+        Case(f"block-{name}", {"decoding": "block", **options}, sequences=400, server=server)
         for name, options, server in (
             ("union-all", {"top_k": V, "num_draft_tokens": 3}, {}),
             ("union-3", {"top_k": 3}, {}),
             ("union-1", {"top_k": 1, "num_draft_tokens": 2}, {}),
             ("one-draft-token", {"top_k": 3, "num_draft_tokens": 1}, {}),
+            ("union-3-exact", {"top_k": 3, "missing": "exact", "num_draft_tokens": 2}, {}),
             ("tail-2", {"top_k": 2, "support": "tail"}, {}),
+            ("tail-3-exact", {"top_k": 3, "support": "tail", "missing": "exact", "num_draft_tokens": 2}, {}),
             ("fixed", {"top_k": 4, "alpha_method": "fixed", "fixed_alpha": 0.3}, {}),
             ("fixed-1", {"top_k": V, "alpha_method": "fixed", "fixed_alpha": 1.0}, {}),
             ("alpha-max", {"top_k": V, "alpha_max": 0.45}, {}),
@@ -90,7 +94,7 @@ CASES = [
             ("processed-tail", {"top_k": 3, "temperature": 1.5, "support": "tail"}, {"processed": True}),
         )
     ),
-    Case("no-logit-bias", {"top_k": 2, "support": "tail"}, sequences=800, server={"ignore": ("logit_bias",)}),
+    Case("no-logit-bias", {"top_k": 2, "support": "tail"}, sequences=500, server={"ignore": ("logit_bias",)}),
 ]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -98,58 +102,11 @@ by_case = pytest.mark.parametrize("case", CASES, ids=str)
 # ---- the exact law --------------------------------------------------------------------------------------------------
 
 
-def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
-    scaled = p ** (1 / temperature)
-    return scaled / scaled.sum()
-
-
-def on_candidates(p: np.ndarray, ids: list[int], k: int, options: dict[str, Any]) -> list[float]:
-    """p on S, and on the tail if there is one, as the lists tell it."""
-    top = sorted(range(len(p)), key=lambda y: -p[y])[:k]
-    missing = [y for y in ids if y not in top]
-    if options.get("missing") == "exact":
-        floor = {y: p[y] for y in missing}
-    else:
-        claimants = len(missing) + (options.get("support") == "tail")
-        share = (1 - sum(p[y] for y in top)) / max(claimants, 1)
-        floor = dict.fromkeys(missing, min(p[top[-1]], share))
-    values = [floor.get(y, p[y]) for y in ids]
-    if options.get("support") == "tail":
-        values.append(max(1 - sum(values), 0.0))
-    return [value / sum(values) for value in values]
-
-
-def exact_alpha(a: list[float], b: list[float], options: dict[str, Any]) -> float:
-    if options.get("alpha_method") == "fixed":
-        alpha = options["fixed_alpha"]
-    else:
-        shared = [(x, y) for x, y in zip(a, b, strict=True) if x > 0 and y > 0]
-        if all(abs(x - y) < 1e-12 for x, y in shared):
-            return 0.5
-        low, high = 0.0, 1.0
-        for _ in range(80):
-            alpha = (low + high) / 2
-            slope = sum(x ** (1 - alpha) * y**alpha * math.log(y / x) for x, y in shared)
-            low, high = (alpha, high) if slope < 0 else (low, alpha)
-    return min(max(alpha, options.get("alpha_min", 0.0)), options.get("alpha_max", 1.0))
-
-
 @functools.cache
 def exact_position(case: Case, last: int) -> tuple[float, np.ndarray]:
     """α and q* on the whole vocabulary after token `last`."""
-    options = case.options
-    p, r = (tempered(chain[last], options.get("temperature", 1.0)) for chain in (THETA, T))
-    k = options["top_k"]
-    ids = sorted({y for law in (p, r) for y in sorted(range(V), key=lambda y: -law[y])[:k]})
-    a, b = on_candidates(p, ids, k, options), on_candidates(r, ids, k, options)
-    alpha = exact_alpha(a, b, options)
-    path = [x ** (1 - alpha) * y**alpha if x > 0 and y > 0 else 0.0 for x, y in zip(a, b, strict=True)]
-    q = np.zeros(V)
-    q[ids] = np.array(path[: len(ids)]) / sum(path)
-    if len(path) > len(ids):
-        outside = [y for y in range(V) if y not in ids]
-        q[outside] = path[-1] / sum(path) * p[outside] / max(p[outside].sum(), 1e-300)
-    return alpha, q
+    p, r = (tempered(chain[last], case.options.get("temperature", 1.0)) for chain in (THETA, T))
+    return position_law(p, r, case.options)
 
 
 def sequence_law(rows: Any, tokens: int) -> dict[tuple[int, ...], float]:

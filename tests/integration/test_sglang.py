@@ -28,6 +28,7 @@ from dual_rollout.exceptions import (
 )
 from dual_rollout.types import NO_TOKEN
 from tests.chi_square import chi_square_p_value
+from tests.exact_law import tempered
 from tests.integration.test_coordinator_law import (
     FALSE_ALARM,
     START,
@@ -37,7 +38,6 @@ from tests.integration.test_coordinator_law import (
     V,
     exact_position,
     sequence_law,
-    tempered,
 )
 from tests.markov_server import MarkovServer
 from tests.sglang_stub import SGLangStub, markov
@@ -277,16 +277,19 @@ def test_drafts_repeat_with_their_seeds():
     assert first == second != third
 
 
-def test_drafts_at_a_temperature_need_processed_logprobs():
-    with pytest.raises(EngineRejectedError, match="SGLANG_RETURN_ORIGINAL_LOGPROB"):
-        with_engine(theta_stub(original_logprobs=True), lambda engine: engine.draft(PROMPTS, [2] * 3, 3, 0.5, [1] * 3))
+def test_lists_of_drafts_are_at_the_temperature_where_they_hold_all_the_mass():
+    drafts = with_engine(
+        theta_stub(original_logprobs=True), lambda engine: engine.draft(PROMPTS, [1] * 3, V, 0.5, [1] * 3)
+    )
+    for prompt, ids, logprobs in zip(PROMPTS, drafts.lists.token_ids, drafts.lists.logprobs, strict=True):
+        np.testing.assert_allclose(np.exp(logprobs), tempered(THETA[prompt[-1]], 0.5)[ids], rtol=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_drafts_are_scored_in_one_request(temperature):
     drafts = [np.array(tokens) for tokens in ([3, 8, 0], [6], [2, 2])]
     stub = theta_stub()
-    top = with_engine(stub, lambda engine: engine.score_drafts(PROMPTS, drafts, 3, temperature))
+    top = with_engine(stub, lambda engine: engine.score_drafts(PROMPTS, drafts, 3, temperature, "token_ids"))
     before = [last for prompt, draft in zip(PROMPTS, drafts, strict=True) for last in (prompt[-1], *draft[:-1])]
     assert top.token_ids.shape == top.logprobs.shape == (6, 3)
     for last, ids, logprobs in zip(before, top.token_ids, top.logprobs, strict=True):
@@ -311,7 +314,7 @@ def test_probe(original):
     (first, second), requests = with_engine(stub, use)
     assert first is second and requests == 4
     assert first.logprobs_mode == ("raw" if original else "processed")
-    assert (first.scoring, first.cached_rows, first.loads_lora) == ("token_ids", True, True)
+    assert (first.scoring[0], first.cached_rows, first.loads_lora) == ("token_ids", True, True)
     assert (first.model, first.version, first.max_logprobs) == ("models/chain", "0.5.9", None)
 
 
@@ -329,10 +332,11 @@ def test_drafts_are_scored_by_prefix_where_rows_are_shifted(caplog):
 
     async def use(engine: SGLangEngine) -> Any:
         capabilities = await engine.probe([1, 2])
-        return capabilities, await engine.score_drafts([[1]], [np.array([2, 3])], 3, 1.0)
+        (method,) = capabilities.scoring
+        return capabilities, await engine.score_drafts([[1]], [np.array([2, 3])], 3, 1.0, method)
 
     capabilities, top = with_engine(stub, use)
-    assert (capabilities.scoring, capabilities.cached_rows) == ("prefixes", False)
+    assert (capabilities.scoring, capabilities.cached_rows) == (("prefixes",), False)
     assert "scored by prefix" in caplog.text
     for row, last in enumerate((1, 2)):
         np.testing.assert_allclose(np.exp(top.logprobs[row]), THETA[last][top.token_ids[row]], rtol=1e-9)

@@ -107,6 +107,10 @@ def test_the_random_stream_of_a_position_can_be_asked_twice() -> None:
 SPEEDS = {"lockstep, 1 group": 100.0, "lockstep, 2 groups": 150.0}
 
 
+def blocks(groups: int, length: int, scoring: str = "prefixes") -> str:
+    return f"block, {groups} group{'s' if groups > 1 else ''}, {length} draft tokens scored by {scoring}"
+
+
 def drive(tuner: Tuner, config: CoordinatorConfig, load: Load, speeds: dict[str, float], times: int) -> list[str]:
     """Choose `times` times, reporting the given tokens per second; the choices by name."""
     made = []
@@ -117,10 +121,16 @@ def drive(tuner: Tuner, config: CoordinatorConfig, load: Load, speeds: dict[str,
     return made
 
 
+@pytest.mark.parametrize("faster", ["prefixes", "token_ids"])
 @pytest.mark.parametrize("block_speed", [30.0, 140.0, 400.0])
-def test_auto_settles_on_the_fastest(block_speed: float) -> None:
-    speeds = SPEEDS | {f"block, 2 groups, {n} draft tokens": block_speed * f for n, f in ((2, 0.9), (4, 1), (8, 1.1))}
-    tuner = Tuner()
+def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
+    methods = ("token_ids", "prefixes")
+    speeds = SPEEDS | {
+        blocks(2, n, method): block_speed * f * (1.0 if method == faster else 0.6)
+        for n, f in ((2, 0.9), (4, 1), (8, 1.1))
+        for method in methods
+    }
+    tuner = Tuner(methods)
     made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 12)
     assert set(made[-5:]) == {max(speeds, key=speeds.__getitem__)}
     assert str(tuner.chosen) == made[-1]
@@ -128,28 +138,31 @@ def test_auto_settles_on_the_fastest(block_speed: float) -> None:
     if block_speed < 100:
         assert len(tried) == 1, "a hopeless block is tried once"
     else:
-        assert len(set(tried)) == 3, "a promising one is tried at other lengths"
+        assert {blocks(2, 4, method) for method in methods} < set(tried), "the ways to score are compared"
+        assert len(set(tried)) == 4, "and the faster is tried at other lengths"
 
 
 def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
-    speeds = SPEEDS | {f"block, 2 groups, {n} draft tokens": s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))}
+    speeds = SPEEDS | {blocks(2, n): s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))}
     tuner, config = Tuner(), CoordinatorConfig()
     drive(tuner, config, Load.of(16, 60), speeds, 8)
     later = drive(tuner, config, Load.of(16, 200), speeds | {"lockstep, 2 groups": 300.0}, 6)
-    assert set(later) == {"block, 2 groups, 8 draft tokens", "lockstep, 2 groups"}
+    assert set(later) == {blocks(2, 8), "lockstep, 2 groups"}
     assert later[-1] == "lockstep, 2 groups"
 
 
-@pytest.mark.parametrize(
-    "options", [{"seed": 0}, {"temperature": 0.7}, {"missing": "exact"}, {"decoding": "lockstep"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"seed": 0}, {"temperature": 0.7}, {"decoding": "lockstep"}], ids=str)
 def test_auto_blocks_only_where_the_law_and_the_tokens_stay_the_same(options: dict[str, object]) -> None:
     made = drive(Tuner(), CoordinatorConfig(**options), Load.of(16, 60), SPEEDS, 6)  # type: ignore[arg-type]
     assert not any("block" in name for name in made)
 
 
 def test_block_stays_block() -> None:
-    speeds = {"block, 1 group, 3 draft tokens": 1.0, "block, 2 groups, 3 draft tokens": 2.0}
+    speeds = {blocks(groups, 3, method): speed for groups, method, speed in _BLOCK_SPEEDS}
     config = CoordinatorConfig(decoding="block", num_draft_tokens=3)
-    assert drive(Tuner(), config, Load.of(4, 60), speeds, 5)[-1] == "block, 2 groups, 3 draft tokens"
-    assert Tuner().first(config) == Choice("block", 1, 3)
+    tuner = Tuner(("token_ids", "prefixes"))
+    assert drive(tuner, config, Load.of(4, 60), speeds, 5)[-1] == blocks(1, 3, "prefixes")
+    assert tuner.first(config) == Choice("block", 1, 3, "token_ids")
+
+
+_BLOCK_SPEEDS = ((2, "token_ids", 1.0), (2, "prefixes", 2.0), (1, "prefixes", 3.0))

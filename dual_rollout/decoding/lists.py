@@ -1,0 +1,110 @@
+"""The lists that one server is asked for: of `top_k` tokens, or with "auto" as long as the context needs.
+
+With "auto", S at a position is a matter of its context alone: each list is cut to its fewest most likely tokens that
+hold `top_k_mass`, whatever was asked for. How much is asked for only decides what that costs. A list that does not hold
+the mass is asked for again, longer, up to the most that the server gives; what is missing then is the tail's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
+from dual_rollout.engines.base import Engine, TokenIds
+from dual_rollout.functional.candidates import most_likely, tokens_to_mass
+from dual_rollout.types import NO_TOKEN, TopK
+
+if TYPE_CHECKING:
+    from dual_rollout.decoding.record import DecodingStats
+
+_FEWEST_TOKENS = 16  # a shorter list would bound the tokens it lacks too loosely
+_ASKED_FIRST = 128
+_REQUEST = 300  # tokens of a list that cost as much as one more request for it
+_REMEMBERED = 1024  # lists
+
+
+class Lists:
+    """Asks one server for lists, and remembers how long they had to be."""
+
+    def __init__(self, engine: Engine, config: CoordinatorConfig, stats: DecodingStats):
+        self._engine = engine
+        self._config = config
+        self._stats = stats
+        self._steps: list[int] = []
+        self._needs: deque[int] = deque(maxlen=_REMEMBERED)
+
+    async def next_top_k(self, contexts: Sequence[TokenIds]) -> TopK:
+        """The list after each of B contexts."""
+        k = await self.length(contexts[0])
+        top = await self._engine.next_top_k(contexts, k, self._config.temperature)
+        return await self.complete(top, k, lambda: contexts)
+
+    async def length(self, context: TokenIds) -> int:
+        """How many tokens to ask for; `context` is for finding out what the server gives."""
+        if self._config.top_k != "auto":
+            return self._config.top_k
+        if not self._steps:
+            most = min((await self._engine.probe(context)).max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K)
+            doubled = (_FEWEST_TOKENS << i for i in range(most.bit_length()))
+            self._steps = [k for k in doubled if k < most] + [most]
+        return self._cheapest() if self._needs else min(_ASKED_FIRST, self._steps[-1])
+
+    async def complete(self, top: TopK, k: int, contexts: Callable[[], Sequence[TokenIds]]) -> TopK:
+        """The lists that the law is made of, from those that came when `k` tokens were asked for after `contexts`."""
+        self._count(top)
+        if self._config.top_k != "auto":
+            return top
+        top = await self._until_enough(top, k, contexts)
+        counts = np.clip(tokens_to_mass(top, self._config.top_k_mass), self._steps[0], self._steps[-1])
+        self._needs.extend(counts.tolist())
+        return most_likely(top, counts)
+
+    async def _until_enough(self, top: TopK, k: int, contexts: Callable[[], Sequence[TokenIds]]) -> TopK:
+        """The same lists, those asked for again that hold neither `top_k_mass` nor all there is."""
+        short = (tokens_to_mass(top, self._config.top_k_mass) > k) & ((top.token_ids != NO_TOKEN).sum(axis=1) >= k)
+        if k >= self._steps[-1] or not short.any():
+            return top
+        rows, every = np.flatnonzero(short), contexts()
+        longer, left = self._cheapest(above=k), [every[row] for row in rows]
+        self._stats.repeated_lists += len(rows)
+        again = await self._engine.next_top_k(left, longer, self._config.temperature)
+        self._count(again)
+        return _replaced(top, rows, await self._until_enough(again, longer, lambda: left))
+
+    def _cheapest(self, above: int = 0) -> int:
+        """The length to ask for of lists that need more than `above` tokens, by what was needed of late.
+
+        It makes least the tokens received, counting those of the requests that follow for lists that come short, and
+        the cost of these requests. From the longest step down: the best plan for lists that no step before was enough
+        for.
+        """
+        steps = [k for k in self._steps if k > above]
+        needs = np.sort(self._needs)
+        beyond = (len(needs) - np.searchsorted(needs, [above, *steps], side="right")).tolist()
+        plans = [(0.0, 0)]
+        for i in reversed(range(len(steps))):
+            options = (
+                (beyond[i] * steps[j] + beyond[j + 1] * _REQUEST + plans[j - i][0], steps[j])
+                for j in range(i, len(steps))
+            )
+            plans.insert(0, min(options))
+        return plans[0][1]
+
+    def _count(self, top: TopK) -> None:
+        self._stats.received_tokens += int((top.token_ids != NO_TOKEN).sum())
+
+
+def _replaced(top: TopK, rows: np.ndarray, others: TopK) -> TopK:
+    """`top` with other lists in `rows`, as wide as the wider of both."""
+    width = max(top.token_ids.shape[1], others.token_ids.shape[1])
+    ids = np.full((len(top.token_ids), width), NO_TOKEN, dtype=np.int64)
+    logprobs = np.full(ids.shape, -np.inf)
+    ids[:, : top.token_ids.shape[1]], logprobs[:, : top.logprobs.shape[1]] = top.token_ids, top.logprobs
+    ids[rows], logprobs[rows] = NO_TOKEN, -np.inf
+    ids[rows, : others.token_ids.shape[1]] = others.token_ids
+    logprobs[rows, : others.logprobs.shape[1]] = others.logprobs
+    return TopK(ids, logprobs)

@@ -1,0 +1,179 @@
+"""Rollouts on real servers against the exact law of two tokens, enumerated from the two models' own forward passes.
+
+Each χ² test fails for a correct program with probability 1e-4, each comparison of a mean (5 standard errors) with
+6e-7. Seeds are fixed. With 400 sequences a law that is off by a total variation of 0.2 is found with a probability of
+about 0.9; the record of each token is compared too, which finds far less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.coordinator import CoordinatorStats
+from tests.chi_square import chi_square_p_value, chi_square_survival, standard_errors_off
+from tests.conformance.suite import reference
+from tests.exact_law import listed, position_law
+
+PROMPT = [10, 20, 30]
+SEQUENCES = 400
+FALSE_ALARM = 1e-4
+STANDARD_ERRORS = 5.0
+TAIL = {"top_k": 10, "support": "tail"}
+CLOSE = 2e-3  # nats; of a sum over a few hundred values that agree to 1e-3 at worst
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two servers and the folders of their models."""
+
+    theta_url: str
+    t_url: str
+    theta_model: Path
+    t_model: Path
+
+
+class Law:
+    """q* of two tokens after `PROMPT`, for one configuration.
+
+    Attributes:
+        p, r: `(1 + V, V)` π_θ and π_t after the prompt, then after the prompt and each token.
+        q: `(1 + V, V)` q* there; alpha: `(1 + V,)`.
+    """
+
+    def __init__(self, pair: Pair, options: dict[str, Any]):
+        self.p, self.r = next_tokens(pair.theta_model), next_tokens(pair.t_model)
+        positions = [position_law(p, r, options) for p, r in zip(self.p, self.r, strict=True)]
+        self.alpha = np.array([alpha for alpha, _ in positions])
+        self.q = np.array([q for _, q in positions])
+        self.options = options
+
+    def pairs(self, rows: np.ndarray) -> np.ndarray:
+        """`(V, V)` probability of each pair of tokens, where `rows` is one of `p`, `q`."""
+        return rows[0][:, None] * rows[1:]
+
+
+class RolloutLaw:
+    """Subclasses give a fixture `pair`."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"top_k": 4},
+            TAIL,
+            {"top_k": 10, "support": "tail", "missing": "exact"},
+            {"top_k": 10, "support": "tail", "alpha_method": "fixed", "fixed_alpha": 0.3},
+            {"top_k": "auto", "top_k_mass": 0.8, "support": "tail"},
+        ],
+        ids=lambda options: "-".join(str(value) for value in options.values()),
+    )
+    def test_blocks_have_the_exact_law(self, pair: Pair, options: dict[str, Any]) -> None:
+        law = Law(pair, options)
+        outputs, stats = rollouts(pair, {"decoding": "block", "num_draft_tokens": 2, **options})
+        assert 0 < stats.decoding.accepted_tokens < stats.decoding.draft_tokens
+        assert_law(law, outputs)
+        assert_record(law, outputs)
+        if options.get("support") == "tail":
+            assert stats.decoding.tail_tokens > 20 and not stats.decoding.approximate_tail_weights
+            assert_unbiased(law, outputs)
+
+    def test_lockstep_has_the_same_law_as_blocks(self, pair: Pair) -> None:
+        outputs, _ = rollouts(pair, {"decoding": "lockstep", **TAIL}, seed=8)
+        assert_law(Law(pair, TAIL), outputs)
+        assert_record(Law(pair, TAIL), outputs)
+        blocks, _ = rollouts(pair, {"decoding": "block", "num_draft_tokens": 2, **TAIL})
+        a, b = (
+            np.bincount([output.generated_tokens[1] for output in each], minlength=400) for each in (outputs, blocks)
+        )
+        rare = a + b < 10
+        a, b = (np.append(counts[~rare], counts[rare].sum()) for counts in (a, b))
+        assert chi_square_survival(float((np.square(a - b) / (a + b)).sum()), len(a) - 1) > FALSE_ALARM
+
+
+def assert_law(law: Law, outputs: list[GenerationOutput]) -> None:
+    """The pairs of tokens come as often as they should, and the first tokens outside both lists too."""
+    expected = SEQUENCES * law.pairs(law.q)
+    observed = np.zeros_like(expected)
+    for output in outputs:
+        observed[tuple(output.generated_tokens)] += 1
+    assert expected.sum() == pytest.approx(SEQUENCES)
+    assert chi_square_p_value(observed.ravel(), expected.ravel()) > FALSE_ALARM
+    assert chi_square_p_value(observed.sum(axis=1), expected.sum(axis=1)) > FALSE_ALARM
+    if law.options.get("support") == "tail":
+        # The share of the tail, and in it of the likelier half of its tokens, at both positions.
+        kinds = [_kinds(p, r, law.options) for p, r in zip(law.p, law.r, strict=True)]
+        cells = np.array(
+            [[3 * kinds[0][y] + kinds[1 + y][z] for z in range(len(kinds[0]))] for y in range(len(kinds[0]))]
+        )
+        counts = [np.bincount(cells.ravel(), weights=values.ravel(), minlength=9) for values in (observed, expected)]
+        assert chi_square_p_value(*counts) > FALSE_ALARM
+
+
+def _kinds(p: np.ndarray, r: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """0 for a token of S, 1 for one of the likelier half of the tail, else 2."""
+    kinds = np.zeros(len(p), dtype=int)
+    outside = np.setdiff1d(np.arange(len(p)), [*listed(p, options), *listed(r, options)])
+    order = outside[np.argsort(-p[outside])]
+    likelier = np.cumsum(p[order]) < p[order].sum() / 2
+    kinds[order] = np.where(likelier, 1, 2)
+    return kinds
+
+
+def assert_record(law: Law, outputs: list[GenerationOutput]) -> None:
+    """α, log q* and exact log-probabilities of every token, of those that one list or both lack too."""
+    for output in outputs:
+        for i, row in enumerate((0, 1 + output.generated_tokens[0])):
+            y = output.generated_tokens[i]
+            assert output.alpha_history[i] == pytest.approx(law.alpha[row], abs=CLOSE)
+            assert output.logprobs_q[i] == pytest.approx(np.log(law.q[row, y]), abs=CLOSE)
+            assert output.logprobs_theta[i] == pytest.approx(np.log(law.p[row, y]), abs=CLOSE)
+            assert output.logprobs_t[i] == pytest.approx(np.log(law.r[row, y]), abs=CLOSE)
+            assert output.importance_weights[i] == pytest.approx(law.p[row, y] / law.q[row, y], rel=2 * CLOSE)
+
+
+def assert_unbiased(law: Law, outputs: list[GenerationOutput]) -> None:
+    """E_q[w f] = E_π_θ[f] over pairs of tokens."""
+    tokens = np.array([output.generated_tokens for output in outputs])
+    weights = np.array([np.prod(output.importance_weights) for output in outputs])
+    policy = law.pairs(law.p)
+    vocabulary = np.arange(len(policy))
+    for f in (np.ones_like(policy), (vocabulary[:, None] + vocabulary) % 4 == 1, vocabulary[:, None] + 0.0 * policy):
+        assert standard_errors_off(weights * f[tokens[:, 0], tokens[:, 1]], float((policy * f).sum())) < STANDARD_ERRORS
+
+
+_known: dict[str, tuple[list[GenerationOutput], CoordinatorStats]] = {}
+
+
+def rollouts(pair: Pair, options: dict[str, Any], seed: int = 7) -> tuple[list[GenerationOutput], CoordinatorStats]:
+    """`SEQUENCES` rollouts of two tokens after `PROMPT`, drawn once for each configuration."""
+    key = repr((pair, options, seed))
+    if key not in _known:
+        _known[key] = asyncio.run(asyncio.wait_for(_draw(pair, options, seed), 120))
+    return _known[key]
+
+
+async def _draw(pair: Pair, options: dict[str, Any], seed: int) -> tuple[list[GenerationOutput], CoordinatorStats]:
+    config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, seed=seed, ignore_eos=True, **options)
+    async with DualVLLMCoordinator(config) as coordinator:
+        outputs = await coordinator.generate_batch([PROMPT] * SEQUENCES, max_tokens=2)
+    assert [output.error for output in outputs] == [None] * SEQUENCES
+    return outputs, coordinator.stats
+
+
+@functools.cache
+def next_tokens(folder: Path) -> np.ndarray:
+    """`(1 + V, V)` probabilities of the token after `PROMPT`, and after it and each token."""
+    model = reference(folder)
+    vocabulary = torch.arange(model.config.vocab_size)[:, None]
+    texts = torch.hstack([torch.tensor(PROMPT).expand(len(vocabulary), -1), vocabulary])
+    with torch.no_grad():
+        logits = model(texts).logits[:, -2:].double()
+    return torch.vstack([logits[:1, 0], logits[:, 1]]).softmax(-1).numpy()
