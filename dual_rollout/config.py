@@ -9,6 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+NO_TARGET = "none"
+"""The name, in `targets` of a call, of no target: plain generation from π_θ."""
+
+
+MAX_AUTO_TOP_K = 1000
+"""What `top_k: auto` asks for at most, where the server sets no lower limit."""
+
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -27,14 +34,41 @@ class CoordinatorConfig:
         '"dual": a server for each model. "native": one server at theta_url that samples from q* itself (dual-rollout '
         "serve-native); t_url, top_k, support, missing and decoding then mean nothing.",
     )
-    theta_url: str = _option("http://127.0.0.1:8000", "Base URL of the policy's server (π_θ).")
-    t_url: str = _option("http://127.0.0.1:8001", "Base URL of the target's server (π_t).")
+    theta_url: str | list[str] = _option(  # noqa: RUF009
+        "http://127.0.0.1:8000", "Base URL of the policy's server (π_θ), or several of replicas."
+    )
+    t_url: str | list[str] = _option(  # noqa: RUF009
+        "http://127.0.0.1:8001", "Base URL of the target's server (π_t), or several of replicas."
+    )
     theta_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_θ.")
+    targets: dict[str, str | list[str]] | None = _option(  # noqa: RUF009
+        None, "Further targets by name: URLs of their servers, all of t_engine. generate_batch takes the names."
+    )
+    on_target_failure: Literal["fail", "policy", "wait"] = _option(
+        "fail",
+        'When π_t is gone for longer than the retries allow: "fail" ends the sequences with an error, "policy" goes on '
+        'from π_θ alone (α = 0, weight 1, each such token marked), "wait" tries for ever.',
+    )
     t_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_t.")
     theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.")
     t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.")
     tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.")
-    top_k: int = _option(100, "Candidates asked from each server; at most the servers' --max-logprobs.")
+    parse_special_tokens: bool = _option(
+        False,
+        "Whether a special token's name inside a prompt's text, such as <|im_start|>, is that token; otherwise it is "
+        "the characters it is written with, and only the chat template places special tokens.",
+    )
+    long_prompts: Literal["refuse", "truncate_left"] = _option(
+        "refuse",
+        'A prompt that leaves no room for max_tokens in a server\'s context: "refuse" gives its output an error, '
+        '"truncate_left" drops tokens at its beginning, which is logged and counted.',
+    )
+    top_k: int | Literal["auto"] = _option(
+        100,
+        'Candidates asked from each server; at most the servers\' --max-logprobs. "auto" asks at each position for as '
+        'many as hold top_k_mass, and needs support "tail", with which the law is unbiased at any number.',
+    )
+    top_k_mass: float = _option(0.95, 'Mass of each list with top_k "auto", where the servers\' --max-logprobs allows.')
     support: Literal["union", "tail"] = _option(
         "union", 'Mass outside both lists: "union" truncates and renormalises, "tail" keeps it as one atom.'
     )
@@ -70,20 +104,25 @@ class CoordinatorConfig:
 
     def __post_init__(self) -> None:
         for name in ("theta_url", "t_url"):
-            url = getattr(self, name)
-            if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-                raise ValueError(f"{name} must be a URL such as http://127.0.0.1:8000, got {url!r}")
-            object.__setattr__(self, name, url.rstrip("/").removesuffix("/v1"))
+            object.__setattr__(self, name, _checked_urls(name, getattr(self, name)))
+        object.__setattr__(self, "targets", _checked_targets(self.targets))
         for spec in fields(self):
             choices = _CHOICES.get(spec.name)
             if choices and getattr(self, spec.name) not in choices:
                 raise ValueError(f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r}")
         for name in ("theta_model", "t_model", "tokenizer"):
             self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
-        for name in ("ignore_eos", "show_progress"):
+        for name in ("parse_special_tokens", "ignore_eos", "show_progress"):
             self._check(name, lambda v: isinstance(v, bool), "True or False")
-        for name in ("top_k", "max_concurrency", "connection_pool_size"):
+        for name in ("max_concurrency", "connection_pool_size"):
             self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")
+        self._check("top_k", lambda v: v == "auto" or (_is_int(v) and v >= 1), 'a whole number >= 1, or "auto"')
+        self._check("top_k_mass", lambda v: _is_real(v) and 0 < v < 1, "a number in (0, 1)")
+        if self.top_k == "auto" and self.support != "tail":
+            raise ValueError(
+                'top_k "auto" lists fewer tokens where they are surer, which support "union" would cut off for good: '
+                'set support to "tail"'
+            )
         self._check("max_retries", lambda v: _is_int(v) and v >= 0, "a whole number >= 0")
         for name in ("temperature", "request_timeout", "total_timeout"):
             self._check(name, lambda v: _is_real(v) and v > 0, "a finite number > 0")
@@ -101,12 +140,12 @@ class CoordinatorConfig:
             raise ValueError('kl_budget is set, but alpha_method is not "kl_budget": set one or drop the other')
         if self.engine == "native" and self.alpha_method not in ("kl_symmetry", "fixed"):
             raise ValueError(f'engine "native" knows alpha_method "kl_symmetry" and "fixed", not {self.alpha_method!r}')
+        if self.engine == "native" and (not isinstance(self.theta_url, str) or self.targets):
+            raise ValueError('engine "native" has one server, which holds its target: give one theta_url, no targets')
         if self.engine == "native" and not 0.05 <= self.temperature <= 2:
             raise ValueError(f'engine "native" needs a temperature in [0.05, 2], got {self.temperature}')
         if self.num_draft_tokens is not None:
             self._check("num_draft_tokens", lambda v: _is_int(v) and v >= 1, "a whole number >= 1, or None")
-        if self.decoding == "block" and self.missing == "exact":
-            raise ValueError('missing="exact" asks per position, which decoding="block" does not: set one of them')
         if self.seed is not None:
             self._check("seed", lambda v: _is_int(v) and v >= 0, "a whole number >= 0, or None")
 
@@ -116,12 +155,52 @@ class CoordinatorConfig:
         names = [spec.name for spec in fields(cls)]
         for key in values:
             if key not in names:
-                raise ValueError(f"unknown key {key!r} in CoordinatorConfig{did_you_mean(key, names)}")
+                raise ValueError(f"unknown key {key!r} in CoordinatorConfig{did_you_mean(str(key), names)}")
         return cls(**values)
 
     def _check(self, name: str, valid: Any, expected: str) -> None:
         if not valid(getattr(self, name)):
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def url_list(urls: str | list[str]) -> list[str]:
+    """One or several URLs as a list."""
+    return [urls] if isinstance(urls, str) else list(urls)
+
+
+def _checked_urls(name: str, urls: Any) -> str | list[str]:
+    """Base URLs without a trailing "/v1"; a plain string where there is one alone."""
+    if not isinstance(urls, (str, list, tuple)) or not urls:
+        raise ValueError(f"{name} must be a URL such as http://127.0.0.1:8000, or a list of them, got {urls!r}")
+    checked = [_checked_url(name, url) for url in ([urls] if isinstance(urls, str) else urls)]
+    if len(set(checked)) < len(checked):
+        raise ValueError(f"{name} names a server twice: {', '.join(checked)}")
+    return checked[0] if len(checked) == 1 else checked
+
+
+def _checked_url(name: str, url: Any) -> str:
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        parts, valid = urlsplit(""), False
+    if isinstance(url, str) and "@" in url:
+        raise ValueError(f"{name} must not hold a user name or password: set DUAL_ROLLOUT_API_KEY instead")
+    if not valid:
+        raise ValueError(f"{name} must be a URL such as http://127.0.0.1:8000, got {url!r}")
+    if parts.query or parts.fragment:
+        raise ValueError(f"{name} must end before any ? or #: {parts.scheme}://{parts.netloc}{parts.path}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _checked_targets(targets: Any) -> dict[str, str | list[str]] | None:
+    if targets is None:
+        return None
+    if not isinstance(targets, Mapping) or not all(isinstance(name, str) and name for name in targets):
+        raise ValueError(f"targets must map names to URLs, got {targets!r}")
+    if NO_TARGET in targets:
+        raise ValueError(f"targets: the name {NO_TARGET!r} stands for no target; choose another")
+    return {name: _checked_urls(f"targets[{name!r}]", urls) for name, urls in targets.items()}
 
 
 def did_you_mean(key: str, names: list[str]) -> str:
@@ -140,8 +219,10 @@ def _is_real(value: Any) -> bool:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("dual", "native"),
+    "on_target_failure": ("fail", "policy", "wait"),
     "theta_engine": ("vllm", "sglang"),
     "t_engine": ("vllm", "sglang"),
+    "long_prompts": ("refuse", "truncate_left"),
     "support": ("union", "tail"),
     "missing": ("floor", "exact"),
     "decoding": ("auto", "lockstep", "block"),

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import NO_TARGET, CoordinatorConfig, did_you_mean, url_list
 from dual_rollout.decoding import (
     Choice,
     DecodingSequence,
     DecodingStats,
     NativeDecoder,
+    OnFinished,
     OnToken,
+    Outage,
     Recorder,
     Tuner,
     decode,
+    decode_policy,
 )
-from dual_rollout.engines import Engine, EngineInfo, HttpStats, HttpTransport, NativeEngine, SGLangEngine, VLLMEngine
-from dual_rollout.preflight import check_servers
-from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
-from dual_rollout.types import GenerationOutput, Prompt, StreamChunk
+from dual_rollout.decoding.outage import until_back
+from dual_rollout.engines import (
+    Engine,
+    EngineInfo,
+    HttpStats,
+    HttpTransport,
+    NativeEngine,
+    Replicas,
+    SGLangEngine,
+    VLLMEngine,
+)
+from dual_rollout.exceptions import EngineUnavailableError, RolloutError
+from dual_rollout.preflight import check_policy, check_servers
+from dual_rollout.text import (
+    IncrementalDecoder,
+    encode_prompt,
+    is_text,
+    load_tokenizer,
+    names_special_token,
+    stop_token_ids,
+)
+from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt, StreamChunk
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +61,22 @@ _ENGINES: dict[str, Callable[[HttpTransport, str | None], Engine]] = {"vllm": VL
 
 @dataclass(slots=True)
 class CoordinatorStats:
-    """Totals over a coordinator's life; `seconds` is the time spent inside generate calls."""
+    """Totals over a coordinator's life.
+
+    Attributes:
+        seconds: time spent inside generate calls.
+        truncated_prompts: prompts that lost tokens at their beginning (`long_prompts`).
+        special_names: prompts whose text named a special token that was read as plain characters
+            (`parse_special_tokens`).
+    """
 
     decoding: DecodingStats = field(default_factory=DecodingStats)
     theta: HttpStats = field(default_factory=HttpStats)
     t: HttpStats = field(default_factory=HttpStats)
+    targets: dict[str, HttpStats] = field(default_factory=dict)
     seconds: float = 0.0
+    truncated_prompts: int = 0
+    special_names: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,7 +84,30 @@ class CoordinatorStats:
 
     @property
     def retries(self) -> int:
-        return self.theta.retries + self.t.retries
+        return sum(stats.retries for stats in (self.theta, self.t, *self.targets.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the sequences of one call share: its arguments, checked, and what the servers said of their models."""
+
+    config: CoordinatorConfig
+    max_tokens: int
+    stop_ids: frozenset[int]
+    entropy: int
+    theta: EngineInfo
+    targets: Mapping[str | None, EngineInfo | None]
+
+
+@dataclass(slots=True)
+class _Target:
+    """A π_t: where the config names it, and what has been found out about its server."""
+
+    flag: str
+    engine: Engine
+    tuner: Tuner = field(default_factory=Tuner)
+    outage: Outage = field(default_factory=Outage)
+    checked: bool = False
 
 
 class DualVLLMCoordinator:
@@ -80,30 +136,35 @@ class DualVLLMCoordinator:
             )
         self.config = config
         self.tokenizer = tokenizer
-        self._transports = [self._transport(config.theta_url), self._transport(config.t_url)]
+        self.stats = CoordinatorStats()
+        self._transports: list[HttpTransport] = []
+        self._replicas: list[Replicas] = []
         self._native: NativeEngine | None = None
         if config.engine == "native":
-            self._native = NativeEngine(self._transports[0], config.theta_model)
+            self._native = NativeEngine(
+                self._transport(url_list(config.theta_url)[0], self.stats.theta), config.theta_model
+            )
             self.theta: Engine = self._native
             self.t: Engine = self._native
         else:
-            self.theta = _ENGINES[config.theta_engine](self._transports[0], config.theta_model)
-            self.t = _ENGINES[config.t_engine](self._transports[1], config.t_model)
-        self.stats = CoordinatorStats(theta=self._transports[0].stats, t=self._transports[1].stats)
+            self.theta = self._engine(config.theta_engine, config.theta_url, config.theta_model, self.stats.theta)
+            self.t = self._engine(config.t_engine, config.t_url, config.t_model, self.stats.t)
+        self._targets: dict[str | None, _Target] = {None: _Target("t_url", self.t)}
+        for name, urls in (config.targets or {}).items():
+            stats = self.stats.targets[name] = HttpStats()
+            self._targets[name] = _Target(f"targets[{name!r}]", self._engine(config.t_engine, urls, None, stats))
         self.weight_version: int | None = None
-        self._tuner = Tuner()
         self._tokenizer_sought = False
-        self._checked = False
 
     @property
     def chosen(self) -> Choice | None:
         """What `decoding: auto` found fastest at the latest load; `tuning` says why."""
-        return self._tuner.chosen
+        return self._targets[None].tuner.chosen
 
     @property
     def tuning(self) -> dict[str, dict[str, float]]:
         """Tokens per second measured for each way to decode, by load."""
-        return self._tuner.report()
+        return self._targets[None].tuner.report()
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,6 +176,8 @@ class DualVLLMCoordinator:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        for replicas in self._replicas:
+            await replicas.aclose()
         for transport in self._transports:
             await transport.aclose()
 
@@ -124,6 +187,7 @@ class DualVLLMCoordinator:
         *,
         max_tokens: int = 256,
         t_prompts: Sequence[Prompt] | None = None,
+        targets: Sequence[str | None] | None = None,
         temperature: float | None = None,
         seed: int | None = None,
         stop_token_ids: Collection[int] = (),
@@ -135,6 +199,8 @@ class DualVLLMCoordinator:
             prompts: strings, chat message lists or token-id lists, as π_θ sees them.
             max_tokens: tokens per sequence at most.
             t_prompts: what π_t sees instead, one per prompt (privileged context); the completion is shared.
+            targets: which π_t, one per prompt: a name in `config.targets`, None for the one at `t_url`, or "none" for
+                no target: plain generation from π_θ, with α = 0, log q* = log π_θ, weight exactly 1, log π_t NaN.
             temperature, seed: override the config's for this call.
             stop_token_ids: stop at these too, besides EOS.
             return_diagnostics: fill `GenerationOutput.diagnostics`.
@@ -143,14 +209,20 @@ class DualVLLMCoordinator:
             ValueError: wrong arguments.
             PreflightError: the servers cannot serve what the config asks.
         """
+        for name, given in (("prompts", prompts), ("t_prompts", t_prompts), ("targets", targets)):
+            if given is None and name != "prompts":
+                continue
+            if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+                of = "names" if name == "targets" else "prompts"
+                raise ValueError(f"{name} must be a list of {of}, one entry per prompt; got one {type(given).__name__}")
         config = self._call_config(temperature, seed)
-        sequences, outputs = await self._sequences(prompts, t_prompts, max_tokens, stop_token_ids, config)
-        running = [sequence for sequence in sequences if not sequence.done]
-        await self._preflight(running, config)
+        names = self._target_names(targets, len(prompts))
+        sequences, outputs = await self._sequences(prompts, t_prompts, max_tokens, stop_token_ids, config, names)
         started = time.perf_counter()
         with _progress(config.show_progress, total=len(prompts)) as bar:
-            await self._decode(
-                running,
+            await self._decode_by_target(
+                sequences,
+                names,
                 config,
                 with_diagnostics=return_diagnostics,
                 on_token=lambda sequence: bar.update() if sequence.done else None,
@@ -160,12 +232,84 @@ class DualVLLMCoordinator:
             self._fill(output, sequence)
         return outputs
 
+    async def generate_iter(
+        self,
+        requests: Iterable[GenerationRequest],
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
+        return_diagnostics: bool = False,
+    ) -> AsyncGenerator[tuple[int, GenerationOutput]]:
+        """The index and the output of each request as it finishes, in no particular order; for inputs of any length.
+
+        A request is taken from the iterable when its sequence is about to begin, and `max_concurrency` are in flight
+        at all times. When the outputs are not taken, no new sequences begin. With a seed the output of a request does
+        not depend on the others, nor on whether there are any. Other arguments as in `generate_batch`.
+
+        Raises:
+            ValueError: wrong arguments.
+            PreflightError: the servers cannot serve what the config asks.
+            EngineUnavailableError: a server is gone for longer than the retries allow: what comes after would fail too.
+        """
+        config = self._call_config(temperature, seed)
+        waiting = iter(requests)
+        first = list(itertools.islice(waiting, config.max_concurrency))
+        if not first:
+            return
+        text = any(is_text(request.prompt) or is_text(request.t_prompt or ()) for request in first)
+        call = await self._call(max_tokens, stop_token_ids, config, [None], needs_tokenizer=text)
+        begun: dict[DecodingSequence, tuple[int, GenerationOutput]] = {}
+
+        def sequences() -> Iterator[DecodingSequence]:
+            for request in itertools.chain(first, waiting):
+                if self._native is not None and request.t_prompt is not None:
+                    raise ValueError('engine "native" shows both models one prompt: a t_prompt needs engine "dual"')
+                sequence, output = self._sequence(request, None, call)
+                begun[sequence] = request.index, output
+                yield sequence
+
+        finished: asyncio.Queue[DecodingSequence | None] = asyncio.Queue()
+        places = asyncio.Semaphore(config.max_concurrency)  # for finished sequences that wait to be taken
+
+        async def hand_over(sequence: DecodingSequence) -> None:
+            await places.acquire()
+            finished.put_nowait(sequence)
+
+        async def run() -> None:
+            try:
+                to_try = [self._sequence(request, None, call)[0] for request in first]
+                good = [sequence for sequence in to_try if not sequence.done]
+                there = not good or await self._preflight(good, None, config)
+                await self._decode(
+                    sequences(), config, lost=not there, with_diagnostics=return_diagnostics, on_finished=hand_over
+                )
+            finally:
+                finished.put_nowait(None)
+
+        task, started = asyncio.create_task(run()), time.perf_counter()
+        try:
+            while (sequence := await finished.get()) is not None:
+                if isinstance(sequence.failure, EngineUnavailableError):
+                    raise sequence.failure
+                index, output = begun.pop(sequence)
+                self._fill(output, sequence)
+                places.release()
+                yield index, output
+            await task
+        finally:
+            self.stats.seconds += time.perf_counter() - started
+            task.cancel()
+            await asyncio.wait([task])
+
     async def generate_stream(
         self,
         prompt: Prompt,
         *,
         max_tokens: int = 256,
         t_prompt: Prompt | None = None,
+        target: str | None = None,
         temperature: float | None = None,
         seed: int | None = None,
         stop_token_ids: Collection[int] = (),
@@ -178,17 +322,18 @@ class DualVLLMCoordinator:
         """
         config = self._call_config(temperature, seed)
         t_prompts = None if t_prompt is None else [t_prompt]
-        (sequence,), _ = await self._sequences([prompt], t_prompts, max_tokens, stop_token_ids, config)
+        names = self._target_names([target], 1)
+        (sequence,), _ = await self._sequences([prompt], t_prompts, max_tokens, stop_token_ids, config, names)
         if sequence.failure is not None:
             raise sequence.failure
-        await self._preflight([sequence], config)
         decoder = IncrementalDecoder(self.tokenizer) if self.tokenizer is not None else None
         chunks: asyncio.Queue[StreamChunk | None] = asyncio.Queue()
 
         async def run() -> None:
             try:
-                await self._decode(
+                await self._decode_by_target(
                     [sequence],
+                    names,
                     config,
                     on_token=lambda s: chunks.put_nowait(_chunk(s, decoder)),
                     max_block=_STREAMED_BLOCK,
@@ -206,32 +351,94 @@ class DualVLLMCoordinator:
         if sequence.failure is not None:
             raise sequence.failure
 
-    async def _decode(
+    async def _decode_by_target(
         self,
         sequences: list[DecodingSequence],
+        names: list[str | None],
         config: CoordinatorConfig,
         *,
         on_token: OnToken,
         with_diagnostics: bool = False,
         max_block: int | None = None,
     ) -> None:
-        """Decode all sequences to their end; `max_block` is how many tokens a native server draws per request."""
+        """Decode all sequences to their end, those of each target side by side with those of the others."""
+        routes: dict[str | None, list[DecodingSequence]] = {}
+        for sequence, name in zip(sequences, names, strict=True):
+            if not sequence.done:
+                routes.setdefault(name, []).append(sequence)
+        # All are checked before the first token is drawn.
+        reachable = [await self._preflight(routes[name], name, config) for name in routes]
+        shares = _shares([len(rows) for rows in routes.values()], config.max_concurrency)
+        work = [
+            self._decode(
+                rows,
+                replace(config, max_concurrency=share),
+                name,
+                lost=not there,
+                on_token=on_token,
+                with_diagnostics=with_diagnostics,
+                max_block=max_block,
+            )
+            for (name, rows), there, share in zip(routes.items(), reachable, shares, strict=True)
+        ]
+        if sum(shares) <= config.max_concurrency:
+            await asyncio.gather(*work)
+        else:
+            for part in work:
+                await part
+
+    async def _decode(
+        self,
+        sequences: Iterable[DecodingSequence],
+        config: CoordinatorConfig,
+        name: str | None = None,
+        *,
+        lost: bool = False,
+        on_token: OnToken | None = None,
+        on_finished: OnFinished | None = None,
+        with_diagnostics: bool = False,
+        max_block: int | None = None,
+    ) -> None:
+        """Decode sequences of one target to their end.
+
+        Args:
+            lost: its server is gone, and the sequences go on without.
+            max_block: how many tokens a native server draws per request.
+        """
         stats = self.stats.decoding
         if self._native is not None:
-            await NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token).decode(sequences)
+            decoder = NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token)
+            await decoder.decode(sequences, on_finished)
+            return
+        target = self._targets[None if name == NO_TARGET else name]
+        recorder = Recorder(
+            self.theta, target.engine, config, stats, with_diagnostics=with_diagnostics, on_token=on_token
+        )
+        if lost or name == NO_TARGET:
+            await decode_policy(sequences, recorder, lost=lost, on_finished=on_finished)
         else:
-            recorder = Recorder(self.theta, self.t, config, stats, with_diagnostics=with_diagnostics, on_token=on_token)
-            await decode(sequences, recorder, self._tuner)
+            await decode(sequences, recorder, target.tuner, target.outage, on_finished)
 
-    def _transport(self, url: str) -> HttpTransport:
+    def _engine(self, kind: str, urls: str | list[str], model: str | None, stats: HttpStats) -> Engine:
+        if isinstance(urls, str):
+            return _ENGINES[kind](self._transport(urls, stats), model)
+        engines = [_ENGINES[kind](self._transport(url, stats, replica=True), model) for url in urls]
+        self._replicas.append(Replicas(engines, self.config.max_retries))
+        return self._replicas[-1]
+
+    def _transport(self, url: str, stats: HttpStats, *, replica: bool = False) -> HttpTransport:
+        """`replica`: there are others to ask, so that few repeats will do."""
         config = self.config
-        return HttpTransport(
+        transport = HttpTransport(
             url,
-            max_retries=config.max_retries,
+            max_retries=min(config.max_retries, 1) if replica else config.max_retries,
             request_timeout=config.request_timeout,
             total_timeout=config.total_timeout,
             pool_size=config.connection_pool_size,
+            stats=stats,
         )
+        self._transports.append(transport)
+        return transport
 
     def _call_config(self, temperature: float | None, seed: int | None) -> CoordinatorConfig:
         config = self.config
@@ -241,6 +448,36 @@ class DualVLLMCoordinator:
             seed=config.seed if seed is None else seed,
         )
 
+    def _target_names(self, targets: Sequence[str | None] | None, count: int) -> list[str | None]:
+        """The target of each of `count` prompts."""
+        if targets is None:
+            return [None] * count
+        if isinstance(targets, str) or len(targets) != count:
+            raise ValueError(f"targets must have one entry per prompt: got {targets!r} for {count} prompts")
+        known = [name for name in self._targets if name is not None] + [NO_TARGET]
+        for name in targets:
+            if name is not None and name not in known:
+                near = did_you_mean(name, known) if isinstance(name, str) else ""
+                raise ValueError(f"unknown target {name!r}: it must be None or one of {', '.join(known)}{near}")
+            if name is not None and self._native is not None:
+                raise ValueError('engine "native" holds its one target: targets need engine "dual"')
+        return list(targets)
+
+    async def _describe_target(self, name: str | None, config: CoordinatorConfig) -> EngineInfo | None:
+        """None where there is none, or where its server is gone and the sequences go on without."""
+        if name == NO_TARGET:
+            return None
+        engine = self._targets[name].engine
+        if config.on_target_failure == "wait":
+            return await until_back(engine.describe, engine.url)
+        try:
+            return await engine.describe()
+        except EngineUnavailableError as error:
+            if config.on_target_failure != "policy":
+                raise
+            logger.warning("%s: the target is not there (on_target_failure is policy)", error)
+            return None
+
     async def _sequences(
         self,
         prompts: Sequence[Prompt],
@@ -248,39 +485,103 @@ class DualVLLMCoordinator:
         max_tokens: int,
         stop_ids: Collection[int],
         config: CoordinatorConfig,
+        names: list[str | None],
     ) -> tuple[list[DecodingSequence], list[GenerationOutput]]:
         """Tokenise once, check lengths, and give each sequence its own random stream."""
         if self._native is not None and t_prompts is not None:
             raise ValueError('engine "native" shows both models one prompt: t_prompts need engine "dual"')
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list of prompts; got one string")
         if t_prompts is not None and len(t_prompts) != len(prompts):
             raise ValueError(f"t_prompts must have one entry per prompt: {len(t_prompts)} for {len(prompts)} prompts")
-        if not isinstance(max_tokens, int) or max_tokens < 1:
+        text = any(is_text(prompt) for prompt in [*prompts, *(t_prompts or [])])
+        call = await self._call(max_tokens, stop_ids, config, set(names), needs_tokenizer=text)
+        requests = (
+            GenerationRequest(i, prompt, None if t_prompts is None else t_prompts[i])
+            for i, prompt in enumerate(prompts)
+        )
+        pairs = [self._sequence(request, name, call) for request, name in zip(requests, names, strict=True)]
+        return [sequence for sequence, _ in pairs], [output for _, output in pairs]
+
+    async def _call(
+        self,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        config: CoordinatorConfig,
+        names: Collection[str | None],
+        *,
+        needs_tokenizer: bool,
+    ) -> _Call:
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number >= 1, got {max_tokens!r}")
-        infos = await asyncio.gather(self.theta.describe(), self.t.describe())
-        self._find_tokenizer(infos[0], needed=any(is_text(p) for p in [*prompts, *(t_prompts or [])]))
+        if not isinstance(stop_ids, Collection) or not all(isinstance(token, int) for token in stop_ids):
+            raise ValueError(f"stop_token_ids must be token ids, got {stop_ids!r}")
+        theta, infos = await asyncio.gather(
+            self.theta.describe(), asyncio.gather(*(self._describe_target(name, config) for name in names))
+        )
+        self._find_tokenizer(theta, needed=needs_tokenizer)
         stops = frozenset(stop_ids)
         if self.tokenizer is not None and not config.ignore_eos:
             stops |= stop_token_ids(self.tokenizer)
-        entropy = secrets.randbits(64) if config.seed is None else config.seed
+        entropy = secrets.randbits(64) if config.seed is None else config.seed % 2**64
+        return _Call(config, max_tokens, stops, entropy, theta, dict(zip(names, infos, strict=True)))
 
-        sequences, outputs = [], []
-        for i, prompt in enumerate(prompts):
-            error, ids, ids_t = None, list[int](), list[int]()
-            try:
-                ids = encode_prompt(prompt, self.tokenizer)
-                ids_t = ids if t_prompts is None else encode_prompt(t_prompts[i], self.tokenizer)
-                for context, info, name in ((ids, infos[0], "π_θ"), (ids_t, infos[1], "π_t")):
-                    _check_length(context, max_tokens, info, name)
-            except ValueError as fault:
-                error = fault
-            sequence = DecodingSequence(ids, ids_t, max_tokens=max_tokens, stop_ids=stops, key=(entropy % 2**64, i))
-            if error is not None:
-                sequence.fail(error)
-            sequences.append(sequence)
-            outputs.append(GenerationOutput(prompt=prompt, prompt_token_ids=ids, weight_version=self.weight_version))
-        return sequences, outputs
+    def _sequence(
+        self, request: GenerationRequest, name: str | None, call: _Call
+    ) -> tuple[DecodingSequence, GenerationOutput]:
+        """A sequence with a random stream of its own, and where its result will go; failed if the prompt is bad."""
+        error, ids, ids_t, t = None, list[int](), list[int](), call.targets[name]
+        try:
+            if request.t_prompt is None:
+                ids = ids_t = self._fit(self._encode(request.prompt), call.max_tokens, {"π_θ": call.theta, "π_t": t})
+            else:
+                ids = self._fit(self._encode(request.prompt), call.max_tokens, {"π_θ": call.theta})
+                ids_t = self._fit(self._encode(request.t_prompt), call.max_tokens, {"π_t": t})
+        except ValueError as fault:
+            error = fault
+        key = (call.entropy, request.index)
+        sequence = DecodingSequence(ids, ids_t, max_tokens=call.max_tokens, stop_ids=call.stop_ids, key=key)
+        if error is not None:
+            sequence.fail(error)
+        output = GenerationOutput(prompt=request.prompt, prompt_token_ids=ids, weight_version=self.weight_version)
+        return sequence, output
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        parse = self.config.parse_special_tokens
+        ids = encode_prompt(prompt, self.tokenizer, parse_special_tokens=parse)
+        if not parse and is_text(prompt) and names_special_token(prompt, self.tokenizer):
+            if self.stats.special_names == 0:
+                logger.warning(
+                    "the text of a prompt holds the name of a special token, which is read as plain characters; where "
+                    "prompts are rendered templates, set parse_special_tokens. Prompt: %.80r",
+                    prompt,
+                )
+            self.stats.special_names += 1
+        return ids
+
+    def _fit(self, context: list[int], max_tokens: int, servers: Mapping[str, EngineInfo | None]) -> list[int]:
+        """What of a prompt the servers, by their models' names, have room for: all of it, unless the config allows."""
+        fitted = context
+        for name, info in servers.items():
+            if info is None or info.max_model_len is None:
+                continue
+            room = info.max_model_len - max_tokens - 1  # a server scores a text by generating one token more
+            if len(fitted) <= room:
+                continue
+            if self.config.long_prompts == "refuse" or room < 1:
+                raise ValueError(
+                    f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} and one more for "
+                    f"scoring that exceeds its context of {info.max_model_len}. Shorten the prompt, lower max_tokens, "
+                    'raise --max-model-len, or set long_prompts to "truncate_left".'
+                )
+            fitted = fitted[-room:]
+        if len(fitted) < len(context):
+            if self.stats.truncated_prompts == 0:
+                logger.warning(
+                    "a prompt of %d tokens is cut to its last %d, for long_prompts is truncate_left",
+                    len(context),
+                    len(fitted),
+                )
+            self.stats.truncated_prompts += 1
+        return fitted
 
     def _find_tokenizer(self, info: EngineInfo, *, needed: bool) -> None:
         """Load the configured tokenizer, or else the one of π_θ's model; that is downloaded only where needed."""
@@ -302,19 +603,42 @@ class DualVLLMCoordinator:
                 name,
             )
 
-    async def _preflight(self, sequences: list[DecodingSequence], config: CoordinatorConfig) -> None:
-        """Before the first batch: a misconfigured server fails here, once."""
+    async def _preflight(self, sequences: list[DecodingSequence], name: str | None, config: CoordinatorConfig) -> bool:
+        """Before the first batch: a misconfigured server fails here, once. Whether the target's is there."""
         if self._native is not None:
             await self._native.attach(config.temperature)
-            return
-        if self._checked or not sequences:
-            return
+            return True
         contexts_theta = [sequence.context_theta for sequence in sequences]
         contexts_t = [sequence.context_t for sequence in sequences]
-        await check_servers(self.theta, self.t, config, contexts_theta, contexts_t)
-        self._checked = True
+        if name == NO_TARGET:
+            await check_policy(self.theta, config, contexts_theta)
+            return True
+        target = self._targets[name]
+        if target.checked:
+            return True
+
+        async def check() -> None:
+            found = await check_servers(self.theta, target.engine, config, contexts_theta, contexts_t, flag=target.flag)
+            target.tuner.scoring = found.scoring
+
+        try:
+            await (until_back(check, target.engine.url) if config.on_target_failure == "wait" else check())
+        except EngineUnavailableError as error:
+            if config.on_target_failure != "policy" or error.url != target.engine.url:
+                raise
+            logger.warning("going on without the target (on_target_failure is policy): %s", error)
+            return False
+        target.checked = True
+        return True
 
     def _fill(self, output: GenerationOutput, sequence: DecodingSequence) -> None:
+        if sequence.failure is None and output.weight_version != self.weight_version:
+            sequence.fail(
+                RolloutError(
+                    f"π_θ's weights changed from version {output.weight_version} to {self.weight_version} meanwhile: "
+                    "change them between rollouts"
+                )
+            )
         output.generated_tokens = sequence.tokens
         if self.tokenizer is not None:
             output.generated_text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
@@ -325,10 +649,12 @@ class DualVLLMCoordinator:
         output.logprobs_theta = sequence.logp_theta
         output.logprobs_t = sequence.logp_t
         output.importance_weights = np.exp(sequence.log_weight).tolist()
+        output.without_target = sequence.without_target
         for name, values in sequence.diagnostics.items():
+            known = np.array(values)[~np.isnan(values)]  # tokens without a target have some unknown
             output.diagnostics[name] = values
-            output.diagnostics[f"{name}_mean"] = float(np.mean(values))
-            output.diagnostics[f"{name}_max"] = float(np.max(values))
+            output.diagnostics[f"{name}_mean"] = float(known.mean()) if len(known) else math.nan
+            output.diagnostics[f"{name}_max"] = float(known.max()) if len(known) else math.nan
 
 
 async def generate_with_optimal_sampling(
@@ -339,14 +665,12 @@ async def generate_with_optimal_sampling(
         return await coordinator.generate_batch(prompts, max_tokens=max_tokens, **options)
 
 
-def _check_length(context: list[int], max_tokens: int, info: EngineInfo, name: str) -> None:
-    limit = info.max_model_len
-    # A server scores a text by generating one token more.
-    if limit is not None and len(context) + max_tokens >= limit:
-        raise ValueError(
-            f"{name} sees a prompt of {len(context)} tokens; with max_tokens={max_tokens} and one more for scoring "
-            f"that exceeds its context of {limit}. Shorten the prompt, lower max_tokens, or raise --max-model-len."
-        )
+def _shares(counts: list[int], limit: int) -> list[int]:
+    """Of `limit` places, those of each target: at least one, else in proportion to its sequences."""
+    shares = [-(-limit * count // sum(counts)) for count in counts]
+    while sum(shares) > limit and max(shares) > 1:
+        shares[shares.index(max(shares))] -= 1
+    return shares
 
 
 def _chunk(sequence: DecodingSequence, decoder: IncrementalDecoder | None) -> StreamChunk:

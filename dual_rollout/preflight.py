@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
 from dual_rollout.engines import Capabilities, Engine
 from dual_rollout.engines.base import TokenIds
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
@@ -24,21 +23,31 @@ async def check_servers(
     config: CoordinatorConfig,
     contexts_theta: Sequence[TokenIds],
     contexts_t: Sequence[TokenIds],
-) -> None:
+    *,
+    flag: str = "t_url",
+) -> Capabilities:
     """Probe both servers with the first real prompt that they take, and refuse what would go wrong later.
+
+    Args:
+        flag: where the config names π_t's server.
+
+    Returns:
+        What π_t's server can do.
 
     Raises:
         PreflightError: the servers cannot serve what `config` asks; says which flag to set.
         EngineError: a server cannot be reached, or its answers are not usable.
     """
-    if config.theta_url == config.t_url and config.theta_model == config.t_model and contexts_theta == contexts_t:
+    if theta.url == t.url and config.theta_model == config.t_model and contexts_theta == contexts_t:
         logger.warning(
-            "theta_url and t_url are both %s, with the same prompts: π_θ and π_t are one model, and α means nothing",
-            config.theta_url,
+            "theta_url and %s are both %s, with the same prompts: π_θ and π_t are one model, and α means nothing",
+            flag,
+            theta.url,
         )
-    capabilities = await asyncio.gather(
-        _check_server(theta, contexts_theta, config, "theta_url"), _check_server(t, contexts_t, config, "t_url")
-    )
+    capabilities = [
+        await _check_server(theta, contexts_theta, config, "theta_url"),
+        await _check_server(t, contexts_t, config, flag),
+    ]
     comparison = await compare_tokens(theta, t, *capabilities)
     for note in comparison.notes:
         logger.info("tokenizers: %s", note)
@@ -48,13 +57,20 @@ async def check_servers(
             + "; ".join(comparison.differences)
             + ". Serve two models with one tokenizer."
         )
+    return capabilities[1]
+
+
+async def check_policy(theta: Engine, config: CoordinatorConfig, contexts: Sequence[TokenIds]) -> None:
+    """The same for π_θ's server alone; cheap when repeated."""
+    await _check_server(theta, contexts, config, "theta_url")
 
 
 async def _check_server(
     engine: Engine, contexts: Sequence[TokenIds], config: CoordinatorConfig, flag: str
 ) -> Capabilities:
     capabilities, context = await _probe(engine, contexts, flag)
-    cap, k = capabilities.max_logprobs, config.top_k
+    cap = capabilities.max_logprobs
+    k = min(cap or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K) if config.top_k == "auto" else config.top_k
     if cap is not None and k > cap:
         raise PreflightError(
             f"top_k is {k}, but the server at {flag} ({engine.url}) gives at most {cap} log-probabilities. "

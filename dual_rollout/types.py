@@ -31,6 +31,21 @@ class TopK:
     logprobs: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to draw, for `generate_iter`.
+
+    Attributes:
+        index: names the sequence; its random stream is that of (seed, index), as in a batch at that position.
+        prompt: what π_θ sees.
+        t_prompt: what π_t sees instead, if not the same.
+    """
+
+    index: int
+    prompt: Prompt
+    t_prompt: Prompt | None = None
+
+
 @dataclass(slots=True)
 class GenerationOutput:
     """One sequence drawn from q*, with what the policy update needs. Lists hold one float per generated token.
@@ -46,6 +61,9 @@ class GenerationOutput:
         logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
         logprobs_t: log π_t(y), nats; exact (never floored), at the requested temperature.
         importance_weights: π_θ(y) / q*(y).
+        without_target: whether a token was drawn from π_θ alone, because its prompt has no target, or because π_t's
+            server was gone and `on_target_failure` is "policy". Then α = 0, log q* = log π_θ, the weight is exactly 1,
+            and log π_t is NaN, as are the diagnostics that need it.
         weight_version: the version of π_θ's weights it was sampled under, as the weight sync counts them: the trainer's
             global step; None before the first sync.
         diagnostics: per-token lists and `<name>_mean`/`<name>_max` summaries, when asked for.
@@ -62,6 +80,7 @@ class GenerationOutput:
     logprobs_theta: list[float] = field(default_factory=list)
     logprobs_t: list[float] = field(default_factory=list)
     importance_weights: list[float] = field(default_factory=list)
+    without_target: list[bool] = field(default_factory=list)
     weight_version: int | None = None
     diagnostics: dict[str, list[float] | float] = field(default_factory=dict)
     error: str | None = None

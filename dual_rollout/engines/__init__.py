@@ -3,6 +3,7 @@
 from dual_rollout.engines.base import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.engines.http import HttpStats, HttpTransport
 from dual_rollout.engines.native import NativeEngine
+from dual_rollout.engines.replicas import Replicas
 from dual_rollout.engines.sglang import SGLangEngine
 from dual_rollout.engines.vllm import VLLMEngine
 
@@ -14,6 +15,7 @@ __all__ = [
     "HttpStats",
     "HttpTransport",
     "NativeEngine",
+    "Replicas",
     "SGLangEngine",
     "VLLMEngine",
 ]

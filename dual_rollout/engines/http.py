@@ -7,10 +7,14 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
+from aiohttp.http_exceptions import HttpProcessingError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -26,8 +30,12 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "DUAL_ROLLOUT_API_KEY"
-_RETRIED_STATUS = (429, 502, 503, 504)
+MAX_RESPONSE_BYTES = 256 * 2**20
+"""Longest answer that is read; 100 log-probabilities for each of 30,000 prompt tokens are about 200 MB."""
+
+_RETRIED_STATUS = (408, 429, 502, 503, 504)
 _KEEP_ALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
+_SHOWN_CHARACTERS = 1000  # of an error's body
 _backoff = wait_exponential_jitter(multiplier=0.25, max=15.0, jitter=0.25)
 
 
@@ -56,10 +64,22 @@ class _TransientError(Exception):
 
 
 class HttpTransport:
-    """Requests to one server. Transport errors, 429 and 502-504 are repeated with exponential backoff and jitter.
+    """Requests to one server. Transport errors, 408, 429 and 502-504 are repeated with exponential backoff and jitter.
 
     Bound to the event loop it is first used in; `aclose()` there. The API key, if any, is read from the environment
-    variable `DUAL_ROLLOUT_API_KEY` and never logged.
+    variable `DUAL_ROLLOUT_API_KEY`; it goes to the servers of the config alone, for redirects are not followed, and is
+    struck out of every message, also where a server repeats it.
+
+    Attributes:
+        interruptions: attempts that got no answer at all, as when the server is restarted.
+        answered: when the last answer came, `time.monotonic` seconds.
+
+    Args:
+        pool_size: open connections at most; more requests wait on this side.
+        max_response_bytes: a longer answer is an `EngineProtocolError`.
+
+    Raises:
+        ValueError: credentials in the URL.
     """
 
     def __init__(
@@ -70,13 +90,20 @@ class HttpTransport:
         request_timeout: float = 120.0,
         total_timeout: float = 600.0,
         pool_size: int = 32,
+        stats: HttpStats | None = None,
+        max_response_bytes: int = MAX_RESPONSE_BYTES,
     ):
+        if "@" in urlsplit(url).netloc:
+            raise ValueError(f"a server's URL must not hold a user name or password: set {API_KEY_VARIABLE} instead")
         self.url = url
-        self.stats = HttpStats()
+        self.interruptions = 0
+        self.answered = 0.0
+        self.stats = HttpStats() if stats is None else stats
         self._max_retries = max_retries
         self._total_timeout = total_timeout
         self._timeout = aiohttp.ClientTimeout(total=request_timeout)
         self._pool_size = pool_size
+        self._max_response_bytes = max_response_bytes
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, path: str) -> Any:
@@ -127,24 +154,34 @@ class HttpTransport:
 
     async def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[bytes, str]:
         started = time.perf_counter()
+        failure: _TransientError | None = None
         try:
-            async with self._open_session().request(method, self.url + path, data=body) as response:
-                content = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            closed = isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError))
-            refused = isinstance(error, aiohttp.ClientConnectorError)
-            raise _TransientError(
-                f"{type(error).__name__}: {error}".rstrip(": "), closed=closed and not refused
-            ) from error
+            async with self._open_session().request(
+                method, self.url + path, data=body, allow_redirects=False
+            ) as response:
+                content = await self._read(response)
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
+            failure = _interrupted(error)
         finally:
             self.stats.requests += 1
             self.stats.bytes_sent += len(body or b"")
             self.stats.seconds += time.perf_counter() - started
+        if failure is not None:
+            self.interruptions += 1
+            raise failure  # not from aiohttp's error, which holds the request's headers
+        self.answered = time.monotonic()
         self.stats.bytes_received += len(content)
         if response.status in _RETRIED_STATUS:
             raise _TransientError(
                 f"HTTP {response.status}: {_error_message(content)}",
                 _retry_after(response.headers.get("Retry-After")),
+            )
+        if 300 <= response.status < 400:
+            location = _redacted(response.headers.get("Location", "nowhere"))
+            raise EngineRejectedError(
+                f"{method} {path} is redirected to {location:.200}, which is not followed: give the final address",
+                url=self.url,
+                status=response.status,
             )
         if 400 <= response.status < 500:
             raise EngineRejectedError(
@@ -158,6 +195,15 @@ class HttpTransport:
             )
         return content, response.content_type
 
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        parts, size = [], 0
+        async for part in response.content.iter_any():
+            size += len(part)
+            if size > self._max_response_bytes:
+                raise EngineProtocolError(f"an answer is longer than {self._max_response_bytes} bytes", url=self.url)
+            parts.append(part)
+        return b"".join(parts)
+
     def _parse(self, path: str, content: bytes, content_type: str) -> Any:
         if not content or content_type != "application/json":
             return None
@@ -169,7 +215,7 @@ class HttpTransport:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             headers = {"Content-Type": "application/json"}
-            if key := os.environ.get(API_KEY_VARIABLE):
+            if key := os.environ.get(API_KEY_VARIABLE, "").strip():
                 headers["Authorization"] = f"Bearer {key}"
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._pool_size, keepalive_timeout=_KEEP_ALIVE_S),
@@ -193,17 +239,38 @@ def _wait(state: RetryCallState) -> float:
     return max(_backoff(state), error.retry_after)
 
 
+def _interrupted(error: Exception) -> _TransientError:
+    closed = isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError))
+    refused = isinstance(error, aiohttp.ClientConnectorError)
+    text = _redacted(f"{type(error).__name__}: {error}".rstrip(": "))
+    return _TransientError(text[:_SHOWN_CHARACTERS], closed=closed and not refused)
+
+
 def _retry_after(header: str | None) -> float:
-    return float(header) if header and header.isdigit() else 0.0
+    """Seconds to wait, as a number or until a date."""
+    if header and header.isascii() and header.isdigit():
+        return float(header[:9])
+    try:
+        until = parsedate_to_datetime(header or "")
+    except ValueError:
+        return 0.0
+    now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+    return max(0.0, (until - now).total_seconds())
+
+
+def _redacted(text: str) -> str:
+    """Without the API key, should a server have repeated it."""
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
+    return text.replace(key, "[API key]") if key else text
 
 
 def _error_message(content: bytes) -> str:
-    """The message inside an error body of vLLM's or FastAPI's shape, else the body's beginning."""
+    """The message inside an error body of vLLM's or FastAPI's shape, else the body; its beginning, if it is long."""
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:
-        return content[:300].decode("utf-8", "replace")
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        return str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else str(inner)
-    return str(body)[:300]
+        body = content.decode("utf-8", "replace")
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(inner, dict):
+        inner = inner.get("message") or inner.get("detail") or inner
+    return _redacted(str(inner))[:_SHOWN_CHARACTERS]

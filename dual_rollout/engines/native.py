@@ -40,6 +40,27 @@ class NativeSample:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class NativeServerInfo:
+    """What a native server is; None where it does not say.
+
+    Attributes:
+        model: the served name.
+        target: folder or hub name of π_t.
+        version: vLLM's.
+        vocab_size: tokens, without the pseudo-tokens.
+        rule: how it chooses α: `fixed_alpha` (or None), `alpha_min`, `alpha_max`.
+        reloads_weights: it takes new weights of π_θ from disk, and can forget the prefixes it has cached.
+    """
+
+    model: str
+    target: str | None
+    version: str | None
+    vocab_size: int
+    rule: dict[str, float | None] | None
+    reloads_weights: bool
+
+
 class NativeEngine(VLLMEngine):
     """π_θ and π_t behind one server. As an `Engine` it is π_θ where weights are updated, and q* where tokens are.
 
@@ -80,6 +101,33 @@ class NativeEngine(VLLMEngine):
             )
         self._temperature = temperature
 
+    async def examine(self, temperature: float) -> NativeServerInfo:
+        """What the server is, for a report; `attach` and its errors included."""
+        info = await self.describe()
+        await self.attach(temperature)
+        version, schema, served = [
+            await self._told(path) for path in ("/version", "/openapi.json", "/server_info?config_format=json")
+        ]
+        model_config = (served.get("vllm_config") or {}).get("model_config") or {}
+        settings = (model_config.get("hf_overrides") or {}).get("dual_rollout") or {}
+        names = ("fixed_alpha", "alpha_min", "alpha_max")
+        return NativeServerInfo(
+            model=info.model,
+            target=settings.get("t"),
+            version=version.get("version"),
+            vocab_size=self._pseudo_tokens(1)[0],
+            rule={name: settings[name] for name in names} if settings else None,
+            reloads_weights={"/collective_rpc", "/reset_prefix_cache"} <= set(schema.get("paths", ())),
+        )
+
+    async def _told(self, path: str) -> dict[str, Any]:
+        """The answer of a server that has that route; empty otherwise."""
+        try:
+            answer = await self._http.get(path)
+        except (EngineRejectedError, EngineProtocolError):
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
     async def generate(
         self,
         prompt: TokenIds,
@@ -91,6 +139,19 @@ class NativeEngine(VLLMEngine):
         seed: int | None = None,
     ) -> NativeSample:
         """Draw up to `max_tokens` tokens after `prompt` in one request. `attach` comes first."""
+        return await self._until_whole(
+            lambda: self._sample(prompt, max_tokens, temperature, stop_token_ids, ignore_eos, seed)
+        )
+
+    async def _sample(
+        self,
+        prompt: TokenIds,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: Collection[int],
+        ignore_eos: bool,
+        seed: int | None,
+    ) -> NativeSample:
         names = self._pseudo_tokens(4)
         options: dict[str, Any] = {} if seed is None else {"seed": seed}
         (choice,) = await self._complete(

@@ -11,15 +11,20 @@ from dual_rollout import CoordinatorConfig
 FIELDS = {field.name: field for field in dataclasses.fields(CoordinatorConfig)}
 
 INVALID = {
-    "theta_url": ["", "127.0.0.1:8000", "ftp://host", "http://", None, 8000],
-    "t_url": ["", "localhost", None],
+    "theta_url": ["", "127.0.0.1:8000", "ftp://host", "http://", None, 8000, [], "http://h:x", "http://h?a=b"],
+    "t_url": ["", "localhost", None, ["http://a", "http://a/"], ["http://a", 3], "http://user:pw@host"],
+    "targets": [{"none": "http://a"}, {"a": "b"}, {"a": []}, {"": "http://a"}, {1: "http://a"}, ["http://a"], "a"],
+    "on_target_failure": ["retry", None],
     "theta_engine": ["", "tgi", None],
     "t_engine": ["SGLang", 1],
     "engine": ["both", None],
     "theta_model": ["", 3],
     "t_model": ["", ["a"]],
     "tokenizer": ["", 1],
-    "top_k": [0, -1, 2.5, "100", True, None],
+    "parse_special_tokens": ["yes", 1, None],
+    "long_prompts": ["truncate", None],
+    "top_k": [0, -1, 2.5, "100", True, None, "Auto"],
+    "top_k_mass": [0, 1, 1.5, "0.9", None],
     "support": ["", "all", None],
     "missing": ["guess", 1],
     "decoding": ["fast", None],
@@ -64,9 +69,10 @@ def test_crossed_bounds_name_both_fields():
         CoordinatorConfig(alpha_min=0.7, alpha_max=0.3)
 
 
-def test_exact_candidates_and_blocks_exclude_each_other():
-    with pytest.raises(ValueError, match=r'missing="exact".*decoding="block"'):
-        CoordinatorConfig(missing="exact", decoding="block")
+def test_adaptive_lists_need_the_tail():
+    with pytest.raises(ValueError, match=r'top_k "auto".*support to "tail"'):
+        CoordinatorConfig(top_k="auto")
+    assert CoordinatorConfig(top_k="auto", support="tail").top_k == "auto"
 
 
 def test_every_field_is_tested_for_bad_values():

@@ -7,13 +7,16 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from dual_rollout import CoordinatorConfig
 from dual_rollout.engines import HttpTransport
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
 
 Answer = Callable[[web.Request], Any]
 
@@ -226,6 +229,82 @@ def test_the_api_key_comes_from_the_environment_and_stays_out_of_messages(monkey
         post(server)
     assert server.headers[0]["Authorization"] == "Bearer a-test-value"
     assert "a-test-value" not in str(caught.value)
+
+
+async def echoes_the_key(request: web.Request) -> web.Response:
+    return web.json_response({"error": {"message": "x" * 995 + request.headers["Authorization"]}}, status=400)
+
+
+async def echoes_the_key_for_now(request: web.Request) -> web.Response:
+    return web.Response(text=f"busy: {dict(request.headers)}", status=503)
+
+
+async def moved_with_the_key(request: web.Request) -> web.Response:
+    location = f"http://127.0.0.1:9/{request.headers['Authorization'].split()[1]}"
+    return web.Response(status=307, headers={"Location": location})
+
+
+async def bad_status_line(request: web.Request) -> web.StreamResponse:
+    request.transport.write(b"NOT HTTP AT ALL\r\n\r\n")
+    request.transport.close()
+    return web.Response()
+
+
+@pytest.mark.parametrize("fault", [echoes_the_key, echoes_the_key_for_now, moved_with_the_key, bad_status_line])
+def test_the_api_key_is_struck_out_wherever_a_server_repeats_it(monkeypatch, caplog, fault):
+    monkeypatch.setenv("DUAL_ROLLOUT_API_KEY", "a-secret-value\n")
+    with caplog.at_level(0), pytest.raises(EngineError) as caught:
+        post(FaultyServer(fault))
+    error: BaseException | None = caught.value
+    while error is not None:  # the whole chain, as a log of the exception would show it
+        assert "a-secret" not in f"{error} {error!r} {error.args}"
+        error = error.__cause__ or error.__context__
+    assert "a-secret" not in caplog.text
+
+
+def test_redirects_are_not_followed():
+    server = FaultyServer(moved_to_itself, ok)
+    with pytest.raises(EngineRejectedError, match="redirected to /elsewhere, which is not followed"):
+        post(server)
+    assert len(server.arrivals) == 1
+
+
+async def moved_to_itself(_: web.Request) -> web.Response:
+    return web.Response(status=308, headers={"Location": "/elsewhere"})
+
+
+async def endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    for _ in range(1000):
+        await response.write(b" " * 2**16)
+    return response
+
+
+def test_an_answer_without_end_is_cut_off():
+    server = FaultyServer(endless)
+    with pytest.raises(EngineProtocolError, match="longer than 1000000 bytes"):
+        post(server, request_timeout=20.0, max_response_bytes=1_000_000)
+    assert len(server.arrivals) == 1
+
+
+@pytest.mark.parametrize("url", ["http://user:hunter2@127.0.0.1:9", "https://hunter2@host"])
+def test_credentials_do_not_belong_in_a_url(url):
+    for refuse in (
+        HttpTransport,
+        lambda url: CoordinatorConfig(theta_url=url),
+        lambda url: CoordinatorConfig(t_url=[url]),
+    ):
+        with pytest.raises(ValueError, match="DUAL_ROLLOUT_API_KEY") as caught:
+            refuse(url)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_retry_after_may_be_a_date():
+    soon = datetime.now(UTC) + timedelta(seconds=2)
+    server = FaultyServer(status(429, **{"Retry-After": format_datetime(soon, usegmt=True)}), ok)
+    assert post(server) == {"fine": True}
+    assert server.arrivals[1] - server.arrivals[0] > 0.5
 
 
 def test_requests_share_a_bounded_pool():

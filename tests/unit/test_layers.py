@@ -23,8 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"types", "exceptions", "config", "functional", "engines"},
     "tokens": {"exceptions", "engines"},
     "preflight": {"exceptions", "config", "engines", "tokens"},
-    "coordinator": {"types", "config", "text", "engines", "decoding", "preflight"},
+    "coordinator": {"types", "exceptions", "config", "text", "engines", "decoding", "preflight"},
     "benchmark": {"config", "text", "engines", "coordinator"},
+    "production": {"types", "exceptions", "config", "coordinator"},
     "server": {"types", "exceptions"},
     "native": {"types", "exceptions", "config", "functional"},
     "training": {"types", "exceptions", "config", "functional", "text", "engines", "decoding", "coordinator", "server"},
@@ -47,6 +48,8 @@ HOME: dict[str, set[str]] = {
     "torch": {"server", "training", "native", "cli (late)"},
     "transformers": {"server", "training", "native", "text (late)", "cli (late)"},
     "aiohttp": {"engines", "server"},
+    "datasets": {"production", "training"},
+    "pyarrow": {"production"},
 }
 
 

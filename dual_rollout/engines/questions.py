@@ -1,0 +1,148 @@
+"""Questions to a vLLM server that may be asked again, and whose answers are checked for what they say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from dual_rollout.engines.http import HttpTransport
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
+"""What reading an answer of another shape than promised raises."""
+
+_REPEATS = 2
+_PAUSE_S = 0.25
+_IDLE_S = 4.0  # in which no open connection can have told of a restart
+_RUN = f"dual-rollout-{secrets.token_hex(6)}-"
+_numbers = itertools.count()
+
+
+class Questions:
+    """Asks one server. The same question always has the same answer (nothing is drawn without a seed that counts), so
+    one that was answered with a 500, broken JSON or nonsense is asked again, at most twice.
+
+    Every question is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
+    again. Where a server does not repeat the number, the count of prompt tokens must fit.
+    """
+
+    def __init__(self, http: HttpTransport):
+        self._http = http
+        self._numbered = False
+        self._born: float | None = None  # start of the process that took the weights; None before it took any
+        self._lost = False  # since then it was found to be another
+        self._seen = 0  # `http.interruptions` when it was last known to be that process
+        self._confirming = asyncio.Lock()
+
+    async def ask(
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        read: Callable[[dict[str, Any]], T],
+        *,
+        models: set[str],
+        prompt_tokens: int,
+    ) -> T:
+        """What `read` makes of the answer.
+
+        Args:
+            read: raises `EngineProtocolError`, or what reading an unexpected shape raises, when it is of no use.
+            models: names that the answer may give for its model.
+            prompt_tokens: tokens of all prompts together.
+
+        Raises:
+            EngineProtocolError: three answers were of no use.
+            EngineRestartedError: the server has lost the weights that it was given.
+        """
+        if self._lost or time.monotonic() - self._http.answered > _IDLE_S:
+            await self.confirm()
+        for repeat in itertools.count():
+            number = f"{_RUN}{next(_numbers)}"
+            try:
+                answer = await self._http.post(path, {**payload, "request_id": number})
+                if self._http.interruptions != self._seen:
+                    await self.confirm()
+                return self._read(answer, read, number, models, prompt_tokens)
+            except EngineRejectedError as error:
+                if error.status == 404:  # a model of that name: the adapter is lost
+                    await self.confirm()
+                raise
+            except EngineProtocolError as error:
+                if repeat == _REPEATS:
+                    raise
+                self._http.stats.retries += 1
+                logger.warning("%s; asking again", error)
+                await asyncio.sleep(_PAUSE_S * 2**repeat)
+        raise AssertionError("the loop returns or raises")
+
+    def _read(
+        self,
+        answer: Any,
+        read: Callable[[dict[str, Any]], T],
+        number: str,
+        models: set[str],
+        prompt_tokens: int,
+    ) -> T:
+        if not isinstance(answer, dict):
+            raise self._useless("no JSON object")
+        name = answer.get("id") or answer.get("request_id")
+        if isinstance(name, str) and (self._numbered or _RUN in name) and not name.endswith(number):
+            raise self._useless(f"an answer to another request ({name:.80})")
+        self._numbered = self._numbered or (isinstance(name, str) and name.endswith(number))
+        model = answer.get("model")
+        if isinstance(model, str) and model not in models:
+            raise self._useless(f"an answer of the model {model:.80}")
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if isinstance(counted, int) and counted != prompt_tokens:
+            raise self._useless(f"an answer to {counted} prompt tokens instead of {prompt_tokens}")
+        try:
+            return read(answer)
+        except MALFORMED as error:
+            raise self._useless(f"an answer of another shape ({type(error).__name__}: {error:.100})") from error
+
+    def _useless(self, what: str) -> EngineProtocolError:
+        return EngineProtocolError(f"gave {what}", url=self._http.url)
+
+    async def took_weights(self, take: Callable[[], Awaitable[None]]) -> None:
+        """Give the server weights, and from then on notice when it is restarted, and so has lost them."""
+        async with self._confirming:
+            self._born = None  # whatever comes of it, the old ones are gone
+            before = await self._birth()
+            await take()
+            seen = self._http.interruptions
+            born = await self._birth()
+            if born != before:
+                raise EngineRestartedError("was restarted while it took new weights", url=self._http.url)
+            if born is None:
+                logger.warning("%s does not tell when it was started: a restart would go unnoticed", self._http.url)
+            self._born, self._seen, self._lost = born, seen, False
+
+    async def confirm(self) -> None:
+        """Raise if the server is another process than the one that took the weights, if it took any."""
+        if self._born is None:
+            return
+        async with self._confirming:
+            seen = self._http.interruptions
+            self._lost = self._lost or (self._born is not None and await self._birth() != self._born)
+            if self._lost:
+                raise EngineRestartedError("was restarted, and has lost the weights it was given", url=self._http.url)
+            self._seen = seen
+
+    async def _birth(self) -> float | None:
+        try:
+            metrics = await self._http.get_text("/metrics")
+        except EngineRejectedError:
+            return None
+        found = re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE)
+        return float(found[1]) if found else None

@@ -1,0 +1,329 @@
+"""Faults between the client and real servers, in the middle of batches: survived with the tokens that an undisturbed
+run gives, or reported; never a hang, never a wrong sequence."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.server.launch import EmbeddedServer
+from tests import fault_proxy
+from tests.fault_proxy import Exchange, Fault, FaultProxy, changed, error
+from tests.integration.conftest import TinyPair
+
+PROMPTS = [[10 + i, 20, 30 + 2 * i] for i in range(8)]
+MAX_TOKENS = 8
+OPTIONS: dict[str, Any] = {"top_k": 20, "seed": 3, "max_retries": 3, "request_timeout": 20.0, "ignore_eos": True}
+
+
+async def generate(theta_url: str, t_url: str, **options: Any) -> tuple[list[GenerationOutput], DualVLLMCoordinator]:
+    config = CoordinatorConfig(theta_url=theta_url, t_url=t_url, **{"decoding": "lockstep", **OPTIONS, **options})
+    async with DualVLLMCoordinator(config) as coordinator:
+        return await coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS), coordinator
+
+
+@functools.cache
+def undisturbed(theta_url: str, t_url: str, decoding: str) -> list[list[int]]:
+    outputs, _ = asyncio.run(generate(theta_url, t_url, decoding=decoding))
+    return tokens(outputs)
+
+
+def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return [output.generated_tokens for output in outputs]
+
+
+def run_behind_proxies(
+    pair: TinyPair, make_fault: Callable[[FaultProxy], Fault], when: Callable[[int], bool], side: str, **options: Any
+) -> tuple[list[GenerationOutput], DualVLLMCoordinator, FaultProxy]:
+    """A batch with the fault at one server's completions from the time that the probe is over."""
+
+    async def run() -> tuple[list[GenerationOutput], DualVLLMCoordinator, FaultProxy]:
+        proxies = [FaultProxy(pair.theta_url), FaultProxy(pair.t_url)]
+        async with proxies[0].running(), proxies[1].running():
+            config = CoordinatorConfig(
+                theta_url=proxies[0].url, t_url=proxies[1].url, **{"decoding": "lockstep", **OPTIONS, **options}
+            )
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch(PROMPTS[:1], max_tokens=1)
+                bad = proxies[0 if side == "theta" else 1]
+                bad.fault, first = make_fault(bad), bad.completions
+                bad.when = lambda number: when(number - first)
+                return await coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS), coordinator, bad
+
+    return asyncio.run(asyncio.wait_for(run(), 100))
+
+
+# ---- changes to an answer -------------------------------------------------------------------------------------------
+
+
+def lists_of(answer: Any) -> list[dict[str, float]]:
+    """Those of a scored text are elsewhere; such an answer passes unchanged."""
+    return [row for choice in answer["choices"] for row in (choice["logprobs"] or {}).get("top_logprobs", [])]
+
+
+def set_logprob(value: float) -> Callable[[Any], None]:
+    def change(answer: Any) -> None:
+        for row in lists_of(answer)[-1:]:
+            row[next(iter(row))] = value
+
+    return change
+
+
+def all_impossible(answer: Any) -> None:
+    for row in lists_of(answer):
+        row.update(dict.fromkeys(row, -9999.0))
+
+
+def fewer_candidates(answer: Any) -> None:
+    for row in lists_of(answer)[:1]:
+        for key in list(row)[3:]:
+            del row[key]
+
+
+def more_than_all_the_mass(answer: Any) -> None:
+    for row in lists_of(answer)[:1]:
+        row.update(dict.fromkeys(row, -0.5))
+
+
+def rename_first_token(name: str) -> Callable[[Any], None]:
+    def change(answer: Any) -> None:
+        for row in lists_of(answer)[:1]:
+            first, *others = row.items()
+            row.clear()
+            row.update([(name, first[1]), *others])
+
+    return change
+
+
+def drop_a_choice(answer: Any) -> None:
+    del answer["choices"][-1]
+
+
+def number_twice(answer: Any) -> None:
+    answer["choices"].append(dict(answer["choices"][0]))
+
+
+def no_logprobs(answer: Any) -> None:
+    answer["choices"][0]["logprobs"] = None
+
+
+def lists_are_text(answer: Any) -> None:
+    if lists_of(answer):
+        answer["choices"][0]["logprobs"]["top_logprobs"] = "none today"
+
+
+def other_model(answer: Any) -> None:
+    answer["model"] = "gpt-2"
+
+
+def other_count(answer: Any) -> None:
+    answer["id"] = None
+    answer["usage"]["prompt_tokens"] += 1
+
+
+SURVIVED: dict[str, Callable[[FaultProxy], Fault]] = {
+    "reset": lambda _: fault_proxy.reset,
+    "reset in the body": lambda _: fault_proxy.reset_in_the_body,
+    "half a document": lambda _: fault_proxy.half_a_document,
+    "not JSON": lambda _: fault_proxy.not_json,
+    "429": lambda _: error(429, **{"Retry-After": "1"}),
+    "500": lambda _: error(500),
+    "503": lambda _: error(503),
+    "NaN": lambda _: changed(set_logprob(math.nan)),
+    "minus infinity": lambda _: changed(set_logprob(-math.inf)),
+    "positive": lambda _: changed(set_logprob(0.4)),
+    "all impossible": lambda _: changed(all_impossible),
+    "fewer candidates": lambda _: changed(fewer_candidates),
+    "too much mass": lambda _: changed(more_than_all_the_mass),
+    "outside the vocabulary": lambda _: changed(rename_first_token("token_id:100000")),
+    "negative id": lambda _: changed(rename_first_token("token_id:-1")),
+    "not an id": lambda _: changed(rename_first_token("token_id:seven")),
+    "a choice lost": lambda _: changed(drop_a_choice),
+    "a choice twice": lambda _: changed(number_twice),
+    "no logprobs": lambda _: changed(no_logprobs),
+    "lists are text": lambda _: changed(lists_are_text),
+    "null": lambda _: changed(lambda answer: []),
+    "another model": lambda _: changed(other_model),
+    "other prompts": lambda _: changed(other_count),
+    "an earlier answer": fault_proxy.earlier_answer,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "decoding"),
+    [(name, *(("theta", "block"), ("t", "lockstep"))[i % 2]) for i, name in enumerate(SURVIVED)],
+)
+def test_a_fault_now_and_then_changes_nothing(tiny_pair: TinyPair, name: str, side: str, decoding: str):
+    """At every third request; each is asked again, and the tokens are those of an undisturbed run."""
+    outputs, coordinator, proxy = run_behind_proxies(
+        tiny_pair, SURVIVED[name], lambda number: number % 3 == 2, side, decoding=decoding
+    )
+    assert proxy.injected >= 2
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, decoding)
+    assert coordinator.stats.retries >= 2
+    assert all(math.isfinite(value) for output in outputs for value in output.importance_weights)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in a JSON document."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [found for key in keys for found in [(value, key), *places(value[key])]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("side", ["theta", "t"])
+def test_whatever_is_put_in_place_of_a_part_of_an_answer(tiny_pair: TinyPair, side: str, seed: int):
+    """At every second request, one part of the document is replaced by something of another kind."""
+    rng = random.Random(seed)
+
+    def mutate(answer: Any) -> None:
+        container, key = rng.choice(places(answer))
+        container[key] = rng.choice([None, [], {}, "junk", True, 1e300, [None], {"index": 0}])
+
+    outputs, _, proxy = run_behind_proxies(
+        tiny_pair,
+        lambda _: changed(mutate),
+        lambda number: number % 2 == 1,
+        side,
+        decoding=("block", "lockstep")[seed % 2],
+    )
+    assert proxy.injected >= 2
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, ("block", "lockstep")[seed % 2])
+
+
+def test_choices_out_of_order_are_put_in_order(tiny_pair: TinyPair):
+    outputs, coordinator, proxy = run_behind_proxies(
+        tiny_pair, lambda _: changed(lambda answer: answer["choices"].reverse()), lambda _: True, "theta"
+    )
+    assert proxy.injected >= MAX_TOKENS and coordinator.stats.retries == 0
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+
+
+def test_a_request_that_hangs_is_given_up_and_asked_again(tiny_pair: TinyPair):
+    outputs, _, proxy = run_behind_proxies(
+        tiny_pair, lambda _: fault_proxy.hang, lambda number: number == 3, "t", request_timeout=3.0
+    )
+    assert proxy.injected == 1
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+
+
+@pytest.mark.parametrize("name", ["500", "NaN", "reset", "half a document", "an earlier answer", "no logprobs"])
+def test_a_fault_that_stays_is_reported_and_nothing_hangs(tiny_pair: TinyPair, name: str):
+    started = time.monotonic()
+    outputs, _, proxy = run_behind_proxies(tiny_pair, SURVIVED[name], lambda number: number > 3, "theta", max_retries=1)
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    for output, expected in zip(outputs, reference, strict=True):
+        assert output.error is not None and proxy.url in output.error and output.finish_reason is None
+        assert 0 < len(output.generated_tokens) < MAX_TOKENS
+        assert output.generated_tokens == expected[: len(output.generated_tokens)]
+        assert len(output.importance_weights) == len(output.logprobs_q) == len(output.generated_tokens)
+    assert time.monotonic() - started < 60
+
+
+def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):
+    """As when one prompt makes a model overflow: the whole list is answered with a 500."""
+    poison = PROMPTS[5][:2]
+
+    async def fault(exchange: Exchange) -> web.StreamResponse:
+        prompts = json.loads(exchange.body)["prompt"]
+        status, content = await exchange.ask()
+        if any(prompt[:2] == poison for prompt in prompts):
+            status, content = 500, b'{"error": {"message": "Out of range float values are not JSON compliant"}}'
+        return web.Response(body=content, status=status, content_type="application/json")
+
+    outputs, _, _ = run_behind_proxies(tiny_pair, lambda _: fault, lambda _: True, "t")
+    assert [output.error is not None for output in outputs] == [i == 5 for i in range(8)]
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    assert [o.generated_tokens for o in outputs[:5]] == reference[:5]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tuple[Path, Path], side: int):
+    flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
+
+    async def run(server: EmbeddedServer) -> list[GenerationOutput]:
+        urls = [tiny_pair.theta_url, tiny_pair.t_url]
+        urls[side] = server.url
+        config = CoordinatorConfig(
+            theta_url=urls[0], t_url=urls[1], decoding="lockstep", **{**OPTIONS, "max_retries": 20}
+        )
+        async with DualVLLMCoordinator(config) as coordinator:
+            task = asyncio.create_task(coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS))
+            while coordinator.stats.decoding.tokens < 2 * len(PROMPTS):
+                await asyncio.sleep(0.002)
+            assert server.process is not None and not task.done()
+            server.process.kill()
+            await asyncio.to_thread(server.process.wait)
+            await asyncio.to_thread(server.start)
+            outputs = await task
+            assert coordinator.stats.retries > 0
+            return outputs
+
+    with EmbeddedServer(tiny_models[side], flags) as server:
+        outputs = asyncio.run(asyncio.wait_for(run(server), 100))
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+
+
+# ---- a target that goes -----------------------------------------------------------------------------------------
+
+
+def run_with_a_target_that_goes(
+    pair: TinyPair, back_at: int | None, **options: Any
+) -> tuple[list[GenerationOutput], DualVLLMCoordinator]:
+    """The target's server refuses connections from the third token on, until `back_at` tokens or seconds after."""
+
+    async def run() -> tuple[list[GenerationOutput], DualVLLMCoordinator]:
+        async with FaultProxy(pair.t_url).running() as proxy:
+            values = {"decoding": "lockstep", **OPTIONS, "max_retries": 0, **options}
+            config = CoordinatorConfig(theta_url=pair.theta_url, t_url=proxy.url, **values)
+            async with DualVLLMCoordinator(config) as coordinator:
+                task = asyncio.create_task(coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS))
+                while coordinator.stats.decoding.tokens < 3 * len(PROMPTS):
+                    await asyncio.sleep(0.001)
+                await proxy.stop()
+                if back_at is not None:
+                    await asyncio.sleep(back_at)
+                    assert not task.done()
+                    await proxy.start()
+                return await task, coordinator
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_going_on_without_the_target(tiny_pair: TinyPair):
+    outputs, coordinator = run_with_a_target_that_goes(tiny_pair, None, on_target_failure="policy")
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    for output, expected in zip(outputs, reference, strict=True):
+        assert output.error is None and len(output.generated_tokens) == MAX_TOKENS
+        with_target = output.without_target.index(True)
+        assert with_target >= 3 and all(output.without_target[with_target:])
+        assert output.generated_tokens[:with_target] == expected[:with_target]
+        assert output.alpha_history[with_target:] == [0.0] * (MAX_TOKENS - with_target)
+        assert output.importance_weights[with_target:] == [1.0] * (MAX_TOKENS - with_target)
+        assert output.logprobs_q[with_target:] == output.logprobs_theta[with_target:]
+        assert all(math.isnan(value) for value in output.logprobs_t[with_target:])
+        assert all(value < 0 and math.isfinite(value) for value in output.logprobs_q)
+    lost = sum(sum(output.without_target) for output in outputs)
+    assert coordinator.stats.decoding.lost_target_tokens == lost == coordinator.stats.decoding.policy_tokens > 0
+
+
+def test_waiting_for_the_target(tiny_pair: TinyPair):
+    outputs, _ = run_with_a_target_that_goes(tiny_pair, 3, on_target_failure="wait")
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+
+
+def test_by_default_a_target_that_goes_is_an_error(tiny_pair: TinyPair):
+    outputs, _ = run_with_a_target_that_goes(tiny_pair, None)
+    assert all(output.error is not None and output.finish_reason is None for output in outputs)

@@ -1,0 +1,234 @@
+"""Several servers of one model: shared load, sequences that stay and move, weights that reach all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, replicas
+from dual_rollout.exceptions import EngineProtocolError, EngineRestartedError, EngineUnavailableError
+from dual_rollout.server.launch import EmbeddedServer
+from tests import fault_proxy
+from tests.fault_proxy import Exchange, FaultProxy
+from tests.integration.conftest import TinyPair
+from tests.markov_server import MarkovServer, random_chain
+from tests.tiny_model import perturbed_copy
+
+V = 10
+THETA, T = (random_chain(np.random.default_rng(seed), V) for seed in (1, 2))
+FLAGS = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
+OPTIONS: dict[str, Any] = {"top_k": V, "seed": 5, "decoding": "lockstep", "max_retries": 2, "request_timeout": 20.0}
+
+
+def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return [output.generated_tokens for output in outputs]
+
+
+@pytest.fixture(autouse=True)
+def _short_probation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "_FIRST_PROBATION_S", 0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoding": "block"}, {"support": "tail", "top_k": 3}], ids=str)
+def test_replicas_give_the_tokens_of_one_server(options: dict[str, Any]) -> None:
+    prompts = [[i % V, 2] for i in range(12)]
+
+    async def run(count: int) -> tuple[list[list[int]], list[MarkovServer]]:
+        servers = [MarkovServer(THETA) for _ in range(count)] + [MarkovServer(T) for _ in range(count)]
+        async with asyncio.timeout(60), contextlib.AsyncExitStack() as stack:
+            urls = [(await stack.enter_async_context(server.running())).url for server in servers]
+            config = CoordinatorConfig(theta_url=urls[:count], t_url=urls[count:], **{**OPTIONS, **options})
+            async with DualVLLMCoordinator(config) as coordinator:
+                return tokens(await coordinator.generate_batch(prompts, max_tokens=8)), servers
+
+    one, _ = asyncio.run(run(1))
+    three, servers = asyncio.run(run(3))
+    assert one == three
+    for server in servers:
+        assert len(server.requests) >= 8, "each has its share"
+
+
+def test_a_sequence_stays_with_its_replica() -> None:
+    """No two of the servers see prompts that begin alike, but for what is asked of all or of nobody's sequence."""
+
+    async def run() -> None:
+        servers = [MarkovServer(THETA), MarkovServer(THETA), MarkovServer(T)]
+        async with servers[0].running() as a, servers[1].running() as b, servers[2].running() as t:
+            config = CoordinatorConfig(theta_url=[a.url, b.url], t_url=t.url, **OPTIONS)
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch([[i % V, i // V, 7] for i in range(30)], max_tokens=6)
+        seen = [
+            {
+                tuple(prompt[:3])
+                for request in server.requests
+                for prompt in request["prompt"]
+                if isinstance(prompt, list) and len(prompt) in (4, 5, 6)
+            }
+            for server in servers[:2]
+        ]
+        assert len(seen[0]) == len(seen[1]) == 15 and not seen[0] & seen[1]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) -> None:
+    prompts = [[10 + i, 20] for i in range(8)]
+
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url).running() as a, FaultProxy(tiny_pair.t_url).running() as b:
+            async with DualVLLMCoordinator(
+                CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, **{**OPTIONS, "top_k": 20})
+            ) as alone:
+                expected = tokens(await alone.generate_batch(prompts, max_tokens=10))
+            config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=[a.url, b.url], **{**OPTIONS, "top_k": 20})
+            async with DualVLLMCoordinator(config) as coordinator:
+                task = asyncio.create_task(coordinator.generate_batch(prompts, max_tokens=10))
+                while coordinator.stats.decoding.tokens < 16:
+                    await asyncio.sleep(0.001)
+                await a.stop()
+                assert tokens(await task) == expected
+                before = b.completions
+                await a.start()
+                at_a = a.completions
+                await asyncio.sleep(0.5)
+                for _ in range(2):
+                    assert tokens(await coordinator.generate_batch(prompts, max_tokens=10)) == expected
+                assert a.completions > at_a + 5 and b.completions > before
+
+    asyncio.run(asyncio.wait_for(run(), 90))
+
+
+def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> None:
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url, fault_proxy.error(500), lambda number: number > 30).running() as a:
+            config = CoordinatorConfig(
+                theta_url=tiny_pair.theta_url, t_url=[a.url, tiny_pair.t_url], **{**OPTIONS, "top_k": 20}
+            )
+            async with DualVLLMCoordinator(config) as coordinator:
+                tokens(await coordinator.generate_batch([[10 + i, 20] for i in range(8)], max_tokens=30))
+            assert a.injected >= 3
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair) -> None:
+    async def fault(exchange: Exchange) -> web.StreamResponse:
+        status, content = await exchange.ask()
+        if any(prompt[:1] == [77] for prompt in json.loads(exchange.body)["prompt"] if isinstance(prompt, list)):
+            status, content = 500, b"{}"
+        return web.Response(body=content, status=status, content_type="application/json")
+
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url, fault).running() as a, FaultProxy(tiny_pair.t_url, fault).running() as b:
+            config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=[a.url, b.url], **{**OPTIONS, "top_k": 20})
+            async with DualVLLMCoordinator(config) as coordinator:
+                prompts = [[10, 20], [77, 20], [11, 20]]
+                outputs = await coordinator.generate_batch(prompts, max_tokens=4)
+                assert [output.error is None for output in outputs] == [True, False, True]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_when_all_are_gone_it_is_said() -> None:
+    async def run() -> None:
+        urls = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
+        engine = Replicas([VLLMEngine(HttpTransport(url, max_retries=0)) for url in urls], max_retries=1)
+        with pytest.raises(EngineUnavailableError, match="no replica is left") as caught:
+            await engine.describe()
+        assert all(url in str(caught.value) for url in urls) and caught.value.url == engine.url
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_replicas_of_different_models_are_refused(tiny_pair: TinyPair) -> None:
+    async def run() -> None:
+        async with MarkovServer(THETA).running() as a, MarkovServer(T).running() as b:
+            config = CoordinatorConfig(theta_url=[a.url, b.url], t_url=b.url, **OPTIONS)
+            async with DualVLLMCoordinator(config) as coordinator:
+                with pytest.raises(EngineProtocolError, match="replicas do not serve one model"):
+                    await coordinator.generate_batch([[3, 1]], max_tokens=2)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_that_would_mix_weights_is_an_error() -> None:
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            theta, t = [await stack.enter_async_context(MarkovServer(chain).running()) for chain in (THETA, T)]
+            config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, **OPTIONS)
+            async with DualVLLMCoordinator(config) as opened:
+                opened.weight_version = 3
+                task = asyncio.create_task(opened.generate_batch([[1], [2]], max_tokens=200))
+                while opened.stats.decoding.tokens < 10:
+                    await asyncio.sleep(0.001)
+                opened.weight_version = 4
+                assert all("from version 3 to 4" in str(output.error) for output in await task)
+                (output,) = await opened.generate_batch([[1]], max_tokens=5)
+                assert output.error is None and output.weight_version == 4
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def best(engine: Any) -> float:
+    return float((await engine.next_top_k([[10, 20, 30]], 1)).logprobs.max())
+
+
+def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
+    tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Server b is killed; it comes back with the old weights. While their folder is there it is given the new ones;
+    once that is gone it stays out, and the next weights bring it back."""
+    new, newer = (perturbed_copy(tiny_models[0], tmp_path / str(i), noise=0.5, seed=i) for i in (7, 8))
+    gone = tmp_path / "gone"
+
+    async def run(a: EmbeddedServer, b: EmbeddedServer) -> None:
+        engines = [VLLMEngine(HttpTransport(server.url, max_retries=0)) for server in (a, b)]
+        both = Replicas(engines, max_retries=1)
+        try:
+            old = await best(both)
+            await both.reload_weights(str(new))
+            value = await best(engines[0])
+            assert abs(value - old) > 1e-3 and await best(engines[1]) == pytest.approx(value, abs=1e-4)
+
+            assert b.process is not None
+            b.process.kill()
+            await asyncio.to_thread(b.process.wait)
+            await asyncio.to_thread(b.start)
+            with pytest.raises(EngineRestartedError, match="restarted"):
+                await engines[1].next_top_k([[10, 20, 30]], 1)
+            for _ in range(4):  # b is asked for the second of the two: it is found out, given the weights, and back
+                top = await both.next_top_k([[10, 20, 30], [10, 20, 30]], 1)
+                assert top.logprobs.max(axis=1) == pytest.approx([value, value], abs=1e-4)
+                await asyncio.sleep(0.2)
+            assert await best(engines[1]) == pytest.approx(value, abs=1e-4)
+
+            new.rename(gone)
+            b.process.kill()
+            await asyncio.to_thread(b.process.wait)
+            await asyncio.to_thread(b.start)
+            for _ in range(4):
+                top = await both.next_top_k([[10, 20, 30], [10, 20, 30]], 1)
+                assert top.logprobs.max(axis=1) == pytest.approx([value, value], abs=1e-4)
+                await asyncio.sleep(0.2)
+            await both.reload_weights(str(newer))
+            assert await best(engines[0]) != pytest.approx(value, abs=1e-3)
+            assert await best(engines[1]) == pytest.approx(await best(engines[0]), abs=1e-4)
+        finally:
+            await both.aclose()
+            for engine in engines:
+                await engine.aclose()
+
+    with EmbeddedServer(tiny_models[0], FLAGS) as a, EmbeddedServer(tiny_models[0], FLAGS) as b:
+        asyncio.run(asyncio.wait_for(run(a, b), 120))
