@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from dual_rollout import __version__
-from dual_rollout.cli import bench, doctor, serve, serve_native, train
-from dual_rollout.exceptions import DualRolloutError
+from dual_rollout.cli import bench, doctor, generate, serve, serve_native, train
+from dual_rollout.exceptions import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand; returns the exit status: 2 for a caller's mistake, 1 for a server's fault."""
     parser = argparse.ArgumentParser(
         prog="dual-rollout", description="Rollouts from q*, between a policy and a target model."
     )
     parser.add_argument("--version", action="version", version=f"dual-rollout {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when a command fails")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (bench, doctor, serve, serve_native, train):
+    parser.add_argument("--debug", action="store_true", help="before the command: show a traceback when it fails")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (bench, doctor, generate, serve, serve_native, train):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     if rest:
         if not getattr(args, "accepts_rest", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
-    try:
-        return args.run(args)
-    except (ValueError, OSError, DualRolloutError) as error:
-        if args.debug:
-            raise
-        print(f"dual-rollout: error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(f"dual-rollout {args.command}", lambda: args.run(args), debug=args.debug)

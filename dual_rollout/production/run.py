@@ -1,0 +1,366 @@
+"""From an input to a folder of shards: what has been done is not done again, however often the process is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from dual_rollout import __version__
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.production.rows import Columns, Row, Source, open_source
+from dual_rollout.production.shards import Format, Journal, OutputFolder, Share
+from dual_rollout.types import GenerationOutput, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+# Of the config, what does not change the rows: a run may be continued on other machines, faster or slower.
+_OPERATION = frozenset(
+    {
+        "theta_url",
+        "t_url",
+        "targets",
+        "max_concurrency",
+        "max_retries",
+        "request_timeout",
+        "total_timeout",
+        "connection_pool_size",
+        "show_progress",
+    }
+)
+_LOG_EVERY_S = 30.0
+_ANY_PROMPT = (1, 2, 3, 4)  # ids that any vocabulary has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to generate, and where.
+
+    Attributes:
+        inputs: JSONL or Parquet files, or the name of one dataset, whose configuration and split are
+            `input_config` and `split`.
+        output: a folder; see `production.shards`.
+        columns: what the input's columns mean.
+        max_tokens: per sequence at most.
+        num_generations: sequences per row of the input.
+        rows_per_shard: sequences per shard.
+        limit: use only the first rows of the input.
+        share: the shards of this process.
+        retry_failed: generate rows that failed in an earlier run again.
+        overwrite: remove the earlier run first.
+    """
+
+    inputs: Sequence[str]
+    output: Path
+    columns: Columns = field(default_factory=Columns)
+    input_config: str | None = None
+    split: str = "train"
+    max_tokens: int = 256
+    num_generations: int = 1
+    format: Format = "parquet"
+    rows_per_shard: int = 1000
+    limit: int | None = None
+    share: Share = field(default_factory=Share)
+    retry_failed: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "num_generations", "rows_per_shard", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of this process's share: sequences that are in the output, and those of them that failed."""
+
+    rows: int
+    failed: int
+
+
+async def produce(job: Job, config: CoordinatorConfig) -> Summary:
+    """Generate what of `job` is not in its output folder yet.
+
+    Raises:
+        ValueError: the input, the columns or the output folder do not fit what is asked; nothing was generated.
+        EngineUnavailableError: a server is gone; another call goes on from here.
+        DualRolloutError: other faults of the servers that concern all rows.
+    """
+    if config.seed is None:
+        raise ValueError("seed must be set: a run that is continued has to draw the same tokens")
+    source = open_source(job.inputs, job.columns, config_name=job.input_config, split=job.split, limit=job.limit)
+    schema = output_schema(source.schema, job.columns)
+    async with DualVLLMCoordinator(dataclasses.replace(config, show_progress=False)) as coordinator:
+        versions = await _versions(coordinator)
+        settings = _settings(job, config, versions, source)
+        folder = OutputFolder(
+            job.output,
+            settings,
+            schema,
+            format=job.format,
+            rows_per_shard=job.rows_per_shard,
+            share=job.share,
+            overwrite=job.overwrite,
+        )
+        try:
+            if job.retry_failed:
+                logger.info("%d failed rows are generated again", folder.reopen_failed())
+            described = {"versions": json.dumps(versions), "settings": json.dumps(settings["generation"])}
+            run = _Run(job, source, folder, coordinator, described, show_progress=config.show_progress)
+            await run.to_end()
+        finally:
+            folder.close()
+    return Summary(sum(folder.finished.values()), sum(folder.failed.values()))
+
+
+def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
+    """The columns of the output, with the types of those that come from the input.
+
+    Raises:
+        ValueError: a column that JSON cannot hold, or one with the name of another.
+    """
+    floats = pa.list_(pa.float64())
+    fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", source.field(columns.prompt).type)]
+    if columns.t_prompt is not None:
+        fields.append(("t_prompt", source.field(columns.t_prompt).type))
+    elif columns.t_prompt_template is not None:
+        kind = source.field(columns.prompt).type
+        if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
+            raise ValueError(
+                f"--t-prompt-template needs text or chat messages, but column {columns.prompt} has token ids"
+            )
+        fields.append(("t_prompt", kind))
+    fields += [
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("generated_text", pa.string()),
+        ("generated_tokens", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("alpha_history", floats),
+        ("logprobs_q", floats),
+        ("logprobs_theta", floats),
+        ("logprobs_t", floats),
+        ("importance_weights", floats),
+        ("without_target", pa.list_(pa.bool_())),
+        ("error", pa.string()),
+        ("versions", pa.string()),
+        ("settings", pa.string()),
+    ]
+    for name in columns.keep:
+        if name in dict(fields):
+            raise ValueError(f"--keep-columns {name}: the output has a column of that name; rename the input's")
+        fields.append((name, source.field(name).type))
+    for name, kind in fields:
+        if not _is_json(kind):
+            raise ValueError(f"column {name} is of type {kind}; only text, numbers, and lists and mappings of them go")
+    return pa.schema(fields)
+
+
+class _Run:
+    def __init__(
+        self,
+        job: Job,
+        source: Source,
+        folder: OutputFolder,
+        coordinator: DualVLLMCoordinator,
+        described: Mapping[str, str],
+        *,
+        show_progress: bool,
+    ):
+        self._job, self._source, self._folder, self._coordinator = job, source, folder, coordinator
+        self._described = described
+        self._journals: dict[int, Journal] = {}
+        self._rows: dict[int, Row] = {}  # of the input, while their sequences are in flight
+        self._complete: list[int] = []
+        self._end: int | None = None  # sequences in all, once the input has ended
+        total = None if source.total is None else _owned(source.total * job.num_generations, job)
+        self._progress = _Progress(coordinator, total, sum(folder.finished.values()), job.share, show=show_progress)
+
+    async def to_end(self) -> None:
+        outputs = self._coordinator.generate_iter(self._requests(), max_tokens=self._job.max_tokens)
+        try:
+            async for number, output in outputs:
+                shard = number // self._job.rows_per_shard
+                self._journals[shard].add(number, self._row(number, output))
+                self._progress.add(output)
+                self._note_if_complete(shard)
+                await self._write_complete()
+            for shard in list(self._journals):  # the last one may be short; others were complete from the beginning
+                self._note_if_complete(shard)
+            await self._write_complete()
+        finally:
+            await outputs.aclose()
+            self._progress.close()
+            for journal in self._journals.values():
+                journal.close()
+
+    def _requests(self) -> Iterator[GenerationRequest]:
+        """One per sequence that is this process's to make and not made yet."""
+        job, number = self._job, 0
+        for row in self._source:
+            for _ in range(job.num_generations):
+                shard = number // job.rows_per_shard
+                if job.share.has(shard) and shard not in self._folder.finished and not self._has(shard, number):
+                    self._rows[number] = row
+                    yield GenerationRequest(number, job.columns.prompt_of(row), job.columns.t_prompt_of(row))
+                number += 1
+        self._end = number
+
+    def _has(self, shard: int, number: int) -> bool:
+        """Whether the sequence is in the journal of its shard; opens it at the first."""
+        if shard in self._complete:
+            return True
+        if shard not in self._journals:
+            self._journals[shard] = self._folder.journal(shard)
+            self._progress.restore(len(self._journals[shard]))
+            self._note_if_complete(shard)
+        return shard in self._complete or number in self._journals[shard]
+
+    def _note_if_complete(self, shard: int) -> None:
+        size = self._job.rows_per_shard
+        expected = size if self._end is None else min(size, self._end - shard * size)
+        if len(self._journals[shard]) == expected and shard not in self._complete:
+            self._complete.append(shard)
+
+    async def _write_complete(self) -> None:
+        """In a thread, so that the sequences in flight go on."""
+        while self._complete:
+            shard = self._complete[0]
+            await asyncio.to_thread(self._folder.write, shard, self._journals[shard])
+            del self._complete[0], self._journals[shard]
+
+    def _row(self, number: int, output: GenerationOutput) -> dict[str, Any]:
+        columns, row = self._job.columns, self._rows.pop(number)
+        index, generation = divmod(number, self._job.num_generations)
+        t_prompt = {"t_prompt": columns.t_prompt_of(row)} if columns.shows_t_prompt else {}
+        return {
+            "index": index,
+            "generation": generation,
+            "prompt": output.prompt,
+            **t_prompt,
+            "prompt_token_ids": output.prompt_token_ids,
+            "generated_text": output.generated_text,
+            "generated_tokens": output.generated_tokens,
+            "finish_reason": output.finish_reason,
+            "alpha_history": output.alpha_history,
+            "logprobs_q": output.logprobs_q,
+            "logprobs_theta": output.logprobs_theta,
+            "logprobs_t": output.logprobs_t,
+            "importance_weights": output.importance_weights,
+            "without_target": output.without_target,
+            "error": output.error,
+            **self._described,
+            **{name: row[name] for name in columns.keep},
+        }
+
+
+class _Progress:
+    """A bar on a terminal, a line of the log now and then elsewhere."""
+
+    def __init__(self, coordinator: DualVLLMCoordinator, total: int | None, done: int, share: Share, *, show: bool):
+        self._decoding = coordinator.stats.decoding
+        self._total, self._done, self._made, self._failed = total, done, 0, 0
+        self._started = self._logged = time.monotonic()
+        self._name = "q*" if share.count == 1 else f"q* {share.index}/{share.count}"
+        # tqdm disables itself where there is no terminal.
+        self._bar = tqdm(total=total, initial=done, desc=self._name, unit="row", disable=None if show else True)
+        self._logs = show and self._bar.disable
+        if total is None:
+            logger.info("%s: the length of the input is not known, so neither is the time left", self._name)
+
+    def restore(self, rows: int) -> None:
+        """Rows that an earlier run had made; they say nothing of the speed."""
+        self._done += rows
+        if not self._bar.disable:
+            self._bar.initial += rows
+            self._bar.update(rows)
+
+    def add(self, output: GenerationOutput) -> None:
+        self._done += 1
+        self._made += 1
+        self._failed += output.error is not None
+        self._bar.set_postfix_str(f"{self._tokens_per_second():.0f} tokens/s, {self._failed} failed", refresh=False)
+        self._bar.update()
+        if time.monotonic() - self._logged > _LOG_EVERY_S:
+            self._log()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._log()
+
+    def _tokens_per_second(self) -> float:
+        return self._decoding.tokens / (time.monotonic() - self._started)
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        if not self._logs:
+            return
+        of, left = "", ""
+        if self._total is not None:
+            of = f" of {self._total}"
+            seconds = (self._total - self._done) * (self._logged - self._started) / max(self._made, 1)
+            left = f", {tqdm.format_interval(seconds)} left" if self._made else ""
+        speed = self._tokens_per_second()
+        logger.info("%s: %d%s rows, %d failed, %.0f tokens/s%s", self._name, self._done, of, self._failed, speed, left)
+
+
+async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
+    """Of the package, and for each server the model's name and folder, and what serves it."""
+
+    async def ask(engine: Any) -> dict[str, str | None]:
+        info, server = await engine.describe(), None
+        if coordinator.config.engine == "dual":
+            with contextlib.suppress(EngineRejectedError):
+                server = (await engine.probe(_ANY_PROMPT)).version
+        return {"model": info.model, "root": info.root, "server": server}
+
+    theta, t = await asyncio.gather(ask(coordinator.theta), ask(coordinator.t))
+    return {"dual_rollout": __version__, "theta": theta, "t": t}
+
+
+def _settings(job: Job, config: CoordinatorConfig, versions: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """All that a later run must repeat to go on with this one. A newer version of the package may."""
+    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OPERATION}
+    return {
+        "input": {**source.identity, "limit": job.limit},
+        "columns": dataclasses.asdict(job.columns),
+        "models": {name: {key: versions[name][key] for key in ("model", "root")} for name in ("theta", "t")},
+        "generation": {"max_tokens": job.max_tokens, "num_generations": job.num_generations, **chosen},
+        "output": {"format": job.format, "rows_per_shard": job.rows_per_shard},
+    }
+
+
+def _owned(total: int, job: Job) -> int:
+    """How many of `total` sequences are this process's."""
+    size, (index, count) = job.rows_per_shard, (job.share.index, job.share.count)
+    full, rest = divmod(total, size)
+    whole = len(range(index, full, count))
+    return whole * size + (rest if job.share.has(full) else 0)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_json(kind.value_type)
+    if pa.types.is_struct(kind):
+        return all(_is_json(field.type) for field in kind)
+    plain = (
+        pa.types.is_null,
+        pa.types.is_boolean,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_string,
+        pa.types.is_large_string,
+    )
+    return any(check(kind) for check in plain)

@@ -1,0 +1,367 @@
+"""The output folder: shards that appear whole or not at all, a manifest with their checksums, journals of the rest.
+
+run.json                          what was asked for; a later run must ask for the same
+train-00000.parquet ...           shard s holds the sequences numbered s·R to (s + 1)·R − 1, in order
+manifest-00000-of-00001.jsonl     a line per finished shard, by each process of a run
+.train-00001.journal              the finished sequences of a shard that is not complete yet
+README.md                         a dataset card: the types of the columns, for `datasets.load_dataset`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["parquet", "jsonl"]
+OutputRow = Mapping[str, Any]
+
+_ROW_GROUP = 128  # rows in memory while a shard is written
+_OURS = re.compile(
+    r"run\.json|README\.md|manifest-\d+-of-\d+\.jsonl|train-\d+\.(parquet|jsonl)|\.train-\d+\.journal|\..+\.tmp-.+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which shards are a process's: those whose number leaves `index` when divided by `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"--shard-index must be at least 0 and below --num-shards, got {self.index} of {self.count}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.index:05d}-of-{self.count:05d}"
+
+    def has(self, shard: int) -> bool:
+        return shard % self.count == self.index
+
+
+class Journal:
+    """Finished sequences of one shard, a line of JSON each, so that a process killed at any moment loses none."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._offsets: dict[int, int] = {}
+        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):  # the process died while it wrote this
+                self._file.truncate(end)
+                break
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the machine died
+                self._offsets[json.loads(line)["number"]] = end
+            end += len(line)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def add(self, number: int, row: OutputRow) -> None:
+        self._offsets[number] = self._file.seek(0, os.SEEK_END)
+        self._file.write(_journal_line(number, row))
+        self._file.flush()
+
+    def items(self) -> Iterator[tuple[int, OutputRow]]:
+        """Numbers and rows, in the order of the numbers."""
+        with open(self.path, "rb") as file:
+            for number in sorted(self._offsets):
+                file.seek(self._offsets[number])
+                yield number, json.loads(file.readline())["row"]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class OutputFolder:
+    """A folder of shards, with a lock on one process's share of them. Close it when done.
+
+    Args:
+        path: made if it does not exist.
+        settings: all that determines the rows.
+        schema: of the rows.
+        rows_per_shard: R.
+        overwrite: remove what an earlier run wrote.
+
+    Attributes:
+        finished: rows of each of the process's shards that is complete and undamaged.
+        failed: those of them with an error.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with other settings, or another process has this share.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        schema: pa.Schema,
+        *,
+        format: Format,
+        rows_per_shard: int,
+        share: Share,
+        overwrite: bool = False,
+    ):
+        self.path, self.schema, self.format, self.rows_per_shard, self.share = (
+            path,
+            schema,
+            format,
+            rows_per_shard,
+            share,
+        )
+        self.finished: dict[int, int] = {}
+        self.failed: dict[int, int] = {}
+        if overwrite and share.count > 1:
+            raise ValueError("--overwrite is for a single process: remove the folder before several start")
+        path.mkdir(parents=True, exist_ok=True)
+        self._refuse_foreign()
+        self._manifest = self._lock(path / f"manifest-{share}.jsonl")
+        try:
+            self._remove_leftovers(all_of_them=overwrite)
+            self._check_settings(settings)
+            self._read_manifests()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._manifest.close()
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / f"train-{shard:05d}.{self.format}"
+
+    def journal(self, shard: int) -> Journal:
+        return Journal(self._journal_path(shard))
+
+    def write(self, shard: int, journal: Journal) -> None:
+        """Turn a complete journal into a shard. Killed on the way, the journal is there, or the shard, or both."""
+        path, failed = self.shard_path(shard), 0
+
+        def rows() -> Iterator[OutputRow]:
+            nonlocal failed
+            for _, row in journal.items():
+                failed += row["error"] is not None
+                yield row
+
+        with self._atomic(path) as file:
+            if self.format == "parquet":
+                _write_parquet(file, rows(), self.schema)
+            else:  # NaN, which JSON has not, becomes null
+                file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows())
+        self._note({"shard": shard, "file": path.name, "rows": len(journal), "failed": failed, "sha256": _sha256(path)})
+        self.finished[shard], self.failed[shard] = len(journal), failed
+        journal.close()
+        journal.path.unlink()
+
+    def reopen_failed(self) -> int:
+        """Make rows with an error count as not done; returns how many. Their shards stay until they are replaced."""
+        count = 0
+        for shard in [shard for shard, failed in self.failed.items() if failed]:
+            first = shard * self.rows_per_shard
+            count += self._keep_good(shard, enumerate(self._read(shard), start=first))
+            del self.finished[shard], self.failed[shard]
+        for path in self.path.glob(".train-*.journal"):
+            if self.share.has(shard := _shard_of(path)):
+                with contextlib.closing(self.journal(shard)) as journal:
+                    count += self._keep_good(shard, journal.items())
+        return count
+
+    def _refuse_foreign(self) -> None:
+        if (self.path / "run.json").exists():
+            return
+        for entry in self.path.iterdir():
+            if not entry.name.startswith((".", "manifest-")):  # which another process may just have made
+                raise ValueError(
+                    f"--output {self.path} holds {entry.name}, but no run.json of an earlier run: choose another folder"
+                )
+
+    def _lock(self, path: Path) -> IO[bytes]:
+        file = open(path, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(
+                f"another process is writing to {self.path} as --shard-index {self.share.index} of "
+                f"{self.share.count}: stop it, or give each process an index of its own"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see that no two processes have one --shard-index", path, error)
+        return file
+
+    def _remove_leftovers(self, *, all_of_them: bool) -> None:
+        """Unfinished files of this process, or everything that a run writes."""
+        own = f".tmp-{self.share}"
+        for entry in self.path.iterdir():
+            if entry.name == f"manifest-{self.share}.jsonl":
+                if all_of_them:
+                    self._manifest.truncate(0)
+            elif entry.name.endswith(own) or (all_of_them and _OURS.fullmatch(entry.name)):
+                entry.unlink()
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write run.json, or compare with the one that is there."""
+        path, card = self.path / "run.json", self.path / "README.md"
+        if not path.exists():
+            with self._atomic(path) as file:
+                file.write(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+        if not card.exists():
+            with self._atomic(card) as file:
+                file.write(_card(self.schema).encode())
+        try:
+            earlier, now = _flat(orjson.loads(path.read_bytes())), _flat(orjson.loads(orjson.dumps(settings)))
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): --overwrite begins anew") from error
+        changes = [
+            f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}"
+            for key in {**earlier, **now}
+            if earlier.get(key) != now.get(key)
+        ]
+        if changes:
+            raise ValueError(
+                f"--output {self.path} holds a run with other settings: {'; '.join(changes)}. Repeat the earlier ones "
+                "to go on with it; choose another folder, or --overwrite, for a new run"
+            )
+
+    def _read_manifests(self) -> None:
+        """Find out which shards of this process are whole, whoever wrote them; the others are made again."""
+        entries: dict[int, list[dict[str, Any]]] = {}
+        for path in self.path.glob("manifest-*.jsonl"):
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(orjson.JSONDecodeError):  # a process died while it wrote this
+                    entry = orjson.loads(line)
+                    if self.share.has(entry["shard"]):
+                        entries.setdefault(entry["shard"], []).append(entry)
+        for shard, candidates in sorted(entries.items()):
+            path = self.shard_path(shard)
+            checksum = _sha256(path) if path.exists() else None
+            for entry in candidates:
+                if entry["sha256"] == checksum:
+                    self.finished[shard], self.failed[shard] = entry["rows"], entry["failed"]
+                    self._journal_path(shard).unlink(missing_ok=True)
+            if shard not in self.finished:
+                what = "is missing" if checksum is None else "does not match its checksum in the manifest"
+                logger.warning("%s %s: its rows are generated again", path, what)
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the manifest; on a line of its own, whatever was left of the last one."""
+        end = self._manifest.seek(0, os.SEEK_END)
+        if end:
+            self._manifest.seek(end - 1)
+            if self._manifest.read(1) != b"\n":
+                self._manifest.write(b"\n")
+        self._manifest.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+        self._manifest.flush()
+        os.fsync(self._manifest.fileno())
+
+    def _keep_good(self, shard: int, rows: Iterable[tuple[int, OutputRow]]) -> int:
+        """Let the shard's journal hold the rows without an error; returns the number of the others."""
+        failed = 0
+        with self._atomic(self._journal_path(shard)) as file:
+            for number, row in rows:
+                if row["error"] is None:
+                    file.write(_journal_line(number, row))
+                else:
+                    failed += 1
+        return failed
+
+    def _read(self, shard: int) -> Iterator[OutputRow]:
+        path = self.shard_path(shard)
+        if self.format == "parquet":
+            for batch in pq.ParquetFile(path).iter_batches(_ROW_GROUP):
+                yield from batch.to_pylist()
+        else:
+            with open(path, "rb") as file:
+                yield from map(orjson.loads, file)
+
+    def _journal_path(self, shard: int) -> Path:
+        return self.path / f".train-{shard:05d}.journal"
+
+    @contextlib.contextmanager
+    def _atomic(self, path: Path) -> Iterator[IO[bytes]]:
+        """A file to write that becomes `path`, on disk, when all is written, and not before."""
+        temporary = path.with_name(f".{path.name.removeprefix('.')}.tmp-{self.share}")
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write_parquet(file: IO[bytes], rows: Iterator[OutputRow], schema: pa.Schema) -> None:
+    # Dictionaries only where rows repeat each other: of floats they are as long as the floats.
+    repeated = ["finish_reason", "versions", "settings"]
+    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeated) as writer:
+        while batch := list(itertools.islice(rows, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def _journal_line(number: int, row: OutputRow) -> bytes:
+    # Not orjson, which writes NaN as null.
+    return json.dumps({"number": number, "row": row}, ensure_ascii=False).encode() + b"\n"
+
+
+def _shard_of(path: Path) -> int:
+    return int(path.name.removeprefix(".").split("-")[1].split(".")[0])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        name: value
+        for key, inner in values.items()
+        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _card(schema: pa.Schema) -> str:
+    """Without it a column of nothing but nulls in the first JSONL shard would be of no type.
+
+    It does not name the files, which `load_dataset` finds by their names: of files that a card names it would go on
+    using what it has cached when there are more of them.
+    """
+    from datasets import Features
+    from datasets.info import DatasetInfo, DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
+    card, features = DatasetCardData(), Features.from_arrow_schema(schema)
+    DatasetInfosDict({"default": DatasetInfo(features=features)}).to_dataset_card_data(card)
+    text = "Sequences from q\\*, written by `dual-rollout generate`. The settings are in run.json."
+    return f"---\n{card.to_yaml()}\n---\n\n{text}\n"
