@@ -36,7 +36,8 @@ test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM serv
 
 demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=100 makes it longer)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/one_cpu.yaml \
-		--num_cpu_threads_per_process 2 -m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS)
+		--num_cpu_threads_per_process 2 -m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS) \
+		--dual_overwrite_output_dir true
 
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)

@@ -14,7 +14,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="folder with a transformers model (safetensors) and its tokenizer")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; set VLLM_API_KEY too before other machines can reach it",
+    )
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument("--served-model-name", nargs="+", default=[], help="names to serve; the folder by default")
     parser.add_argument("--max-model-len", type=int, help="longest sequence in tokens; the model's own by default")
@@ -33,6 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="memory for keys and values, GiB")
     parser.add_argument("--threads", type=int, help="torch threads; torch's default if not given")
     parser.add_argument("--enable-lora", action="store_true", help="allow loading LoRA adapters at run time")
+    parser.add_argument(
+        "--until-stdin-ends", action="store_true", help="stop when standard input ends, as a pipe does with its writer"
+    )
+    parser.add_argument("--weights-dir", help="folder that new weights and adapters must lie in; anywhere if not given")
     parser.set_defaults(run=run)
 
 

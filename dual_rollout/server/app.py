@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 import io
+import ipaddress
 import itertools
 import logging
 import time
@@ -12,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from dual_rollout.server.protocol import (
     APIError,
     Limits,
     SamplingParams,
+    check_count,
     check_prompt,
     invalid,
     not_found,
@@ -38,8 +42,11 @@ from dual_rollout.server.weights import read_weights, write_weights
 
 logger = logging.getLogger("dual_rollout.server")
 
-MAX_BODY_BYTES = 256 * 2**20
+MAX_BODY_BYTES = 64 * 2**20
 LOWEST_LOGPROB = -9999.0
+
+CHANGING_ROUTES = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/reset_prefix_cache"}
+OPEN_ROUTES = {"/health"}
 
 
 @dataclass
@@ -51,7 +58,11 @@ class Adapter:
 
 
 class EmbeddedApp:
-    """Turns HTTP requests into scheduler groups and finished sequences into vLLM's JSON."""
+    """Turns HTTP requests into scheduler groups and finished sequences into vLLM's JSON.
+
+    With an `api_key` every request but `/health` must bring it. Without, the routes that change what is served answer
+    to programs of this machine alone, and never to a web page. New weights are read from inside `weights_dir`, if set.
+    """
 
     def __init__(
         self,
@@ -63,6 +74,8 @@ class EmbeddedApp:
         model_path: str,
         model_names: list[str],
         enable_lora: bool,
+        api_key: str | None = None,
+        weights_dir: str | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -71,14 +84,16 @@ class EmbeddedApp:
         self.model_path = model_path
         self.model_names = model_names
         self.enable_lora = enable_lora
+        self.api_key = api_key
+        self.weights_dir = weights_dir
         self.adapters: dict[str, Adapter] = {}
-        self.started = int(time.time())
+        self.started = time.time()
         self._adapter_numbers = itertools.count(1)
         self._id_keys = [f"token_id:{token_id}" for token_id in range(limits.vocab_size)]
         self._decoded: dict[int, str] = {}
 
     def routes(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_errors])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_errors, self._check_access])
         app.router.add_get("/health", self.health)
         app.router.add_get("/version", self.version)
         app.router.add_get("/v1/models", self.models)
@@ -93,6 +108,38 @@ class EmbeddedApp:
             app.router.add_post("/v1/load_lora_adapter", self.load_lora_adapter)
             app.router.add_post("/v1/unload_lora_adapter", self.unload_lora_adapter)
         return app
+
+    @web.middleware
+    async def _check_access(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else ""
+        if self.api_key is not None:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if route not in OPEN_ROUTES and not _same(given, self.api_key):
+                raise APIError(
+                    "Unauthorized: the server's VLLM_API_KEY must come as a bearer token",
+                    status=401,
+                    type="Unauthorized",
+                )
+        elif route in CHANGING_ROUTES and not (_is_local(request.remote) and "Origin" not in request.headers):
+            raise APIError(
+                f"{route} changes what is served, and answers to programs of the server's own machine alone unless it "
+                "was started with VLLM_API_KEY in its environment and the request brings that key",
+                status=403,
+                type="Forbidden",
+            )
+        return await handler(request)
+
+    def _check_folder(self, path: str) -> None:
+        """Refuse weights from outside `weights_dir`, symbolic links resolved."""
+        if self.weights_dir is None:
+            return
+        root = Path(self.weights_dir).resolve()
+        for place in (Path(path), *Path(path).glob("*")):
+            if not place.resolve().is_relative_to(root):
+                raise APIError(f"{path} is not inside --weights-dir {self.weights_dir}", status=403, type="Forbidden")
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.scheduler.alive else 503)
@@ -115,7 +162,7 @@ class EmbeddedApp:
         return {
             "id": name,
             "object": "model",
-            "created": self.started,
+            "created": int(self.started),
             "owned_by": "dual_rollout",
             "root": root,
             "parent": parent,
@@ -127,6 +174,7 @@ class EmbeddedApp:
         body = await _body(request)
         prompts = parse_prompts(body.get("prompt"))
         params = parse_completion_sampling(body, self.limits)
+        check_count(len(prompts), params.n)
         name, adapter = self._served(body)
         ids = [self._encode(p, body) if isinstance(p, str) else p for p in prompts]
         for prompt in ids:
@@ -249,6 +297,8 @@ class EmbeddedApp:
         if method is None:
             raise APIError("Missing 'method' in request body", type="Bad Request")
         kwargs = body.get("kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise invalid("kwargs", "Input should be a valid dictionary")
         path = kwargs.get("weights_path")
         # vLLM then copies what tensors there are; clients use it to find out whether the server sees a folder.
         partial = kwargs.get("is_checkpoint_format") is False
@@ -261,6 +311,7 @@ class EmbeddedApp:
             )
         started = time.perf_counter()
         try:
+            self._check_folder(path)
             await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._reload(path, partial)))
         except (ValueError, OSError) as error:
             raise APIError(
@@ -291,6 +342,7 @@ class EmbeddedApp:
                 type="InvalidUserInput",
             )
         try:
+            self._check_folder(path)
             await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._load_adapter(name, path)))
         except FileNotFoundError as error:
             raise APIError(f"Loading lora {name} failed: {error}", status=404, type="NotFoundError") from error
@@ -301,6 +353,8 @@ class EmbeddedApp:
 
     async def unload_lora_adapter(self, request: web.Request) -> web.Response:
         name = (await _body(request)).get("lora_name")
+        if not isinstance(name, str):
+            raise APIError("'lora_name' must be provided.", type="InvalidUserInput")
         if name not in self.adapters:
             raise APIError(f"The lora adapter '{name}' cannot be found.", status=404, type="NotFoundError")
         await asyncio.wrap_future(self.scheduler.between_steps(lambda: self._unload_adapter(name)))
@@ -341,6 +395,7 @@ class EmbeddedApp:
         lines.append("# TYPE vllm:request_success counter")
         for reason, count in counters.finished.items():
             lines.append(f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}')
+        lines += ["# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started}"]
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
     async def _run(self, prompts: list[list[int]], params: SamplingParams, adapter: str | None) -> list[Sequence]:
@@ -354,6 +409,8 @@ class EmbeddedApp:
     def _served(self, body: dict[str, Any]) -> tuple[str, str | None]:
         """The served name to answer with, and the adapter's internal name."""
         name = body.get("model")
+        if name is not None and not isinstance(name, str):
+            raise invalid("model", "Input should be a valid string")
         if not name or name in self.model_names:
             return self.model_names[0], None
         if name in self.adapters:
@@ -364,7 +421,10 @@ class EmbeddedApp:
         return self.tokenizer.encode(text, add_special_tokens=body.get("add_special_tokens") is not False)
 
     def _apply_chat_template(self, body: dict[str, Any]) -> list[int]:
-        if body.get("chat_template") is not None:
+        kwargs = body.get("chat_template_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise invalid("chat_template_kwargs", "Input should be a valid dictionary")
+        if body.get("chat_template") is not None or "chat_template" in kwargs:
             raise APIError("chat_template in the request is not supported by the embedded server.")
         try:
             text = self.tokenizer.apply_chat_template(
@@ -372,7 +432,7 @@ class EmbeddedApp:
                 tokenize=False,
                 add_generation_prompt=body.get("add_generation_prompt", True),
                 continue_final_message=bool(body.get("continue_final_message")),
-                **(body.get("chat_template_kwargs") or {}),
+                **kwargs,
             )
         except Exception as error:  # templates raise whatever their authors chose
             raise APIError(str(error)) from error
@@ -490,6 +550,20 @@ async def _body(request: web.Request, *, any_content_type: bool = False) -> dict
             param="body",
         )
     return body
+
+
+def _same(given: str, key: str) -> bool:
+    """Whether a header holds the key, in a time that does not say how much of it is right."""
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode())
+
+
+def _is_local(address: str | None) -> bool:
+    """Whether a peer's address is a loopback one; an IPv4 address may come inside an IPv6 one."""
+    try:
+        peer = ipaddress.ip_address((address or "").partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(peer, "ipv4_mapped", None) or peer).is_loopback
 
 
 def _json(content: Any, status: int = 200) -> web.Response:

@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from dual_rollout.exceptions import EngineUnavailableError
+
 
 class EmbeddedServer:
-    """``dual-rollout serve MODEL ...`` as a context manager.
+    """``dual-rollout serve MODEL ...`` as a context manager; the server ends with this process, however that ends.
 
     Parameters
     ----------
@@ -28,7 +30,7 @@ class EmbeddedServer:
     start_timeout : seconds until ``/health`` must answer.
     env : variables added to the environment of the server.
 
-    ``start`` raises RuntimeError with the end of the log when the server exits or does not answer in time.
+    ``start`` raises EngineUnavailableError with the end of the log when the server exits or does not answer in time.
     """
 
     def __init__(
@@ -51,22 +53,28 @@ class EmbeddedServer:
             log_path = name
         self.log_path = Path(log_path)
         command = [sys.executable, "-m", "dual_rollout.cli", "serve", os.fspath(model)]
-        self.command = [*command, "--host", "127.0.0.1", "--port", str(self.port), *args]
-        self._env = {**os.environ, **(env or {})}
+        # Its standard input is a pipe that ends with this process, even when that is killed.
+        self.command = [*command, "--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-ends", *args]
+        # Its key is the one that this process's requests bring.
+        self._env = {**os.environ, "VLLM_API_KEY": os.environ.get("DUAL_ROLLOUT_API_KEY", "").strip(), **(env or {})}
 
     def start(self) -> EmbeddedServer:
         """Start the process and wait until it serves."""
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._env
+                self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._env
             )
         deadline = time.monotonic() + self.start_timeout
         try:
             while not self._healthy():
                 if self.process.poll() is not None:
-                    raise RuntimeError(f"the server exited with status {self.process.returncode}:\n{self.log_tail()}")
+                    raise EngineUnavailableError(
+                        f"the server exited with status {self.process.returncode}:\n{self.log_tail()}", url=self.url
+                    )
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"no answer from {self.url} in {self.start_timeout:g} s:\n{self.log_tail()}")
+                    raise EngineUnavailableError(
+                        f"no answer in {self.start_timeout:g} s:\n{self.log_tail()}", url=self.url
+                    )
                 time.sleep(0.05)
         except BaseException:
             self.stop()
@@ -84,6 +92,8 @@ class EmbeddedServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         return self.process.returncode
 
     def log_tail(self, lines: int = 20) -> str:

@@ -92,13 +92,13 @@ class ModelRunner:
     """Owns the model. Every method must be called from one thread."""
 
     def __init__(self, model_path: str, *, dtype: str, max_model_len: int | None) -> None:
-        config = AutoConfig.from_pretrained(model_path)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         self.max_model_len = _check_config(config, max_model_len)
         self.dtype = _resolve_dtype(config, dtype)
         self._attention = RaggedAttention()
         AttentionInterface.register(ATTENTION_NAME, self._attention)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=self.dtype, attn_implementation="eager", use_safetensors=True
+            model_path, dtype=self.dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
         )
         self.model.eval().requires_grad_(False)
         if not getattr(self.model, "_supports_attention_backend", False):

@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PROMPTS = 1024
+MAX_SEQUENCES = 16384  # of one request
 MIN_TEMPERATURE = 1e-2
 GREEDY_TEMPERATURE = 1e-5
 
@@ -169,6 +170,15 @@ def parse_prompts(prompt: Any) -> list[str] | list[list[int]]:
         return prompt
     _check_id_list(prompt, "prompt")
     return [prompt]
+
+
+def check_count(num_prompts: int, n: int) -> None:
+    """How many sequences one request starts."""
+    if num_prompts * n > MAX_SEQUENCES:
+        raise APIError(
+            f"n={n} for {num_prompts} prompts exceeds the maximum allowed count of {MAX_SEQUENCES} sequences.",
+            param="n",
+        )
 
 
 def check_prompt(token_ids: Sequence[int], limits: Limits, max_tokens: int | None) -> None:
@@ -344,8 +354,8 @@ def _integer(body: dict[str, Any], field: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not int:
+        value = int(value)
+    if type(value) is not int or not -(2**63) <= value < 2**63:
         if field in ("logprobs", "prompt_logprobs"):
             raise APIError(f"`{field}` must be an integer.", param=field)
         raise invalid(field, "Input should be a valid integer")

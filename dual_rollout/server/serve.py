@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 logger = logging.getLogger("dual_rollout.server")
 
 SHUTDOWN_S = 1.0
+API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -35,33 +39,54 @@ class ServeConfig:
     kv_cache_gib: float = 1.0
     threads: int | None = None
     enable_lora: bool = False
+    weights_dir: str | None = None
+    until_stdin_ends: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [{low}, {high:g}], got {value}")
+
+
+_RANGES = (
+    ("port", 0, 65535),
+    ("max_model_len", 1, math.inf),
+    ("max_num_seqs", 1, 65536),
+    ("max_logprobs", -1, math.inf),
+    ("kv_cache_gib", 0, 2**20),
+    ("threads", 1, 4096),
+    ("seed", 0, 2**63 - 1),
+)
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until a signal; the exit status. A taken port is reported before the model is loaded."""
+    """Serve until a signal; the exit status. A taken port is reported before the model is loaded.
+
+    The key that clients must bring is read from the environment variable `VLLM_API_KEY`.
+
+    Raises:
+        ValueError: the model cannot be served so.
+        OSError: the address cannot be listened on, or the model cannot be read.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     try:
         listener = _bind(config.host, config.port)
     except OSError as error:
-        print(
-            f"dual-rollout serve: cannot listen on {config.host}:{config.port}: {error.strerror}",
-            file=sys.stderr,
-        )
-        return 1
+        raise OSError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from error
+    api_key = os.environ.get(API_KEY_VARIABLE, "").strip() or None
     with listener:
         if not Path(config.model).is_dir():
-            print(
-                f"dual-rollout serve: {config.model} is not a folder with a transformers model",
-                file=sys.stderr,
+            raise ValueError(f"{config.model} is not a folder with a transformers model")
+        if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            logger.warning(
+                "whoever reaches %s may generate here; set %s to let in only who brings that key",
+                config.host,
+                API_KEY_VARIABLE,
             )
-            return 1
-        try:
-            app, scheduler = _build(config)
-        except (ValueError, OSError) as error:
-            print(f"dual-rollout serve: {error}", file=sys.stderr)
-            return 1
+        app, scheduler = _build(config, api_key)
         scheduler.start()
-        asyncio.run(_run(app, listener, scheduler))
+        asyncio.run(_run(app, listener, scheduler, config.until_stdin_ends))
     if not scheduler.close(SHUTDOWN_S):
         # A long step is still running and nobody waits for its result any more.
         sys.stderr.flush()
@@ -83,7 +108,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _build(config: ServeConfig) -> tuple[Any, Any]:
+def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
     """The aiohttp application and the scheduler; ValueError and OSError say what to change."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig
@@ -98,7 +123,7 @@ def _build(config: ServeConfig) -> tuple[Any, Any]:
         torch.set_num_threads(config.threads)
     started = time.perf_counter()
     runner = ModelRunner(config.model, dtype=config.dtype, max_model_len=config.max_model_len)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     generation = GenerationConfig.from_model_config(runner.model.config)
     if Path(config.model, "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(config.model)
@@ -138,6 +163,8 @@ def _build(config: ServeConfig) -> tuple[Any, Any]:
         model_path=config.model,
         model_names=names,
         enable_lora=config.enable_lora,
+        api_key=api_key,
+        weights_dir=config.weights_dir,
     )
     logger.info(
         "loaded %s (%s) in %.1f s; room for %.3g sequences of %d tokens",
@@ -157,12 +184,21 @@ def _default_sampling(generation: Any) -> dict[str, Any]:
     return {field: stated[field] for field in fields if stated.get(field) is not None}
 
 
-async def _run(app: Any, listener: socket.socket, scheduler: Any) -> None:
+async def _run(app: Any, listener: socket.socket, scheduler: Any, until_stdin_ends: bool) -> None:
     from aiohttp import web
 
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
+    if until_stdin_ends:
+
+        def read_to_end() -> None:
+            while os.read(sys.stdin.fileno(), 4096):
+                pass
+            loop.call_soon_threadsafe(stop.set)
+
+        threading.Thread(target=read_to_end, name="stdin", daemon=True).start()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     await web.SockSite(runner, listener).start()

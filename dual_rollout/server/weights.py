@@ -43,12 +43,21 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _names(index)
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names files outside its folder: {', '.join(outside[:5])}")
         return [folder / name for name in names]
     raise FileNotFoundError(
         f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
         "weights_path must be a folder written by save_pretrained"
     )
+
+
+def _names(index: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
 
 
 def _fit(

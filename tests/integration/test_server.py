@@ -24,6 +24,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from dual_rollout.exceptions import EngineUnavailableError  # noqa: E402
 from dual_rollout.server.launch import EmbeddedServer  # noqa: E402
 from tests.tiny_model import make_tiny_model, perturbed_copy  # noqa: E402
 
@@ -615,9 +616,9 @@ def test_models_that_cannot_be_served_are_refused(model_dir: Path, tmp_path: Pat
         (["--max-model-len", "100000"], "max_position_embeddings"),
         (["--kv-cache-gib", "0.00001"], "--kv-cache-gib"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(EngineUnavailableError, match=message):
             EmbeddedServer(model_dir, flags, env=ENV).start()
-    with pytest.raises(RuntimeError, match="is not a folder"):
+    with pytest.raises(EngineUnavailableError, match="is not a folder"):
         EmbeddedServer(tmp_path / "nothing", env=ENV).start()
 
 
