@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         sample_from_distribution,
         solve_kl_symmetry,
     )
+    from dual_rollout.training.rloo import DualRLOOTrainer
     from dual_rollout.training.rollout import DualRollout, RolloutBatch
     from dual_rollout.training.trainer import DualGRPOTrainer
     from dual_rollout.types import GenerationOutput
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CoordinatorConfig": "dual_rollout.config",
     "DualGRPOTrainer": "dual_rollout.training.trainer",
+    "DualRLOOTrainer": "dual_rollout.training.rloo",
     "DualRollout": "dual_rollout.training.rollout",
     "DualVLLMCoordinator": "dual_rollout.coordinator",
     "GenerationOutput": "dual_rollout.types",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "CoordinatorConfig",
     "DualGRPOTrainer",
+    "DualRLOOTrainer",
     "DualRollout",
     "DualVLLMCoordinator",
     "GenerationOutput",

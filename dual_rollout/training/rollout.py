@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import logging
-import secrets
+import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,6 +21,8 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.functional.weights import effective_sample_size, pareto_k
+from dual_rollout.training.contexts import ContextsByPrompt
+from dual_rollout.training.processes import fail_together
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import GenerationOutput, Prompt
 
@@ -39,7 +43,7 @@ class RolloutBatch:
         completion_ids, completion_mask: `(B, T)` long.
         alpha: `(B, T)` float32; 0 at padding, like all of the following.
         importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
-        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats.
+        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target.
         weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
     """
 
@@ -74,6 +78,10 @@ class RolloutBatch:
             ),
         )
 
+    def __getitem__(self, rows: torch.Tensor | slice) -> RolloutBatch:
+        """Some of the rows, `rows` as in the indexing of a tensor, as wide as before."""
+        return RolloutBatch(**{spec.name: getattr(self, spec.name)[rows] for spec in fields(self)})
+
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with all tensors on `device`."""
         return RolloutBatch(**{spec.name: getattr(self, spec.name).to(device) for spec in fields(self)})
@@ -85,6 +93,10 @@ class DualRollout:
     Give it to a trainer, `GRPOTrainer(rollout_func=DualRollout(config))`, or call `generate` in a loop of your own.
     Synchronous outside; inside, one event loop in a background thread keeps its connections for its whole life.
     Use as a context manager, or `close()` it.
+
+    With `config.seed` a trainer's random streams depend on the seed, the process, the training step, whether it trains
+    or evaluates, and the number of the rollout within that step, and on nothing else: a resumed run goes on with the
+    same ones, and evaluation does not change them.
 
     Args:
         config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
@@ -100,13 +112,19 @@ class DualRollout:
         self.tokenizer = tokenizer
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
-        self._seed = secrets.randbits(32) if config.seed is None else config.seed
-        self._calls = 0
+        self._streams: dict[str, tuple[int, int]] = {}
+        self._contexts = ContextsByPrompt()
+        self._warned = False
+        self._served_models: tuple[str, str] | None = None
         self._loop: _LoopThread | None = None
         self._coordinator: DualVLLMCoordinator | None = None
 
-    def __call__(self, prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
+    def __call__(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, Any]:
         """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
+
+        What π_t sees (`t_prompt`) and which target it is (`t_target`) come from the rows that `DualGRPOTrainer` knows;
+        under another trainer, which passes prompts alone, they are looked up by the prompt in `trainer.train_dataset`
+        or `trainer.eval_dataset`.
 
         Returns:
             `prompt_ids`, `completion_ids` and `logprobs` (log q*) as TRL requires, and per row the lists `alpha`,
@@ -115,28 +133,36 @@ class DualRollout:
 
         Raises:
             RolloutError: a sequence failed.
-            ValueError: the trainer asks for what q* cannot honour.
+            ValueError: the trainer asks for what q* cannot honour, or a prompt's contexts cannot be looked up.
         """
         check_training_args(trainer.args)
         if self.tokenizer is None:
-            self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        if self._calls == 0 and not trainer.use_vllm and getattr(trainer, "rollout", None) is not self:
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            self.tokenizer = with_template_options(tokenizer, trainer.chat_template_kwargs)
+        corrects = getattr(trainer, "rollout", None) is self
+        if not (self._warned or corrects or trainer.use_vllm):
+            self._warned = True
             logger.warning(
                 "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
                 "policy's server: use DualGRPOTrainer, or use_vllm=True"
             )
         state = trainer.state
         config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
-        started = time.perf_counter()
-        outputs = self._generate(
-            prompts,
-            config=config,
-            t_prompts=getattr(trainer, "t_prompts", None),
-            max_tokens=trainer.max_completion_length,
-            temperature=trainer.temperature,
-            process=trainer.accelerator.process_index,
-        )
+        before, started = self._counts(), time.perf_counter()
+        with fail_together():
+            check_rollout_is_all(trainer, prompts)
+            contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
+            outputs = self._generate(
+                prompts,
+                config=config,
+                t_prompts=contexts.t_prompts,
+                targets=contexts.targets,
+                max_tokens=trainer.max_completion_length,
+                temperature=trainer.temperature,
+                stream=(_mode(trainer), state.global_step, trainer.accelerator.process_index),
+            )
         _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
+        _log_counts(trainer, self._counts() - before)
         for name in self.schedule.ends:
             trainer._metrics[_mode(trainer)][f"sampling/{name}"].append(getattr(config, name))
         _log_completions(trainer, outputs)
@@ -158,6 +184,7 @@ class DualRollout:
         *,
         num_generations: int = 1,
         t_prompts: Sequence[Prompt] | None = None,
+        targets: Sequence[str | None] | None = None,
         max_tokens: int = 256,
         temperature: float | None = None,
     ) -> RolloutBatch:
@@ -165,13 +192,30 @@ class DualRollout:
 
         Successive calls draw from successive random streams of `config.seed`.
 
+        Args:
+            prompts: strings, chat message lists or token-id lists, as π_θ sees them.
+            t_prompts: what π_t sees instead, one per prompt.
+            targets: which π_t, one per prompt: a name in `config.targets`, None for the one at `config.t_url`, "none"
+                for no target (α = 0, weight 1).
+            max_tokens: tokens per sequence at most.
+            temperature: overrides the config's.
+
         Raises:
             RolloutError: a sequence failed.
+            ValueError: wrong arguments.
         """
-        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
-        repeated_t = None if t_prompts is None else [prompt for prompt in t_prompts for _ in range(num_generations)]
+
+        def repeat(rows: Sequence[T] | None) -> list[T] | None:
+            return None if rows is None else [row for row in rows for _ in range(num_generations)]
+
         outputs = self._generate(
-            repeated, config=self.config, t_prompts=repeated_t, max_tokens=max_tokens, temperature=temperature
+            repeat(prompts) or [],
+            config=self.config,
+            t_prompts=repeat(t_prompts),
+            targets=repeat(targets),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stream=("loop", 0, 0),
         )
         tokenizer = self._open().tokenizer
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
@@ -197,6 +241,14 @@ class DualRollout:
     def check_policy_server_sees(self, folder: str) -> None:
         """Raise `EngineError` unless π_θ's server reads the safetensors in `folder`, which must hold no tensors."""
         self._run(self._open().theta.check_sees(folder))
+
+    def served_models(self) -> tuple[str, str]:
+        """The names of π_θ's and π_t's model on their servers; asked once."""
+        if self._served_models is None:
+            coordinator = self._open()
+            theta, t = self._run(coordinator.theta.describe()), self._run(coordinator.t.describe())
+            self._served_models = (theta.model, t.model)
+        return self._served_models
 
     @property
     def weight_version(self) -> int | None:
@@ -230,12 +282,11 @@ class DualRollout:
         *,
         config: CoordinatorConfig,
         t_prompts: Sequence[Prompt] | None,
+        targets: Sequence[str | None] | None,
         max_tokens: int,
         temperature: float | None,
-        process: int = 0,
+        stream: tuple[str, int, int],
     ) -> list[GenerationOutput]:
-        seed = np.random.SeedSequence([self._seed, process, self._calls]).generate_state(1, np.uint64)[0]
-        self._calls += 1
         coordinator = self._open()
         coordinator.config = config  # differs from the one it was opened with in bounds on α alone
         outputs = self._run(
@@ -244,8 +295,9 @@ class DualRollout:
                 t_prompts=t_prompts,
                 max_tokens=max_tokens,
                 temperature=temperature,
-                seed=int(seed),
+                seed=self._seed(*stream),
                 return_diagnostics=True,
+                targets=targets,
             )
         )
         failed = [(i, output.error) for i, output in enumerate(outputs) if output.error is not None]
@@ -253,6 +305,21 @@ class DualRollout:
             i, error = failed[0]
             raise RolloutError(f"{len(failed)} of {len(outputs)} sequences failed; the first is number {i}: {error}")
         return outputs
+
+    def _counts(self) -> np.ndarray:
+        """Tokens so far, in the order of `_COUNTS`."""
+        decoding = self._open().stats.decoding
+        return np.array([getattr(decoding, name) for name in _COUNTS])
+
+    def _seed(self, mode: str, step: int, process: int) -> int | None:
+        """The seed of the next call of its kind; None without `config.seed`, so that decoding is free to draft."""
+        last_step, calls = self._streams.get(mode, (step, 0))
+        call = calls if last_step == step else 0
+        self._streams[mode] = (step, call + 1)
+        if self.config.seed is None:
+            return None
+        entropy = [self.config.seed, ("train", "eval", "loop").index(mode), step, process, call]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
     def _open(self) -> DualVLLMCoordinator:
         if self._coordinator is None:
@@ -289,16 +356,24 @@ class _LoopThread:
         self._loop.close()
 
 
+def with_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
+    """The tokenizer, with further arguments for its chat template."""
+    if not options:
+        return tokenizer
+    bound = copy.copy(tokenizer)
+    bound.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return bound
+
+
 def check_training_args(args: Any) -> None:
     """Refuse settings of a TRL config that would make log q* something other than the law of its samples.
 
     Raises:
         ValueError: names the key and what to set it to.
     """
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(args, name, neutral[0])
-        if value not in neutral:
-            raise ValueError(f"{name}={value} with q* would make its weights wrong: set it to {neutral[0]}")
+    check_sampling_is_plain({name: getattr(args, name) for name in _NEUTRAL})
+    if args.generation_kwargs:
+        raise ValueError("generation_kwargs do nothing to rollouts from q*: unset it")
     if not args.use_vllm:
         return
     if args.vllm_mode != "server":
@@ -308,6 +383,36 @@ def check_training_args(args: Any) -> None:
             f"vllm_importance_sampling_mode={args.vllm_importance_sampling_mode!r} multiplies the weights of a whole "
             'sequence, which vanish exponentially for samples from q*: set it to "token_truncate"'
         )
+
+
+def check_sampling_is_plain(options: Mapping[str, Any]) -> None:
+    """Refuse sampling options, by TRL's names, that would make log q* something other than the law of its samples.
+
+    Raises:
+        ValueError: names the key and what to set it to.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = options.get(name, neutral[0])
+        if value not in neutral:
+            raise ValueError(f"{name}={value} with q* would make its weights wrong: set it to {neutral[0]}")
+
+
+def check_rollout_is_all(trainer: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse what makes a trainer generate beside the rollout, or shows the policy more than the servers see.
+
+    Raises:
+        ValueError: tools, or images in a prompt.
+    """
+    if getattr(trainer, "tools", None):
+        raise ValueError(
+            "tools (or an environment_factory with methods) make TRL generate what follows a tool call from the policy "
+            "itself, outside q*: leave them out, and run tools in a loop of your own around DualRollout.generate"
+        )
+    for prompt in prompts:
+        for turn in () if isinstance(prompt, str) else prompt:
+            content = turn["content"] if isinstance(turn, Mapping) else None
+            if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+                raise ValueError("a prompt has an image, and rollouts from q* are of text alone")
 
 
 _NEUTRAL = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -328,13 +433,17 @@ def pad_rows(
 
 
 def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int, seconds: float) -> None:
-    """Add this rollout's figures to the trainer's metrics, over all processes."""
+    """Add this rollout's figures to the trainer's metrics, over all processes.
+
+    Tokens without a target count with α = 0 and the weight 1, and not at all where π_t is needed.
+    """
     alpha = np.concatenate([output.alpha_history for output in outputs])
     weights = np.concatenate([output.importance_weights for output in outputs])
     residual = np.concatenate([output.diagnostics["kl_diff"] for output in outputs])
     mass = np.concatenate(
         [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
     )
+    residual, mass = (x if np.isnan(x).all() else x[~np.isnan(x)] for x in (residual, mass))
     local = {
         "sampling/rollout_weight/min": weights.min(),
         "sampling/rollout_weight/mean": weights.mean(),
@@ -343,9 +452,9 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
         "sampling/alpha/min": alpha.min(),
         "sampling/alpha/mean": alpha.mean(),
         "sampling/alpha/max": alpha.max(),
-        "sampling/kl_residual/max": residual.max(),
-        "sampling/top_k_mass/min": mass.min(),
-        "sampling/top_k_mass/mean": mass.mean(),
+        "sampling/kl_residual/max": np.max(residual),
+        "sampling/top_k_mass/min": np.min(mass),
+        "sampling/top_k_mass/mean": np.mean(mass),
         "sampling/effective_sample_size_ratio": effective_sample_size(weights),
         "rollout/tokens_per_second": len(alpha) / seconds,
         "rollout/seconds": seconds,
@@ -355,7 +464,24 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
     gathered = trainer.accelerator.gather(values).view(-1, len(local)).cpu()
     for name, column in zip(local, gathered.T, strict=True):
         reduce = _REDUCTIONS.get(name.rsplit("/", 1)[-1], torch.Tensor.mean)
-        trainer._metrics[_mode(trainer)][name].append(reduce(column).item())
+        known = column[~column.isnan()]
+        trainer._metrics[_mode(trainer)][name].append(reduce(known).item() if len(known) else math.nan)
+
+
+_COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens")
+
+
+def _log_counts(trainer: Any, local: np.ndarray) -> None:
+    """Of this rollout, over all processes: the share of draft tokens that q* accepted, where any were drafted; tokens
+    drawn from π_θ alone, and those of them for which π_t's server was gone."""
+    counts = torch.tensor(local, dtype=torch.float32, device=trainer.accelerator.device)
+    total = trainer.accelerator.gather(counts).view(-1, len(_COUNTS)).sum(dim=0).tolist()
+    drafted, accepted, policy_only, lost = total
+    metrics = trainer._metrics[_mode(trainer)]
+    metrics["rollout/policy_only_tokens"].append(policy_only)
+    metrics["rollout/lost_target_tokens"].append(lost)
+    if drafted:
+        metrics["spec_decode/acceptance_rate"].append(accepted / drafted)
 
 
 def _log_completions(trainer: Any, outputs: Sequence[GenerationOutput]) -> None:

@@ -10,18 +10,20 @@ import torch
 from trl import GRPOTrainer
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts
 from dual_rollout.training.correction import (
     IMPORTANCE_SAMPLING_MODES,
     ImportanceSamplingMode,
     corrected_weights,
 )
+from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.rollout import DualRollout, check_training_args, pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
-from dual_rollout.training.weight_sync import WeightSyncMethod, choose_weight_sync
+from dual_rollout.training.weight_sync import WeightSyncMethod, choose_weight_sync, weight_folder
 from dual_rollout.types import Prompt
 
-T_PROMPT_COLUMN = "t_prompt"
-
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+"""TRL's losses that are linear in the advantages (or, VESPO, take the weights by themselves)."""
 
 _Trainer: Any = object  # a mixin over any TRL trainer, whose attributes it uses
 
@@ -38,7 +40,8 @@ class DualTrainerMixin(_Trainer):
     steps that share a rollout), and else with the server's, which has the same weights. `sampling/policy_drift` logs
     how far the two are apart: the numerics of two implementations, or weights that did not arrive.
 
-    A dataset column `t_prompt` (a string or chat messages) is what π_t sees instead of `prompt`.
+    A dataset column `t_prompt` (a string or chat messages) is what π_t sees instead of `prompt`, and a column
+    `t_target` names a π_t of `CoordinatorConfig.targets`; see `dual_rollout.training.contexts`.
 
     Args:
         dual_config: the servers and the law of the rollouts.
@@ -74,17 +77,48 @@ class DualTrainerMixin(_Trainer):
         self._mode = importance_sampling_mode
         self._clip = {"clip_min": importance_sampling_clip_min, "clip_max": importance_sampling_clip_max}
         self._synced_step: int | None = None
-        self.t_prompts: list[Prompt] | None = None
+        self.contexts = Contexts()
         self.rollout = DualRollout(dual_config, schedule=alpha_schedule)
         if "args" in kwargs:
-            check_training_args(kwargs["args"])  # before the model is loaded
-        super().__init__(*args, rollout_func=self.rollout, **kwargs)
-        if self.args.off_policy_mask_threshold is not None:
+            self._check_args(kwargs["args"])  # before the model is loaded
+        super().__init__(*args, **self._rollout_arguments(), **kwargs)
+        self._check_args(self.args)
+        folder = weight_folder(self.args.output_dir, weight_sync_dir)
+        self._weight_sync = choose_weight_sync(self, self.rollout, weight_sync, folder)
+
+    def _rollout_arguments(self) -> dict[str, Any]:
+        return {"rollout_func": self.rollout}
+
+    def _check_args(self, args: Any) -> None:
+        check_training_args(args)
+        if args.off_policy_mask_threshold is not None:
             raise ValueError(
                 "off_policy_mask_threshold compares the policy with log q*, from which it is far by design: unset it"
             )
-        folder = Path(weight_sync_dir or Path(self.args.output_dir) / "theta_weights")
-        self._weight_sync = choose_weight_sync(self, self.rollout, weight_sync, folder)
+        if args.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type={args.loss_type!r} is not known to be linear in the advantages, which carry the weights: "
+                f"set it to one of {', '.join(LOSS_TYPES)}"
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._synced_step = None  # steps may count from 0 again
+        return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._synced_step = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # what `remove_unused_columns` leaves of a dataset
+        columns: list[str] = self._signature_columns
+        columns += [name for name in CONTEXT_COLUMNS if name not in columns]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, with a section on the rollouts."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(Path(self.args.output_dir) / "README.md", rollout_section(self, self._mode, self._clip))
 
     def _generate(self, prompts: list[Prompt]) -> Any:
         if self.state.global_step != self._synced_step:
@@ -104,32 +138,38 @@ class DualTrainerMixin(_Trainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
-        self.t_prompts = None
-        if T_PROMPT_COLUMN in inputs[0]:
-            self.t_prompts = [row[T_PROMPT_COLUMN] for row in inputs]
+        self.contexts = Contexts.from_rows(inputs)
         output = super()._generate_and_score_completions(inputs)
-        # TRL has merged what the rollout returned per row into `inputs`.
+        # What the rollout returned per row has been merged into `inputs`.
         device, width = output["completion_ids"].device, output["completion_ids"].shape[1]
-        for name in ("alpha", "importance_weights", "logprobs_theta", "logprobs_t"):
-            output[name] = pad_rows([row[name] for row in inputs], 0.0, width=width).to(device)
+        for name, key in _TENSORS.items():
+            output[key] = pad_rows([row[name] for row in inputs], 0.0, width=width).to(device)
+        old_logps = self._old_per_token_logps(output)
         if "importance_sampling_ratio" not in output:  # TRL's own, which its loss applies
-            self._apply_weights(output)
-        if "old_per_token_logps" in output:
-            self._log_drift(output["old_per_token_logps"], output)
+            policy = output["logprobs_theta"] if old_logps is None else old_logps
+            weights = self._weights(policy - output["sampling_per_token_logps"], output["completion_mask"])
+            output["importance_sampling_ratio"] = weights
+            self._apply_weights(output, weights)
+        if old_logps is not None:
+            self._log_drift(old_logps, output)
         self._scoring_seconds = time.perf_counter() - started
         return output
 
-    def _apply_weights(self, output: dict[str, Any]) -> None:
-        mask = output["completion_mask"]
-        policy = output.get("old_per_token_logps", output["logprobs_theta"])
-        weights = corrected_weights(policy - output["sampling_per_token_logps"], mask, self._mode, **self._clip)
-        output["importance_sampling_ratio"] = weights
+    def _old_per_token_logps(self, output: dict[str, Any]) -> torch.Tensor | None:
+        """The trainer's log π_θ from before the update, `(B, T)` nats, where TRL computes it."""
+        return output.get("old_per_token_logps")
+
+    def _weights(self, log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        weights = corrected_weights(log_weights, mask, self._mode, **self._clip)
+        used = weights[mask.bool()] if weights.shape == mask.shape else weights[mask.any(dim=1)]
+        for reduce in ("min", "mean", "max"):
+            self._log_reduced("sampling/importance_sampling_ratio", reduce, used)
+        return weights
+
+    def _apply_weights(self, output: dict[str, Any], weights: torch.Tensor) -> None:
         # VESPO takes the ratio into its own gamma weights; every other loss is linear in the advantage.
         if self.loss_type != "vespo":
             output["advantages"] = output["advantages"].unsqueeze(1) * weights
-        used = weights[mask.bool()] if weights.shape == mask.shape else weights.flatten()
-        for reduce in ("min", "mean", "max"):
-            self._log_reduced("sampling/importance_sampling_ratio", reduce, used)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -139,7 +179,7 @@ class DualTrainerMixin(_Trainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         # Without log-probabilities from before the update, the policy is still the one that the rollout was for.
-        if "old_per_token_logps" not in inputs:
+        if self._old_per_token_logps(inputs) is None:
             self._log_drift(self._last_logps, inputs)
         return loss
 
@@ -158,6 +198,16 @@ class DualTrainerMixin(_Trainer):
         if gathered.numel():
             mode = "train" if self.model.training else "eval"
             self._metrics[mode][f"{name}/{reduce}"].append(function(gathered).item())
+
+
+_TENSORS = {
+    "alpha": "alpha",
+    "importance_weights": "importance_weights",
+    "logprobs_theta": "logprobs_theta",
+    "logprobs_t": "logprobs_t",
+    "logprobs_q": "sampling_per_token_logps",  # TRL's name for the law that sampled
+}
+"""What the rollout returns per row, and the names under which it stands in the batch, `(B, T)`."""
 
 
 class DualGRPOTrainer(DualTrainerMixin, GRPOTrainer):

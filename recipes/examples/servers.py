@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from dual_rollout.server.launch import EmbeddedServer
 
 
-def parse_args(description: str | None) -> argparse.Namespace:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--theta-url", help="π_θ's server; an embedded one is started when unset")
     parser.add_argument("--t-url", help="π_t's server; an embedded one is started when unset")
     parser.add_argument("--model", default="outputs/models/SmolLM2-135M-Instruct", help="model of embedded servers")
     parser.add_argument("--max-tokens", type=int, default=32)
-    return parser.parse_args()
+    return parser
+
+
+def parse_args(description: str | None) -> argparse.Namespace:
+    return make_parser(description).parse_args()
 
 
 @contextlib.contextmanager

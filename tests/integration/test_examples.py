@@ -32,4 +32,5 @@ def test_an_example_runs(name: str, tiny_models: tuple[Path, Path], tmp_path: Pa
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} - {"servers.py"} == set(SHOWN)
+    elsewhere = {"servers.py", "ppo_loop.py"}  # test_ppo_loop.py
+    assert {path.name for path in EXAMPLES.glob("*.py")} - elsewhere == set(SHOWN)

@@ -1,0 +1,148 @@
+"""What π_t sees, and which π_t it is: the dataset's columns `t_prompt` and `t_target`, and how they reach a rollout.
+
+`t_prompt` is a prompt like `prompt`; where a row has none (null), π_t sees `prompt`. `t_target` is a name in
+`CoordinatorConfig.targets`, "none" for no target (α = 0, weight 1), or null for the one at `t_url`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from dual_rollout.types import Prompt
+
+T_PROMPT_COLUMN = "t_prompt"
+T_TARGET_COLUMN = "t_target"
+CONTEXT_COLUMNS = (T_PROMPT_COLUMN, T_TARGET_COLUMN)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """One entry per row; None where no row has the column.
+
+    Attributes:
+        t_prompts: what π_t sees.
+        targets: names of targets.
+    """
+
+    t_prompts: Sequence[Prompt] | None = None
+    targets: Sequence[str | None] | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Contexts:
+        """The contexts of dataset rows, which have `prompt` besides the two columns."""
+        t_prompts = targets = None
+        if any(row.get(T_PROMPT_COLUMN) is not None for row in rows):
+            t_prompts = [row["prompt"] if row.get(T_PROMPT_COLUMN) is None else row[T_PROMPT_COLUMN] for row in rows]
+        if any(row.get(T_TARGET_COLUMN) is not None for row in rows):
+            targets = [row.get(T_TARGET_COLUMN) for row in rows]
+        return cls(t_prompts, targets)
+
+
+class ContextsByPrompt:
+    """Finds the contexts of prompts in a trainer's datasets, for a rollout function, which is given prompts alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, dict[bytes, dict[str, Any]]]] = {}
+
+    def find(self, prompts: Sequence[Prompt], trainer: Any) -> Contexts:
+        """The contexts of `prompts`, rows of the training or the evaluation dataset.
+
+        Raises:
+            ValueError: the dataset cannot be looked up, or has two contexts for one prompt, or a prompt is not in it.
+        """
+        mode = "train" if trainer.model.training else "eval"
+        by_prompt = self._of(trainer, mode)
+        if mode == "eval" and trainer.eval_dataset is None:
+            by_prompt = self._of(
+                trainer, "train"
+            )  # if that one has contexts, the one given to `evaluate` must be known
+        if not by_prompt:
+            return Contexts()
+        rows = []
+        for prompt in prompts:
+            context = by_prompt.get(_key(prompt))
+            if context is None:
+                raise ValueError(
+                    f"a prompt is not in the trainer's {mode}_dataset, where its {' and '.join(CONTEXT_COLUMNS)} would "
+                    f"be looked up: use DualGRPOTrainer, which sees the rows themselves. It begins {str(prompt)[:80]!r}"
+                )
+            rows.append({"prompt": prompt, **context})
+        return Contexts.from_rows(rows)
+
+    def _of(self, trainer: Any, mode: str) -> dict[bytes, dict[str, Any]]:
+        dataset = getattr(trainer, f"{mode}_dataset")
+        if mode not in self._known or self._known[mode][0] is not dataset:
+            parts = dataset.values() if isinstance(dataset, Mapping) else [] if dataset is None else [dataset]
+            self._known[mode] = (dataset, _by_prompt(parts))
+        return self._known[mode][1]
+
+
+def target_prompt(row: Mapping[str, Any], *, template: str | None = None, system_prompt: str | None = None) -> Prompt:
+    """What π_t sees of a dataset row: its `t_prompt`, or else its `prompt`, with turns of its own.
+
+    Args:
+        row: at least `prompt`, a string or chat messages.
+        template: replaces the last turn (a prompt that is a string: all of it); the row's columns in braces.
+        system_prompt: the system turn, in place of the prompt's own if it has one; the row's columns in braces.
+
+    Raises:
+        ValueError: a template that names a column the row lacks, or a system turn for a prompt that is a string.
+    """
+    prompt = row["prompt"] if row.get(T_PROMPT_COLUMN) is None else row[T_PROMPT_COLUMN]
+    if template is not None:
+        content = _fill(template, row, "t_prompt_template")
+        prompt = content if isinstance(prompt, str) else [*prompt[:-1], {"role": "user", "content": content}]
+    if system_prompt is not None:
+        if isinstance(prompt, str):
+            raise ValueError("t_system_prompt needs prompts that are chat messages; use t_prompt_template for strings")
+        turns = prompt[1:] if prompt[0]["role"] == "system" else prompt
+        prompt = [{"role": "system", "content": _fill(system_prompt, row, "t_system_prompt")}, *turns]
+    return prompt
+
+
+def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str | None = None) -> Any:
+    """The dataset with a column `t_prompt` made by `target_prompt`; without template and system prompt as it is."""
+    if template is None and system_prompt is None:
+        return rows
+    return rows.map(lambda row: {T_PROMPT_COLUMN: target_prompt(row, template=template, system_prompt=system_prompt)})
+
+
+def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
+    try:
+        return template.format(**row)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{name} names {error}, but the dataset has the columns {', '.join(row)}") from error
+
+
+def _by_prompt(datasets: Iterable[Any]) -> dict[bytes, dict[str, Any]]:
+    """The context of every prompt; empty where no dataset has one of the columns."""
+    datasets = list(datasets)
+    names = [set(dataset.column_names or next(iter(dataset))) for dataset in datasets]
+    if not any(columns & set(CONTEXT_COLUMNS) for columns in names):
+        return {}
+    found: dict[bytes, dict[str, Any]] = {}
+    for dataset, columns in zip(datasets, names, strict=True):
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"{' and '.join(sorted(columns & set(CONTEXT_COLUMNS)))} cannot be looked up in a streamed dataset: "
+                "use DualGRPOTrainer, which sees the rows themselves"
+            )
+        for row in dataset.select_columns(sorted(columns & {"prompt", *CONTEXT_COLUMNS})):
+            context = {name: row.get(name) for name in CONTEXT_COLUMNS}
+            if found.setdefault(_key(row["prompt"]), context) != context:
+                raise ValueError(
+                    "two rows have one prompt, but not one t_prompt and t_target, and a rollout function is given the "
+                    "prompt alone: use DualGRPOTrainer, which sees the rows themselves. The prompt begins "
+                    f"{str(row['prompt'])[:80]!r}"
+                )
+    return found
+
+
+def _key(prompt: Prompt) -> bytes:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
