@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-import yaml
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from dual_rollout.config import CoordinatorConfig, did_you_mean
+from dual_rollout.training.recipe_file import SECRETS, check_recipe_file
 from dual_rollout.training.schedules import AlphaSchedule
 
 PREFIX = "dual_"
 
-_URLS = ("theta_url", "t_url")
+# argparse takes what stands before None: one flag with one or several URLs, and a mapping as JSON.
+_HINTS: dict[str, Any] = {
+    "theta_url": list[str] | None | str,
+    "t_url": list[str] | None | str,
+    "targets": str | None | dict[str, Any],
+    "top_k": str | None | int,
+}
 
 
 def _coordinator_options() -> type:
@@ -24,9 +31,8 @@ def _coordinator_options() -> type:
     hints = get_type_hints(CoordinatorConfig)
     options = []
     for spec in fields(CoordinatorConfig):
-        unset = spec.name in _URLS
-        hint = str | None if unset else hints[spec.name]
-        default = None if unset else spec.default
+        hint = _HINTS.get(spec.name, hints[spec.name])
+        default = None if spec.name in ("theta_url", "t_url") else spec.default
         options.append((PREFIX + spec.name, hint, field(default=default, metadata=dict(spec.metadata))))
     return dataclasses.make_dataclass("CoordinatorOptions", options)
 
@@ -73,6 +79,9 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
             "help": "Folder for the weights, which trainer and server see under one path; inside output_dir when unset."
         },
     )
+    dual_overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that is not empty; what is in it stays or goes."}
+    )
     dual_task: str | None = field(
         default=None,
         metadata={"help": "A reasoning-gym task to train on, instead of dataset_name and reward_funcs."},
@@ -87,11 +96,27 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
             "help": "The user turn π_t sees instead: the dataset's columns in braces, {question} for the prompt's."
         },
     )
+    dual_t_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "A system turn that only π_t sees; the dataset's columns in braces."},
+    )
 
-    def coordinator_config(self, theta_url: str, t_url: str) -> CoordinatorConfig:
-        """The `CoordinatorConfig` these arguments describe, for servers at the given URLs."""
+    def coordinator_config(self, theta_url: str | list[str], t_url: str | list[str]) -> CoordinatorConfig:
+        """The `CoordinatorConfig` these arguments describe, for servers at the given URLs.
+
+        Raises:
+            ValueError: a value out of range.
+        """
         values = {spec.name: getattr(self, PREFIX + spec.name) for spec in fields(CoordinatorConfig)}
-        return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url})
+        if str(values["top_k"]).isdigit():  # a flag's value is a string
+            values["top_k"] = int(values["top_k"])
+        targets = self.dual_targets
+        if isinstance(targets, str):
+            try:
+                targets = json.loads(targets)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"dual_targets must be a mapping of names to URLs, as JSON: {error}") from error
+        return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url, "targets": targets})
 
     def alpha_schedule(self) -> AlphaSchedule:
         """The `AlphaSchedule` these arguments describe."""
@@ -104,15 +129,17 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
 
 @dataclass
 class TrainScriptArguments(ScriptArguments):
-    """TRL's own, as in its GRPO script.
+    """TRL's own, as in its GRPO script."""
 
-    Args:
-        reward_funcs: dotted import paths of reward functions.
-    """
-
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A reward model, by name or folder: a sequence classifier with one score."},
+    )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Dotted import paths of reward functions, e.g. my_lib.rewards.accuracy."},
+        metadata={
+            "help": "Reward functions: dotted import paths, e.g. my_lib.rewards.accuracy, or names in trl.rewards."
+        },
     )
 
 
@@ -126,6 +153,37 @@ class Recipe:
     model: ModelConfig
 
 
+def _check_save_steps(training: GRPOConfig) -> None:
+    """A checkpoint between two uses of one rollout could not be resumed: the rollout is not in it."""
+    uses = (training.steps_per_generation or 1) * training.num_iterations
+    every = training.save_steps * training.gradient_accumulation_steps
+    if training.save_strategy == "steps" and training.save_steps >= 1 and every % uses:
+        raise ValueError(
+            f"save_steps={training.save_steps:g} would save in the middle of a rollout, which a resumed run could not "
+            f"continue: one serves steps_per_generation x num_iterations = {uses} batches, "
+            f"and a step takes gradient_accumulation_steps = {training.gradient_accumulation_steps} of them"
+        )
+
+
+def _check_rollouts(dual: DualArguments, training: GRPOConfig) -> None:
+    """What the first rollout would refuse, before servers are started and models loaded."""
+    try:
+        config = dual.coordinator_config(dual.dual_theta_url or _ANY_URL, dual.dual_t_url or _ANY_URL)
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}{str(error).removeprefix(PREFIX)}") from error
+    dataclasses.replace(config, temperature=training.temperature)
+    if training.max_completion_length is None or training.max_completion_length < 1:
+        raise ValueError(f"max_completion_length must be at least 1, got {training.max_completion_length}")
+
+
+_ANY_URL = "http://127.0.0.1"
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # argparse would print hundreds of flags first
+
+
 def parse_recipe(argv: list[str]) -> Recipe:
     """Parse `--config RECIPE.yaml` and flags that override it.
 
@@ -134,27 +192,27 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """
     types: list[Any] = [DualArguments, TrainScriptArguments, GRPOConfig, ModelConfig]
     known = [spec.name for kind in types for spec in fields(kind)]
-    if "--config" in argv[:-1]:
-        _check_keys(argv[argv.index("--config") + 1], known)
+    if argv[-1:] == ["--config"]:
+        raise ValueError("--config needs the path of a recipe")
+    if "--config" in argv:
+        check_recipe_file(argv[argv.index("--config") + 1], types)
     for flag in argv:
         name = flag.removeprefix("--").split("=")[0].replace("-", "_")
+        if flag.startswith("--") and name in SECRETS:
+            raise ValueError(f"{flag.split('=')[0]} does not belong on a command line: set HF_TOKEN in the environment")
         if flag.startswith("--") and name not in [*known, "config"] and name.removeprefix("no_") not in known:
             raise ValueError(f"unknown flag {flag.split('=')[0]}{did_you_mean(name, known)}")
-    dual, script, training, model = TrlParser(types).parse_args_and_config(argv)
+    try:
+        dual, script, training, model = _Parser(types).parse_args_and_config(argv)
+    except (TypeError, ArithmeticError, AttributeError, LookupError, ImportError) as error:
+        raise ValueError(f"TRL does not take the recipe's values: {error}") from error
     if model.model_name_or_path is None:
         raise ValueError("set model_name_or_path to the policy")
+    _check_save_steps(training)
+    try:
+        _check_rollouts(dual, training)
+    except ValueError as error:
+        where = f"{argv[argv.index('--config') + 1]}: " if "--config" in argv else ""
+        raise ValueError(f"{where}{error}") from error
     training.output_dir = training.output_dir or "outputs"
     return Recipe(dual, script, training, model)
-
-
-def _check_keys(path: str, known: list[str]) -> None:
-    with open(path, encoding="utf-8") as file:
-        try:
-            values: Any = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a mapping of keys to values")
-    for key in values:
-        if key not in known and key != "env":
-            raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}")

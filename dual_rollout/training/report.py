@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ _ROWS = (
     ("update, s", "perf/update_s", "{:.1f}"),
 )
 
+_OF_A_STEP = ("loss", "eval_loss")
+"""Keys of a log entry that is about a training step or an evaluation, not about the whole run."""
+
 
 class RunReport(TrainerCallback):
-    """Appends each log entry to `metrics.jsonl` and keeps it for the closing table."""
+    """Appends the figures of each training step and evaluation that are logged to `metrics.jsonl`.
+
+    A resumed run continues the file after the step it begins from; other runs begin it anew.
+    """
 
     def __init__(self, folder: Path):
         self._path = folder / "metrics.jsonl"
@@ -32,23 +39,38 @@ class RunReport(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if state.global_step == 0:
-                self._path.write_text("")
+            self._entries = self._written_until(state.global_step)
+            rewritten = self._path.with_suffix(".tmp")
+            rewritten.write_text("".join(map(_line, self._entries)))
+            rewritten.replace(self._path)  # whole or not at all, for this run may be killed too
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        if not state.is_world_process_zero or not logs or logs.keys().isdisjoint(_OF_A_STEP):
             return
         entry = {"step": state.global_step, **logs}
         self._entries.append(entry)
         with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_line(entry))
+
+    def _written_until(self, step: int) -> list[dict[str, Any]]:
+        """The file's entries up to `step`; those after it are of a run that was killed and will be written again."""
+        entries = []
+        lines = self._path.read_text().splitlines() if step > 0 and self._path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line, cut off
+                entries.append(json.loads(line))
+        return [entry for entry in entries if entry["step"] <= step]
 
     def table(self) -> str:
         """First step, last step and mean over the steps of each figure."""
         lines = [f"{'':24}{'first':>10}{'last':>10}{'mean':>10}"]
         for label, name, form in _ROWS:
-            values = [entry[name] for entry in self._entries if name in entry]
+            values = [entry[name] for entry in self._entries if entry.get(name) is not None]
             if values:
                 cells = (values[0], values[-1], sum(values) / len(values))
                 lines.append(f"{label:24}" + "".join(f"{form.format(cell):>10}" for cell in cells))
         return "\n".join(["", *lines, ""])
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

@@ -1,34 +1,51 @@
 """Train with a recipe: `accelerate launch -m dual_rollout.training.script --config RECIPE.yaml`.
 
-Without server URLs in the recipe, two embedded servers are started for the run and stopped after it.
+Without server URLs in the recipe, two embedded servers are started for the run and stopped after it. With several
+processes each rolls out its own slice of a batch; the main one starts the servers and sends the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
+import logging
 import os
+import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict, load_dataset
-from trl import get_peft_config, get_quantization_config
+from datasets import DatasetDict
+from trl import GRPOConfig, get_peft_config, get_quantization_config
 
+from dual_rollout.exceptions import exit_status
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
+from dual_rollout.training.contexts import with_t_prompts
+from dual_rollout.training.processes import fail_together
 from dual_rollout.training.report import RunReport
-from dual_rollout.training.tasks import load_task
-from dual_rollout.training.trainer import T_PROMPT_COLUMN, DualGRPOTrainer
+from dual_rollout.training.tasks import load_rows, load_task, task_options
+from dual_rollout.training.trainer import DualGRPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe named in `argv` to its end."""
     recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
+    check_processes()
+    output_dir = Path(str(recipe.training.output_dir))
+    with fail_together():
+        if PartialState().is_main_process:
+            check_output_dir(recipe)
+    checkpoint = checkpoint_to_resume(recipe.training)
+    if PartialState().is_main_process:  # weights that a killed run was sending
+        shutil.rmtree(output_dir / "theta_weights", ignore_errors=True)
     dataset, reward_funcs = load_data(recipe)
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
     recipe.training.model_init_kwargs = {
@@ -54,18 +71,99 @@ def main(argv: list[str] | None = None) -> None:
             weight_sync=recipe.dual.dual_weight_sync,
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
         )
-        report = RunReport(Path(str(recipe.training.output_dir)))
+        report = RunReport(output_dir)
         trainer.add_callback(report)
         with trainer.rollout:
-            trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-        trainer.save_model(recipe.training.output_dir)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model(str(output_dir))
+            trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
     if trainer.accelerator.is_main_process:
         print(report.table())
-        print(f"The run is in {recipe.training.output_dir}/: the model, metrics.jsonl, the servers' logs.")
+        print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl, the servers' logs.")
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    PartialState().destroy_process_group()
 
 
-def load_data(recipe: Recipe) -> tuple[DatasetDict, list[Callable[..., Any]]]:
-    """The dataset, with a `t_prompt` column where the recipe has a template, and the reward functions.
+def check_processes() -> None:
+    """Refuse a launch of several processes of which each takes itself for the only one.
+
+    Raises:
+        ValueError: there are as many runs as processes.
+    """
+    launched, known = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if launched != known:
+        raise ValueError(
+            f"{launched} processes were launched, but each of them trains with {known}: on a machine without a GPU set "
+            "use_cpu: true in the recipe"
+        )
+
+
+def check_output_dir(recipe: Recipe) -> None:
+    """Refuse to mix this run's files with those of another.
+
+    Raises:
+        ValueError: the output folder is not empty, and nothing says to resume or to overwrite.
+    """
+    folder = Path(str(recipe.training.output_dir))
+    resumes = str(recipe.training.resume_from_checkpoint).lower() not in ("none", "false")
+    if resumes or recipe.dual.dual_overwrite_output_dir or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file: name a folder")
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir={folder} is not empty: name another, set resume_from_checkpoint: true to go on with the run "
+            "in it, or dual_overwrite_output_dir: true to write over it"
+        )
+
+
+def checkpoint_to_resume(training: GRPOConfig) -> str | None:
+    """The folder that `resume_from_checkpoint` names; for `true` the last whole checkpoint of `output_dir`, if any.
+
+    A run may have been killed while it wrote a checkpoint. Such a folder is passed over with a warning.
+
+    Raises:
+        ValueError: there are checkpoints, but of a run with another number of processes, or they are weights alone.
+    """
+    wanted = str(training.resume_from_checkpoint).lower()
+    if wanted in ("none", "false"):
+        return None
+    if wanted != "true":
+        return training.resume_from_checkpoint
+    if training.save_only_model:
+        raise ValueError("resume_from_checkpoint needs more than save_only_model saves: set that to false")
+    folder = Path(str(training.output_dir))
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    found = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+    whole = [path for path in found if _is_whole(path)]
+    for path in found:
+        if path not in whole:
+            logger.warning("%s was not written to its end: passed over", path)
+    if not whole:
+        logger.warning("resume_from_checkpoint: no checkpoint in %s yet, the run begins at step 0", folder)
+        return None
+    processes, streams = PartialState().num_processes, len(list(whole[0].glob("rng_state*.pth")))
+    if streams != processes:
+        raise ValueError(
+            f"resume_from_checkpoint: {whole[0]} was written by {streams} processes, and its data order and random "
+            f"streams cannot be continued by {processes}: launch {streams}, or name the folder itself to go on without"
+        )
+    return str(whole[0])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether everything was written, the trainer's state last; a random state that was cut off is no zip file."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    streams = list(checkpoint.glob("rng_state*.pth"))
+    return bool(streams) and all(map(zipfile.is_zipfile, streams))
+
+
+def load_data(recipe: Recipe) -> tuple[DatasetDict, list[str | Callable[..., Any]]]:
+    """The dataset, with a `t_prompt` column where the recipe has a template, and the rewards.
 
     Raises:
         ValueError: neither or both sources of data, or a template that names a column the dataset lacks.
@@ -73,44 +171,29 @@ def load_data(recipe: Recipe) -> tuple[DatasetDict, list[Callable[..., Any]]]:
     dual, script = recipe.dual, recipe.script
     if (dual.dual_task is None) == (script.dataset_name is None):
         raise ValueError("set exactly one of dual_task and dataset_name")
-    reward_funcs = [_import(path) for path in script.reward_funcs or []]
+    reward_funcs: list[str | Callable[..., Any]] = [reward_function(name) for name in script.reward_funcs or []]
+    if script.reward_model_name_or_path is not None:
+        reward_funcs.append(script.reward_model_name_or_path)
     if dual.dual_task is not None:
-        options = json.loads(dual.dual_task_options)
+        options = task_options(dual.dual_task_options)
         rows, task_reward = load_task(
             dual.dual_task, size=dual.dual_task_size, seed=recipe.training.seed, options=options
         )
         dataset = DatasetDict({script.dataset_train_split: rows, script.dataset_test_split: rows})
         reward_funcs.append(task_reward)
     else:
-        dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+        splits = [script.dataset_train_split]
+        if recipe.training.eval_strategy != "no":
+            splits.append(script.dataset_test_split)
+        dataset = load_rows(str(script.dataset_name), script.dataset_config, splits)
     if not reward_funcs:
-        raise ValueError("no reward: set reward_funcs to dotted import paths of reward functions")
-    if dual.dual_t_prompt_template is not None:
-        dataset = DatasetDict(
-            {name: with_t_prompts(rows, dual.dual_t_prompt_template) for name, rows in dataset.items()}
-        )
-    return dataset, reward_funcs
-
-
-def with_t_prompts(rows: Dataset, template: str) -> Dataset:
-    """Add what π_t sees: the row's prompt with its last user turn replaced by the filled template."""
-
-    def fill(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            content = template.format(**row)
-        except (KeyError, IndexError) as error:
-            raise ValueError(
-                f"dual_t_prompt_template names {error}, but the dataset has the columns {', '.join(row)}"
-            ) from error
-        if isinstance(row["prompt"], str):
-            return {T_PROMPT_COLUMN: content}
-        return {T_PROMPT_COLUMN: [*row["prompt"][:-1], {"role": "user", "content": content}]}
-
-    return rows.map(fill)
+        raise ValueError("no reward: set reward_funcs or reward_model_name_or_path")
+    turns = {"template": dual.dual_t_prompt_template, "system_prompt": dual.dual_t_system_prompt}
+    return DatasetDict({name: with_t_prompts(rows, **turns) for name, rows in dataset.items()}), reward_funcs
 
 
 @contextlib.contextmanager
-def servers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]:
     """The URLs of both servers; embedded ones are started by the main process when the recipe names none.
 
     Raises:
@@ -127,30 +210,34 @@ def servers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if dual.dual_theta_url is not None:
         yield dual.dual_theta_url, dual.dual_t_url
         return
-    state = PartialState()
     with contextlib.ExitStack() as stack:
-        urls: list[str | None] = [None, None]
-        if state.is_main_process:
-            folder = Path(str(recipe.training.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            policy = str(recipe.model.model_name_or_path)
-            running = [
-                EmbeddedServer(
-                    model, _server_flags(dual), log_path=folder / f"server_{name}.log", env=_server_env(dual)
-                )
-                for name, model in (("theta", policy), ("t", dual.dual_t_model_name_or_path or policy))
-            ]
-            print(f"Starting two embedded servers (logs in {folder}/server_*.log) ...", flush=True)
-            for server in running:
-                stack.callback(server.stop)
-                server.start()
-            urls = [server.url for server in running]
+        urls = ["", ""]
+        with fail_together():
+            if PartialState().is_main_process:
+                urls = [server.url for server in _start_servers(recipe, stack)]
         broadcast_object_list(urls)
-        yield str(urls[0]), str(urls[1])
+        yield urls[0], urls[1]
+
+
+def _start_servers(recipe: Recipe, stack: contextlib.ExitStack) -> list[EmbeddedServer]:
+    """π_θ's server and π_t's; `stack` stops them."""
+    dual, folder = recipe.dual, Path(str(recipe.training.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = str(recipe.model.model_name_or_path)
+    flags = [*_server_flags(dual), "--weights-dir", str(Path(dual.dual_weight_sync_dir or folder).resolve())]
+    running = [
+        EmbeddedServer(model, flags, log_path=folder / f"server_{name}.log", env=_server_env(dual))
+        for name, model in (("theta", policy), ("t", dual.dual_t_model_name_or_path or policy))
+    ]
+    print(f"Starting two embedded servers (logs in {folder}/server_*.log) ...", flush=True)
+    for server in running:
+        stack.callback(server.stop)
+        server.start()
+    return running
 
 
 def _server_flags(dual: DualArguments) -> list[str]:
-    flags = ["--enable-lora", "--max-logprobs", str(dual.dual_top_k)]
+    flags = ["--enable-lora", "--max-logprobs", "-1" if dual.dual_top_k == "auto" else str(dual.dual_top_k)]
     if dual.dual_max_model_len is not None:
         flags += ["--max-model-len", str(dual.dual_max_model_len)]
     if dual.dual_server_threads is not None:
@@ -162,16 +249,26 @@ def _server_env(dual: DualArguments) -> dict[str, str]:
     return {} if dual.dual_server_threads is None else {"OMP_NUM_THREADS": str(dual.dual_server_threads)}
 
 
-def _import(path: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
+def reward_function(name: str) -> Callable[..., Any]:
+    """The reward function of a name that TRL's own script knows, or of a dotted import path.
+
+    Raises:
+        ValueError: there is none, or it needs a package that is not installed.
+    """
+    module, _, attribute = (name if "." in name else f"trl.rewards.{name}").rpartition(".")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from error
+        raise ValueError(f"reward_funcs: cannot import {name!r}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
+    if function.__module__ == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
+        raise ValueError(f"reward_funcs: {name} needs the package math-verify: pip install math-verify")
+    if name == "get_soft_overlong_punishment":  # not a reward but what makes one, here with the values of TRL's script
+        return function(max_completion_len=1280, soft_punish_cache=256)
+    return function
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("dual_rollout.training.script", main))

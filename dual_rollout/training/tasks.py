@@ -1,11 +1,14 @@
-"""Tasks with verifiable rewards from reasoning-gym: questions, answers and scorers, made offline."""
+"""What to train on: tasks with verifiable rewards from reasoning-gym, made offline, or a dataset, checked."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -50,6 +53,44 @@ def load_task(name: str, *, size: int, seed: int, options: dict[str, Any]) -> tu
         for index, entry in enumerate(task)
     ]
     return Dataset.from_list(rows), TaskReward(task)
+
+
+def task_options(text: str) -> dict[str, Any]:
+    """`dual_task_options` parsed.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"dual_task_options is not valid JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f'dual_task_options must be a JSON object such as {{"max_terms": 3}}, got {text!r}')
+    return options
+
+
+def load_rows(name: str, config: str | None, splits: Sequence[str]) -> DatasetDict:
+    """A dataset by name or folder, with rows and a column `prompt` in each of the splits that the run uses.
+
+    Raises:
+        ValueError: it cannot be read, or lacks a split or the column.
+    """
+    try:
+        dataset = load_dataset(name, name=config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"dataset_name={name!r} cannot be loaded: {error}") from error
+    for split in splits:
+        if split not in dataset:
+            raise ValueError(
+                f"{name} has no split {split!r} but {', '.join(dataset)}: set dataset_train_split, dataset_test_split"
+            )
+        columns = dataset[split].column_names
+        if "prompt" not in columns:
+            raise ValueError(f"{name} has no column 'prompt' but {', '.join(columns)}: rename the one with the prompts")
+        if len(dataset[split]) == 0:
+            raise ValueError(f"the split {split!r} of {name} has no rows")
+    return dataset
 
 
 def final_answer(text: str) -> str:

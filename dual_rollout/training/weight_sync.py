@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
 from safetensors.torch import save_file
 
+from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import DualRollout
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ WEIGHT_SYNC_METHODS: tuple[str, ...] = get_args(WeightSyncMethod)
 
 
 class WeightSync(Protocol):
-    """One way to bring weights to π_θ's server."""
+    """One way to bring weights to π_θ's server. What fails in the main process raises in all of them."""
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
         """Return when the server serves the trainer's weights, with the trainer's global step as their version.
@@ -58,8 +59,10 @@ def choose_weight_sync(trainer: Any, rollout: DualRollout, method: WeightSyncMet
         return TrlWeightSync()
     model = trainer.accelerator.unwrap_model(trainer.model)
     not_lora, not_disk = why_not_lora(model), why_not_disk(model, trainer.accelerator)
-    if method == "auto" and not_lora is None and not_disk is None and not rollout.policy_server_loads_lora():
-        not_lora = "the server loads none; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+    if method == "auto" and not_lora is None and not_disk is None:
+        with fail_together():
+            if not rollout.policy_server_loads_lora():
+                not_lora = "the server loads none; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
     if method == "lora" or (method == "auto" and not_lora is None):
         if not_lora is not None:
             raise ValueError(f"dual_weight_sync=lora is not possible: {not_lora}")
@@ -69,6 +72,20 @@ def choose_weight_sync(trainer: Any, rollout: DualRollout, method: WeightSyncMet
     if method == "auto" and is_peft_model(model):
         logger.warning("each weight sync sends the merged model instead of the adapter: %s", not_lora)
     return DiskWeightSync(folder)
+
+
+def weight_folder(output_dir: str | Path, chosen: str | Path | None) -> Path:
+    """Where versions are written: the folder that was chosen, or else one inside the run's.
+
+    Raises:
+        ValueError: the one inside the run's folder is a symbolic link out of it.
+    """
+    if chosen is not None:
+        return Path(chosen)
+    folder = Path(output_dir) / "theta_weights"
+    if not folder.resolve().is_relative_to(Path(output_dir).resolve()):
+        raise ValueError(f"{folder} leads to {folder.resolve()}: remove the link, or set dual_weight_sync_dir to there")
+    return folder
 
 
 def why_not_lora(model: Any) -> str | None:
@@ -124,24 +141,24 @@ class DiskWeightSync:
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
         accelerator, version = trainer.accelerator, trainer.state.global_step
         model = accelerator.unwrap_model(trainer.model)
-        main = accelerator.is_main_process
-        if main and not self._checked:
+        with merged(model) as base:
+            tensors = accelerator.get_state_dict(trainer.model_wrapped)
+            with fail_together():
+                if accelerator.is_main_process:
+                    named = base_names(tensors) if is_peft_model(model) else tensors
+                    self._send(base, named, _version_folder(self._folder, version), rollout)
+        rollout.weight_version = version
+
+    def _send(self, model: Any, tensors: Mapping[str, torch.Tensor], path: Path, rollout: DualRollout) -> None:
+        if not self._checked:
             check_visible(self._folder, rollout)
             self._checked = True
-        path = _version_folder(self._folder, version)
         try:
-            with merged(model) as base:
-                tensors = accelerator.get_state_dict(trainer.model_wrapped)
-                if main:
-                    base.save_pretrained(path, state_dict=base_names(tensors) if is_peft_model(model) else tensors)
-            if main:
-                _readable(path)
-                rollout.reload_policy_weights(str(path))
+            model.save_pretrained(path, state_dict=tensors)
+            _readable(path)
+            rollout.reload_policy_weights(str(path))
         finally:
-            if main:
-                shutil.rmtree(path, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        rollout.weight_version = version
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class LoraWeightSync:
@@ -159,16 +176,16 @@ class LoraWeightSync:
         model = accelerator.unwrap_model(trainer.model)
         name = model.active_adapters[0]
         tensors = accelerator.get_state_dict(trainer.model_wrapped)
-        if accelerator.is_main_process:
-            path = _version_folder(self._folder, version)
-            model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
-            _readable(path)
-            # PEFT gives every adapter but the one named "default" a folder of its own.
-            rollout.load_policy_adapter(str(path if name == "default" else path / name))
-            if self._served is not None:
-                shutil.rmtree(self._served, ignore_errors=True)
-            self._served = path
-        accelerator.wait_for_everyone()
+        with fail_together():
+            if accelerator.is_main_process:
+                path = _version_folder(self._folder, version)
+                model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
+                _readable(path)
+                # PEFT gives every adapter but the one named "default" a folder of its own.
+                rollout.load_policy_adapter(str(path if name == "default" else path / name))
+                if self._served is not None:
+                    shutil.rmtree(self._served, ignore_errors=True)
+                self._served = path
         rollout.use_policy_adapter()
         rollout.weight_version = version
 

@@ -1,18 +1,22 @@
-"""Recipes: every shipped one parses, mistakes are named, and both ways to launch one do the same thing."""
+"""Recipes: every shipped one parses and runs, mistakes are named, and both ways to launch one do the same thing."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config import load_config_from_file
 
 from dual_rollout.training.arguments import parse_recipe
-from dual_rollout.training.script import load_data
+from dual_rollout.training.script import load_data, main
 from dual_rollout.training.tasks import final_answer
+from tests.integration.conftest import TinyPair
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "model_name_or_path" in path.read_text())
@@ -21,9 +25,100 @@ QUICKSTART = ROOT / "recipes/quickstart/grpo_cpu.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_parses(path: Path) -> None:
-    recipe = parse_recipe(["--config", str(path)])
+    recipe = parse_recipe(["--config", str(path), "--use_cpu", "true"])
     config = recipe.dual.coordinator_config("http://127.0.0.1:1", "http://127.0.0.1:2")
     assert config.top_k == yaml.safe_load(path.read_text()).get("dual_top_k", 100)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_is_described(path: Path) -> None:
+    assert path.name in (path.parent / "README.md").read_text()
+
+
+FOR_REAL_WORK = [path for path in RECIPES if path.parent.name not in ("quickstart", "native")]
+
+
+def test_the_uses_there_are_recipes_for() -> None:
+    uses = {path.parent.name for path in FOR_REAL_WORK}
+    assert uses == {"math", "self_distillation", "alignment", "lora", "two_node"}
+
+
+@pytest.mark.parametrize("path", FOR_REAL_WORK, ids=lambda path: path.parent.name)
+def test_a_recipe_runs_two_steps_with_stand_ins(
+    path: Path, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny models, a few rows with the dataset's columns, small batches, no GPU; everything else as the recipe says."""
+    monkeypatch.chdir(ROOT)
+    recipe = yaml.safe_load(path.read_text())
+    if not find_spec("math_verify"):
+        stand_ins = {"trl.rewards.accuracy_reward": "tests.recording_reward.closeness"}
+        recipe["reward_funcs"] = [stand_ins.get(name, name) for name in recipe.get("reward_funcs", [])]
+    recipe |= {
+        "model_name_or_path": str(tiny_pair.theta_model),
+        "dual_t_model_name_or_path": str(tiny_pair.t_model),
+        "dataset_name": str(rows_like_the_dataset(tmp_path / "rows")),
+        "dual_theta_url": tiny_pair.theta_url,
+        "dual_t_url": tiny_pair.t_url,
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    if "reward_model_name_or_path" in recipe:
+        recipe["reward_model_name_or_path"] = str(tiny_pair.t_model)
+    if "dual_weight_sync_dir" in recipe:
+        recipe["dual_weight_sync_dir"] = str(tmp_path / "weights")
+    if recipe.get("dual_weight_sync") == "lora":  # the run's own servers take adapters
+        recipe |= {"dual_theta_url": None, "dual_t_url": None, "dual_server_threads": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    main(["--config", str(tmp_path / "recipe.yaml")])
+
+    entries = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+    first, last = entries
+    assert 0 < first["sampling/alpha/max"] <= recipe.get("dual_alpha_max", 1.0)
+    if "dual_alpha_schedule" in recipe:
+        assert last["sampling/alpha/max"] == 0, "its last step is on-policy"
+        # The law is then π_θ, but for what the lists do not hold.
+        assert last["sampling/rollout_weight/mean"] == pytest.approx(1, abs=0.1)
+    if not recipe.get("mask_truncated_completions"):
+        assert first["sampling/importance_sampling_ratio/max"] <= recipe["dual_importance_sampling_clip_max"]
+    assert "sampling/policy_drift/max" not in first or first["sampling/policy_drift/max"] < 0.5  # bfloat16 autocast
+    saved = "adapter_model.safetensors" if recipe.get("use_peft") else "model.safetensors"
+    assert (tmp_path / "out" / saved).exists()
+    assert (tmp_path / "out/checkpoint-2" / saved).exists()
+    assert "π_t" in (tmp_path / "out/README.md").read_text()
+
+
+def rows_like_the_dataset(folder: Path) -> Path:
+    """A dataset on disk with the columns of those that the recipes name."""
+    folder.mkdir()
+    rows = [
+        {"prompt": [{"role": "user", "content": f"what is {n} and {n}"}], "solution": f"${2 * n}$"} for n in range(12)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes/accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_accelerate_config_loads(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.to_dict().items() >= {"num_machines": 1, "compute_environment": "LOCAL_MACHINE"}.items()
+    stage = {"zero2": 2, "zero3": 3}.get(path.stem)
+    if stage is not None:
+        assert config.deepspeed_config["zero_stage"] == stage
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    assert config.use_cpu == ("cpu" in path.stem)
+    if not config.use_cpu:
+        assert "NOT TESTED" in path.read_text()
 
 
 def write_recipe(tmp_path: Path, **changes: object) -> str:
@@ -46,7 +141,8 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, nearest: s
 
 def test_flags_override_the_recipe(tmp_path: Path) -> None:
     recipe = parse_recipe(["--config", str(QUICKSTART), "--dual_top_k", "7", "--max_steps", "3"])
-    assert (recipe.dual.dual_top_k, recipe.training.max_steps) == (7, 3)
+    config = recipe.dual.coordinator_config("http://127.0.0.1:1", "http://127.0.0.1:2")
+    assert (config.top_k, recipe.training.max_steps) == (7, 3)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +201,7 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_models: tuple[Path
             num_generations=2,
             max_completion_length=5,
         )
-        done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries] == [1, 2]

@@ -1,0 +1,81 @@
+"""What a model card says about the rollouts a model was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dual_rollout import __version__
+from dual_rollout.training.contexts import T_PROMPT_COLUMN
+
+_BEFORE = "### Framework versions"
+"""The heading of TRL's card in front of which the section stands."""
+
+_ALPHA = ("alpha_method", "fixed_alpha", "kl_budget", "alpha_min", "alpha_max")
+_LISTS = ("top_k", "support", "missing", "decoding")  # mean nothing to a native server
+
+
+def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
+    """Markdown: what q* was, between which models, and how its weights entered the loss. Names no server.
+
+    Args:
+        trainer: a `DualTrainerMixin`, whose servers are asked for their models' names unless they have been before.
+        mode, clip: how it applies importance weights.
+    """
+    config, schedule = trainer.rollout.config, trainer.rollout.schedule
+    policy, target = map(_without_folders, trainer.rollout.served_models())
+    names = [*_ALPHA, *(() if config.engine == "native" else _LISTS)]
+    settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    settings["temperature"] = trainer.temperature
+    for name, end in schedule.ends.items():
+        settings[name] = f"{settings[name]} to {end}, {schedule.shape} over the training steps"
+    rows = {
+        "policy π_θ": policy,
+        "target π_t": target + (", which saw prompts of its own" if _has_t_prompts(trainer) else ""),
+        **({"further targets": ", ".join(config.targets)} if config.targets else {}),
+        "servers": "one native server" if config.engine == "native" else f"{config.theta_engine}, {config.t_engine}",
+        **{f"`{name}`": value for name, value in settings.items()},
+        "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return _SECTION.format(version=__version__, table=table)
+
+
+def add_to_card(path: Path, section: str) -> None:
+    """Put the section into the model card that TRL has written at `path`."""
+    before, heading, after = path.read_text(encoding="utf-8").partition(_BEFORE)
+    path.write_text(f"{before}{section}\n{heading}{after}", encoding="utf-8")
+
+
+def _correction(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
+    args = trainer.args
+    if trainer.use_vllm:
+        if not args.vllm_importance_sampling_correction:
+            return "none"
+        return f"{args.vllm_importance_sampling_mode}, by TRL"
+    return mode if mode == "none" else f"{mode}, bounds {clip['clip_min']:g} and {clip['clip_max']:g}"
+
+
+def _has_t_prompts(trainer: Any) -> bool:
+    return T_PROMPT_COLUMN in (getattr(trainer.train_dataset, "column_names", None) or [])
+
+
+def _without_folders(model: str) -> str:
+    """A folder's last part, for paths are nobody's business; a name on a hub as it is."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+_SECTION = """### Rollouts
+
+The completions it was trained on were not drawn from the policy π_θ alone. `dual_rollout` {version} drew them, token by
+token, from
+
+$$q^*(y) \\propto \\pi_\\theta(y)^{{1-\\alpha}}\\,\\pi_t(y)^{{\\alpha}}$$
+
+between the policy and a target model π_t, and their importance weights π_θ/q\\* correct the policy gradient.
+
+| | |
+|---|---|
+{table}
+"""

@@ -1,0 +1,191 @@
+"""What a run tells: metrics by their names, to every reporter and to metrics.jsonl; completions; the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from transformers import TrainerCallback
+
+from dual_rollout import DualGRPOTrainer
+from dual_rollout.training.report import RunReport
+from dual_rollout.training.schedules import AlphaSchedule
+from tests.integration.conftest import TinyPair
+from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config
+
+NAMES = {
+    *(f"sampling/importance_sampling_ratio/{reduce}" for reduce in ("min", "mean", "max")),
+    *(f"sampling/alpha/{reduce}" for reduce in ("min", "mean", "max")),
+    "sampling/kl_residual/max",
+    "sampling/top_k_mass/min",
+    "sampling/top_k_mass/mean",
+    "sampling/effective_sample_size_ratio",
+    "spec_decode/acceptance_rate",
+    "rollout/tokens_per_second",
+    "rollout/retry_total",
+    "perf/weight_sync_s",
+}
+SECRET = "key-that-nobody-may-see"
+
+
+class Reporter(TrainerCallback):
+    """Stands where the callbacks of wandb, trackio and tensorboard stand."""
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[int, dict[str, Any]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append((state.global_step, dict(logs)))
+
+
+@dataclass
+class Run:
+    folder: Path
+    reporter: Reporter
+    entries: list[dict[str, Any]]
+    columns: list[dict[str, Any]]
+    report: RunReport
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two steps with an evaluation after the second."""
+    folder, columns = tmp_path_factory.mktemp("logging"), []
+
+    def reward(completions: list[Any], **given: Any) -> list[float]:
+        columns.append(given)
+        return count_of_the(completions)
+
+    args = grpo_config(
+        folder,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        log_completions=True,
+        report_to=["tensorboard"] if find_spec("tensorboard") else "none",
+    )
+    config = dual_config(tiny_pair, decoding="block", alpha_method="kl_budget", kl_budget=0.1)
+    trainer = DualGRPOTrainer(
+        model=str(tiny_pair.theta_model),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=chat_dataset(with_t_prompts=True),
+        eval_dataset=chat_dataset(with_t_prompts=True),
+        dual_config=config,
+        importance_sampling_mode="token_mask",
+        importance_sampling_clip_min=0.1,
+        alpha_schedule=AlphaSchedule(shape="linear", kl_budget_end=0.02),
+    )
+    reporter, report = Reporter(), RunReport(folder)
+    trainer.add_callback(reporter)
+    trainer.add_callback(report)
+    with pytest.MonkeyPatch.context() as patch, trainer.rollout:
+        patch.setenv("DUAL_ROLLOUT_API_KEY", SECRET)
+        trainer.train()
+        trainer.create_model_card(model_name="a-model")
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(folder, reporter, entries, columns, report)
+
+
+def test_every_name_reaches_the_reporters_at_every_step(run: Run) -> None:
+    steps = [logs for _, logs in run.reporter.logs if "loss" in logs]
+    assert len(steps) == 2
+    for logs in steps:
+        assert logs.keys() >= NAMES
+        assert all(math.isfinite(logs[name]) for name in NAMES)
+        assert 0 < logs["spec_decode/acceptance_rate"] <= 1
+        assert logs["rollout/retry_total"] == 0
+    assert [logs["sampling/kl_budget"] for logs in steps] == pytest.approx([0.1, 0.02])
+
+
+def test_an_evaluation_logs_its_own(run: Run) -> None:
+    (evaluation,) = [logs for _, logs in run.reporter.logs if "eval_loss" in logs]
+    synced = {"perf/weight_sync_s"}  # before the evaluation's rollout, for the weights have changed
+    assert evaluation.keys() >= {f"eval_{name}" for name in NAMES - synced}
+    assert not evaluation.keys() & NAMES
+
+
+def test_metrics_jsonl_has_all_of_it(run: Run) -> None:
+    logged = [(step, logs) for step, logs in run.reporter.logs if "loss" in logs or "eval_loss" in logs]
+    assert [entry["step"] for entry in run.entries] == [1, 2, 2]
+    for entry, (step, logs) in zip(run.entries, logged, strict=True):
+        assert entry.pop("step") == step
+        assert {name: entry[name] for name in logs} == logs
+    assert "reward" in run.report.table()
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")
+def test_tensorboard_gets_them(run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = run.folder.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    assert set(accumulator.Tags()["scalars"]) >= {f"train/{name}" for name in NAMES}
+
+
+def test_logged_completions_show_alpha_and_weight(run: Run) -> None:
+    table = pd.read_parquet(run.folder / "completions/completions_00001.parquet")
+    given = run.columns[0]
+    for column, name in (("alpha", "alpha"), ("importance_weight", "importance_weights")):
+        assert list(table[column]) == pytest.approx([sum(row) / len(row) for row in given[name]], abs=1e-3)
+
+
+def test_reward_functions_get_alpha_weights_and_logprobs(run: Run) -> None:
+    given = run.columns[0]
+    for i, ids in enumerate(given["completion_ids"]):
+        for name in ("alpha", "importance_weights", "logprobs_q", "logprobs_theta", "logprobs_t"):
+            assert len(given[name][i]) == len(ids)
+        for weight, theta, q in zip(
+            given["importance_weights"][i], given["logprobs_theta"][i], given["logprobs_q"][i], strict=True
+        ):
+            assert weight == pytest.approx(math.exp(theta - q), rel=1e-4)
+        assert given["weight_version"][i] == 0
+
+
+def test_the_model_card_names_method_and_settings(run: Run, tiny_pair: TinyPair) -> None:
+    card = (run.folder / "README.md").read_text()
+    section = card[card.index("### Rollouts") : card.index("### Framework versions")]
+    assert "q^*(y)" in section
+    for row in (
+        "| policy π_θ | theta |",
+        "| target π_t | t, which saw prompts of its own |",
+        "| `alpha_method` | kl_budget |",
+        "| `kl_budget` | 0.1 to 0.02, linear over the training steps |",
+        "| `support` | union |",
+        "| `decoding` | block |",
+        "| `top_k` | 20 |",
+        "| weights π_θ/q\\* in the loss | token_mask, bounds 0.1 and 3 |",
+    ):
+        assert row in section
+    assert "dual_rollout" in card.split("---")[1], "a tag"
+    for secret in (SECRET, tiny_pair.theta_url, tiny_pair.t_url, "127.0.0.1", str(tiny_pair.theta_model.parent)):
+        assert secret not in card
+
+
+def test_the_table_and_file_of_steps_without_a_rollout(tmp_path: Path) -> None:
+    """With several updates per rollout most steps have no reward of their own."""
+    report, state = RunReport(tmp_path), State(step=1)
+    report.on_train_begin(None, State(step=0), None)
+    report.on_log(None, state, None, {"loss": 0.5, "reward": 1.0})
+    report.on_log(None, State(step=2), None, {"loss": 0.25, "reward": None})
+    report.on_log(None, State(step=2), None, {"train_runtime": 3.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert "1.000" in report.table()
+
+
+@dataclass
+class State:
+    step: int
+    is_world_process_zero: bool = True
+
+    @property
+    def global_step(self) -> int:
+        return self.step

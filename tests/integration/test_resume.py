@@ -1,0 +1,148 @@
+"""A run that was killed goes on from its last checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from trl import GRPOConfig
+
+from dual_rollout.training.arguments import parse_recipe
+from dual_rollout.training.script import checkpoint_to_resume
+from tests.recording_reward import read_records
+from tests.runs import finish, metrics, one_process, start, wait_until, write_recipe
+
+OPTIONS = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "dual_alpha_schedule": "cosine",
+    "dual_alpha_max_end": 0.3,
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A run left alone, and one that was killed in its third step and started again; folders and records."""
+
+    undisturbed: Path
+    resumed: Path
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    undisturbed, resumed = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("resumed")
+    finish(start(one_process(write_recipe(undisturbed, tiny_models, **OPTIONS)), undisturbed))
+
+    recipe = write_recipe(resumed, tiny_models, **OPTIONS, resume_from_checkpoint=True)
+    run = start(one_process(recipe), resumed, HOLD_AT_STEP="2")
+    wait_until((resumed / "held-0").exists, run)
+    run.kill()
+    run.communicate()
+    before = read_records(resumed, 0)
+    for name in ("theta", "t"):
+        wait_until_gone(resumed / f"out/server_{name}.log")
+
+    leave_traces_of_a_kill_while_saving(resumed / "out")
+    (resumed / "0.jsonl").unlink()
+    finish(start(one_process(recipe), resumed))
+    return Runs(undisturbed, resumed, before, read_records(resumed, 0))
+
+
+def wait_until_gone(log: Path) -> None:
+    """The embedded server of a killed run ends too."""
+    (url,) = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1:")]
+    port = urlsplit(url).port
+
+    def refused() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    wait_until(refused)
+
+
+def leave_traces_of_a_kill_while_saving(folder: Path) -> None:
+    """The third step was logged, its checkpoint is not whole, and a line is cut off."""
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-3")
+    state = folder / "checkpoint-3/trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "reward": -1.0}) + "\n" + '{"step": 4, "rew')
+
+
+def test_it_goes_on_with_the_same_data_tokens_and_weights(runs: Runs) -> None:
+    expected = read_records(runs.undisturbed, 0)
+    assert [record["step"] for record in expected] == [0, 1, 2, 3]
+    assert [record["step"] for record in runs.before] == [0, 1, 2]
+    assert [record["step"] for record in runs.after] == [2, 3]
+    for record in runs.before + runs.after:
+        same = expected[record["step"]]
+        assert record["questions"] == same["questions"]
+        assert record["completion_ids"] == same["completion_ids"]
+        assert record["weight_version"] == same["weight_version"] == [record["step"]] * 4
+        for name in ("alpha", "importance_weights", "logprobs_theta"):
+            for row, other in zip(record[name], same[name], strict=True):
+                assert row == pytest.approx(other, abs=1e-4)
+    assert expected[2]["completion_ids"] != expected[3]["completion_ids"]
+
+
+def test_its_metrics_go_on_without_gap_or_repeat(runs: Runs) -> None:
+    expected, entries = (metrics(folder / "recipe.yaml") for folder in (runs.undisturbed, runs.resumed))
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    for entry, same in zip(entries, expected, strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "reward", "sampling/alpha_max", "num_tokens"):
+            assert entry[name] == pytest.approx(same[name], rel=1e-3, abs=1e-5), name
+        assert entry["sampling/policy_drift/max"] < 1e-3, "the server has the checkpoint's weights"
+    assert len({entry["sampling/alpha_max"] for entry in entries}) == 4, "the schedule moved at every step"
+
+
+def grpo_config(folder: Path, resume: Any) -> GRPOConfig:
+    return GRPOConfig(output_dir=str(folder), resume_from_checkpoint=resume, use_cpu=True, bf16=False, report_to="none")
+
+
+def test_the_last_whole_checkpoint_is_chosen(runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = runs.undisturbed / "out/checkpoint-1"
+    assert checkpoint_to_resume(grpo_config(tmp_path, None)) is None
+    assert checkpoint_to_resume(grpo_config(tmp_path, "false")) is None
+    assert checkpoint_to_resume(grpo_config(tmp_path, str(checkpoint))) == str(checkpoint)
+    assert checkpoint_to_resume(grpo_config(tmp_path, True)) is None
+    assert "begins at step 0" in caplog.text
+    for step in (9, 10, 11):
+        shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
+    assert checkpoint_to_resume(grpo_config(tmp_path, "true")) == str(tmp_path / "checkpoint-11")
+    (tmp_path / "checkpoint-11/trainer_state.json").unlink()
+    streams = tmp_path / "checkpoint-10/rng_state.pth"
+    streams.write_bytes(streams.read_bytes()[:-50])
+    assert checkpoint_to_resume(grpo_config(tmp_path, True)) == str(tmp_path / "checkpoint-9")
+    assert "checkpoint-10 was not written to its end" in caplog.text
+
+
+def test_weights_alone_are_no_checkpoint_to_resume(tmp_path: Path) -> None:
+    config = grpo_config(tmp_path, True)
+    config.save_only_model = True
+    with pytest.raises(ValueError, match="save_only_model"):
+        checkpoint_to_resume(config)
+
+
+def test_another_number_of_processes_is_refused(runs: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(runs.undisturbed / "out/checkpoint-1", folder)
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    with pytest.raises(ValueError, match="written by 2 processes"):
+        checkpoint_to_resume(grpo_config(tmp_path, True))
+
+
+def test_checkpoints_in_mid_rollout_are_refused(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, save_strategy="steps", save_steps=3, num_iterations=2)
+    with pytest.raises(ValueError, match="save_steps=3 would save in the middle of a rollout"):
+        parse_recipe(["--config", str(recipe)])
+    parse_recipe(["--config", str(recipe), "--save_steps", "4"])
