@@ -1,4 +1,4 @@
-"""What sampling from q* costs on two servers, against what they do alone and against the obvious loop.
+"""What sampling from q* costs, on two servers or on one, against what they do alone and against the obvious loop.
 
 Every figure comes from the same prompts in the same run; ratios between rows of one run are what to quote.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.text import load_tokenizer
 
-MODES = ("theta", "t", "both", "naive", "lockstep", "block", "auto")
+MODES = ("theta", "t", "both", "naive", "lockstep", "block", "auto", "native", "native_plain")
+NATIVE_MODES = ("native", "native_plain")
+BASES = ("both", "t", "lockstep", "naive")
 
 _PASSAGE = (
     "The river rises in the hills above the town and runs for ninety miles before it meets the sea. In spring the snow "
@@ -34,7 +36,8 @@ _PASSAGE = (
 class Row:
     """One mode at one load. Times in seconds, sizes in KB, CPU of this process in microseconds.
 
-    `cpu_us_per_token` of the modes that only ask the servers to generate is the cost of waiting for them.
+    `cpu_us_per_token` of the modes that only ask the servers to generate is the cost of waiting for them. `relative` is
+    the speed as a fraction of that of other modes at the same load, see `summarise`.
     """
 
     mode: str
@@ -47,30 +50,57 @@ class Row:
     first_token_s: float
     cpu_us_per_token: float
     chosen: str | None
+    relative: Mapping[str, float] = field(default_factory=dict)
+
+
+def summarise(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """One row per mode, of all modes' runs at one load, taken in turn: the run of median speed, with its ratios.
+
+    A ratio is the median, over the runs, of the speed to that of `BASES` in the same turn: a drift of the machine's
+    speed meets both alike.
+    """
+    speeds = {rows[0].mode: [row.tokens_per_second for row in rows] for rows in zip(*runs, strict=True)}
+    bases = [base for base in BASES if base in speeds]
+    summary = []
+    for rows in zip(*runs, strict=True):
+        middle = sorted(rows, key=lambda row: row.tokens_per_second)[len(rows) // 2]
+        own = speeds[middle.mode]
+        relative = {base: float(np.median(np.divide(own, speeds[base]))) for base in bases}
+        summary.append(replace(middle, relative=relative))
+    return summary
 
 
 class Benchmark:
-    """Runs modes on the servers of a config.
+    """Runs modes on the servers of a config, and on a native one of the same two models.
 
     Args:
         config: `decoding` is set per mode; its other fields are used as they are.
+        native_url: a `dual-rollout serve-native`, for the modes `native` (`generate_batch`, with log π_θ of each token)
+            and `native_plain` (tokens alone, what any client of that server gets).
         max_tokens: tokens per sequence; EOS is ignored, so that all modes produce the same number.
     """
 
-    def __init__(self, config: CoordinatorConfig, *, max_tokens: int):
+    def __init__(self, config: CoordinatorConfig, *, native_url: str | None = None, max_tokens: int):
         self._config = config
+        self._native_url = native_url
         self._max_tokens = max_tokens
         self._tokenizer: Any = None
 
     async def run(self, mode: str, concurrency: int, context: int) -> Row:
         """One row: a warm-up with other prompts, then the measured run."""
-        run: dict[str, Callable[[int, int], Awaitable[Row]]] = {"naive": self._naive}
-        for plain, urls in (("theta", (0,)), ("t", (1,)), ("both", (0, 1))):
-            run[plain] = lambda c, n, m=plain, u=urls: self._plain(m, u, c, n)  # type: ignore[misc]
-        return await run.get(mode, lambda c, n: self._dual(mode, c, n))(concurrency, context)
+        if mode == "naive":
+            return await self._naive(concurrency, context)
+        if mode in ("theta", "t", "both", "native_plain"):
+            return await self._plain(mode, concurrency, context)
+        return await self._sampling(mode, concurrency, context)
 
-    async def _dual(self, mode: str, concurrency: int, context: int) -> Row:
-        values = {**asdict(self._config), "decoding": mode, "ignore_eos": True, "max_concurrency": concurrency}
+    async def _sampling(self, mode: str, concurrency: int, context: int) -> Row:
+        """`generate_batch`: q*, with all that a record holds."""
+        values = {**asdict(self._config), "ignore_eos": True, "max_concurrency": concurrency}
+        if mode == "native":
+            values |= {"engine": "native", "theta_url": self._urls(mode)[0], "theta_model": None}
+        else:
+            values["decoding"] = mode
         async with DualVLLMCoordinator(CoordinatorConfig.from_dict(values)) as coordinator:
             await coordinator.generate_batch(
                 await self._prompts(concurrency, context, salt=1), max_tokens=self._max_tokens
@@ -97,12 +127,12 @@ class Benchmark:
                 _totals(stats.theta, stats.t) - before,
                 first,
                 acceptance=(stats.decoding.accepted_tokens - accepted) / drafts if drafts else None,
-                chosen=str(coordinator.chosen) if mode == "auto" else None,
+                chosen=str(coordinator.chosen) if mode == "auto" and coordinator.chosen else None,
             )
 
-    async def _plain(self, mode: str, which: tuple[int, ...], concurrency: int, context: int) -> Row:
+    async def _plain(self, mode: str, concurrency: int, context: int) -> Row:
         """Both servers, or one, generating on their own; with both, a token counts once each has made one."""
-        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls(which)]
+        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls(mode)]
         models = [(await transport.get("/v1/models"))["data"][0]["id"] for transport in transports]
 
         async def generate(salt: int, max_tokens: int) -> None:
@@ -134,7 +164,7 @@ class Benchmark:
         tokenizer = await self._find_tokenizer()
         if tokenizer is None:
             raise ValueError("the naive loop sends text: set --tokenizer to the model's")
-        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls((0, 1))]
+        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls("naive")]
         models = [(await transport.get("/v1/models"))["data"][0]["id"] for transport in transports]
         rng = np.random.default_rng(0)
 
@@ -144,7 +174,7 @@ class Benchmark:
                 for _ in range(max_tokens):
                     lists = await asyncio.gather(
                         *(
-                            transport.post("/v1/completions", _naive_request(model, text, self._config.top_k))
+                            transport.post("/v1/completions", _naive_request(model, text, int(self._config.top_k)))
                             for transport, model in zip(transports, models, strict=True)
                         )
                     )
@@ -166,8 +196,13 @@ class Benchmark:
             for transport in transports:
                 await transport.aclose()
 
-    def _urls(self, which: tuple[int, ...]) -> list[str]:
-        return [(self._config.theta_url, self._config.t_url)[i] for i in which]
+    def _urls(self, mode: str) -> list[str]:
+        theta, t = (str(url) for url in (self._config.theta_url, self._config.t_url))
+        if mode in NATIVE_MODES:
+            if self._native_url is None:
+                raise ValueError(f"mode {mode} needs the URL of a dual-rollout serve-native: set --native-url")
+            return [self._native_url]
+        return {"theta": [theta], "t": [t]}.get(mode, [theta, t])
 
     async def _prompts(self, count: int, length: int, salt: int) -> list[list[int]]:
         """Token-id prompts of exactly `length`, no two with a common beginning."""
@@ -186,7 +221,7 @@ class Benchmark:
         if self._tokenizer is None:
             name = self._config.tokenizer
             if name is None:
-                transport = HttpTransport(self._config.theta_url)
+                transport = HttpTransport(self._urls("theta")[0])
                 name = (await transport.get("/v1/models"))["data"][0].get("root")
                 await transport.aclose()
             try:

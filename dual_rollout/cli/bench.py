@@ -1,24 +1,34 @@
-"""`dual-rollout bench`: tokens per second of each decoding mode on two servers."""
+"""`dual-rollout bench`: tokens per second of each way to sample from q*, beside what the servers do alone."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dual_rollout.benchmark import Row
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="measure decoding modes on two servers",
+        help="measure decoding modes on two servers, and on a native one",
         description="Measure, on the same prompts in one run: each server generating alone (theta, t), both side by "
-        "side (both), the obvious two-model loop (naive), and q* by lockstep, block and auto. Give two URLs, or two "
-        "models to serve with embedded servers.",
+        "side (both), the obvious two-model loop (naive), q* by lockstep, block and auto, and, with --native-url, q* "
+        "from one native server (native; native_plain without log π_θ). Give two URLs, or two models to serve with "
+        "embedded servers.",
     )
     parser.add_argument("--theta-url", help="π_θ's server")
     parser.add_argument("--t-url", help="π_t's server")
+    parser.add_argument("--native-url", help="a dual-rollout serve-native of the same two models")
     parser.add_argument("--theta-model", help="model folder of π_θ for an embedded server, when there is no URL")
     parser.add_argument("--t-model", help="model folder of π_t for an embedded server; π_θ's when unset")
     parser.add_argument("--tokenizer", help="tokenizer of the prompts; π_θ's when unset")
-    parser.add_argument("--modes", nargs="+", default=None, help="any of theta t both naive lockstep block auto")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        help="any of theta t both naive lockstep block auto native native_plain; all that have servers when unset",
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="sequences at once")
     parser.add_argument("--context", type=int, nargs="+", default=[64, 512], help="prompt lengths, tokens")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens per sequence")
@@ -33,19 +43,24 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
     import contextlib
 
-    from dual_rollout.benchmark import MODES
+    from dual_rollout.benchmark import MODES, NATIVE_MODES
     from dual_rollout.server.launch import EmbeddedServer
 
-    args.modes = args.modes or list(MODES)
+    if args.modes is None:
+        args.modes = [mode for mode in MODES if args.native_url or mode not in NATIVE_MODES]
     if unknown := set(args.modes) - set(MODES):
         raise ValueError(f"--modes: {', '.join(sorted(unknown))} unknown; choose from {', '.join(MODES)}")
     if (args.theta_url is None) != (args.t_url is None):
         raise ValueError("set both --theta-url and --t-url, or --theta-model to start embedded servers")
     if args.theta_url is None and args.theta_model is None:
         raise ValueError("set --theta-url and --t-url, or --theta-model")
+    if args.native_url is None and set(args.modes) & set(NATIVE_MODES):
+        raise ValueError("modes native and native_plain need --native-url, a dual-rollout serve-native")
+    if args.repeat < 1:
+        raise ValueError(f"--repeat must be at least 1, got {args.repeat}")
     with contextlib.ExitStack() as stack:
         if args.theta_url is None:
-            length = max(args.context) + args.max_tokens + 1  # a server scores a text by generating one more
+            length = max(args.context) + 4 * args.max_tokens + 1  # the naive loop's text may be read as more tokens
             flags = ["--max-logprobs", str(args.top_k), "--max-model-len", str(length), "--threads", "1"]
             models = (args.theta_model, args.t_model or args.theta_model)
             args.theta_url, args.t_url = (stack.enter_context(EmbeddedServer(m, flags)).url for m in models)
@@ -54,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _bench(args: argparse.Namespace) -> None:
-    from dual_rollout.benchmark import Benchmark, Row
+    from dual_rollout.benchmark import Benchmark, summarise
     from dual_rollout.config import CoordinatorConfig
 
     config = CoordinatorConfig(
@@ -64,7 +79,7 @@ async def _bench(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         support=args.support,
     )
-    benchmark = Benchmark(config, max_tokens=args.max_tokens)
+    benchmark = Benchmark(config, native_url=args.native_url, max_tokens=args.max_tokens)
     rows: list[Row] = []
     print(_HEADER)
     for context in args.context:
@@ -72,27 +87,37 @@ async def _bench(args: argparse.Namespace) -> None:
             runs = []
             for _ in range(args.repeat):  # in turn, so that a drift of the machine's speed meets all modes alike
                 runs.append([await benchmark.run(mode, concurrency, context) for mode in args.modes])
-            for repeats in zip(*runs, strict=True):
-                rows.append(sorted(repeats, key=lambda row: row.tokens_per_second)[len(repeats) // 2])
-                print(_line(rows[-1]), flush=True)
+            for row in summarise(runs):
+                rows.append(row)
+                print(_line(row), flush=True)
+    print(_ratios(rows))
     _save(rows, args)
 
 
-_HEADER = "mode       conc. context    tok/s  req/tok  KB/tok  accept  first s  CPU µs"
+_HEADER = "mode          conc. context    tok/s  req/tok  KB/tok  accept  first s  CPU µs"
 
 
-def _line(row: object) -> str:
-    from dual_rollout.benchmark import Row
-
-    assert isinstance(row, Row)
+def _line(row: Row) -> str:
     accept = "" if row.acceptance is None else f"{row.acceptance:.2f}"
     return (
-        f"{row.mode:10}{row.concurrency:>6}{row.context:>8}{row.tokens_per_second:>9.1f}{row.requests_per_token:>9.3f}"
+        f"{row.mode:13}{row.concurrency:>6}{row.context:>8}{row.tokens_per_second:>9.1f}{row.requests_per_token:>9.3f}"
         f"{row.kb_per_token:>8.1f}{accept:>8}{row.first_token_s:>9.3f}{row.cpu_us_per_token:>8.0f}  {row.chosen or ''}"
     )
 
 
-def _save(rows: list, args: argparse.Namespace) -> None:
+def _ratios(rows: list[Row]) -> str:
+    """The closing table: each speed as a multiple of what it is to be compared with."""
+    bases = list(rows[0].relative)
+    if not bases:
+        return ""
+    lines = ["", "mode          conc. context" + "".join(f"{'of ' + base:>13}" for base in bases)]
+    for row in rows:
+        shown = "".join(f"{row.relative[base]:>13.2f}" for base in bases)
+        lines.append(f"{row.mode:13}{row.concurrency:>6}{row.context:>8}{shown}")
+    return "\n".join(lines)
+
+
+def _save(rows: list[Row], args: argparse.Namespace) -> None:
     import json
     import platform
     from dataclasses import asdict

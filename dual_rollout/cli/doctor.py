@@ -1,4 +1,4 @@
-"""`dual-rollout doctor`: what the two servers are and can do, and what to change before a rollout works."""
+"""`dual-rollout doctor`: what the servers are and can do, and what to change before a rollout works."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
     from dual_rollout.engines import Capabilities
+    from dual_rollout.engines.native import NativeServerInfo
     from dual_rollout.tokens import Comparison
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class Check:
     """One row of the table.
 
     Attributes:
-        server: "π_θ", "π_t" or "both".
+        server: "π_θ", "π_t" or "both"; "q*" for a native one.
         status: "failed" when a rollout would fail; "optional" for what only some features need.
         detail: what was found.
         fix: what to do about it, or what it would be needed for.
@@ -48,14 +49,17 @@ class Check:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="check two servers before a rollout",
-        description="Ask both servers what they are and can do. Exits with 1 when a rollout would fail.",
+        help="check the servers before a rollout",
+        description="Ask both servers, or the native one, what they are and can do. Exits with 1 when a rollout would "
+        "fail.",
     )
-    parser.add_argument("--theta-url", required=True, help="URL of the policy's server (π_θ)")
-    parser.add_argument("--t-url", required=True, help="URL of the target's server (π_t)")
+    parser.add_argument("--engine", choices=["dual", "native"], default="dual", help="two servers, or one native one")
+    parser.add_argument("--theta-url", required=True, help="URL of the policy's server (π_θ), or of the native one")
+    parser.add_argument("--t-url", help="URL of the target's server (π_t); not with --engine native")
     parser.add_argument("--theta-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_θ")
     parser.add_argument("--t-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_t")
     parser.add_argument("--top-k", type=int, default=100, help="candidates the rollout will ask for")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout; matters to --engine native")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -64,9 +68,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; 0 when a rollout would work."""
     from dual_rollout.config import CoordinatorConfig
 
+    if (args.engine == "native") == (args.t_url is not None):
+        raise ValueError("--t-url is the second of two servers: set it with --engine dual, and not with native")
     config = CoordinatorConfig(
+        engine=args.engine,
         theta_url=args.theta_url,
-        t_url=args.t_url,
+        **({"t_url": args.t_url} if args.t_url else {}),
+        temperature=args.temperature,
         theta_engine=args.theta_engine,
         t_engine=args.t_engine,
         top_k=args.top_k,
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         total_timeout=TIMEOUT_S,
     )
     logging.getLogger("dual_rollout").setLevel(logging.ERROR)  # the report says it all
-    checks, servers = asyncio.run(examine(config))
+    checks, servers = asyncio.run((examine_native if args.engine == "native" else examine)(config))
     healthy = all(check.status != "failed" for check in checks)
     if args.json:
         report = {"ok": healthy, "versions": versions(), "servers": servers, "checks": [asdict(c) for c in checks]}
@@ -97,7 +105,7 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
         found = await asyncio.gather(*(_by(deadline, engine.probe(PROMPT)) for engine in engines))
         checks = []
         for name, flag, result in zip(("π_θ", "π_t"), ("theta_url", "t_url"), found, strict=True):
-            checks += server_checks(name, flag, getattr(config, flag), result, config.top_k)
+            checks += server_checks(name, flag, getattr(config, flag), result, int(config.top_k))
         capabilities = [None if isinstance(result, Exception) else result for result in found]
         theta, t = capabilities
         if theta is not None and t is not None:
@@ -105,6 +113,57 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
             checks += pair_checks(config, theta, t, compared)
     names = ("theta", "t")
     return checks, {name: asdict(c) if c is not None else None for name, c in zip(names, capabilities, strict=True)}
+
+
+async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
+    """All checks of a native server, and what it said of itself."""
+    from dual_rollout.engines import HttpTransport, NativeEngine
+
+    url = str(config.theta_url)
+    engine = NativeEngine(
+        HttpTransport(url, request_timeout=config.request_timeout, max_retries=config.max_retries), config.theta_model
+    )
+    try:
+        found = await _by(asyncio.get_running_loop().time() + TIMEOUT_S, engine.examine(config.temperature))
+    finally:
+        await engine.aclose()
+    if isinstance(found, Exception):
+        return [_native_fault(found)], {"native": None}
+    return native_checks(url, config.temperature, found), {"native": asdict(found)}
+
+
+def native_checks(url: str, temperature: float, found: NativeServerInfo) -> list[Check]:
+    """The rows of a native server that samples from q*."""
+    dev_mode = "start it with VLLM_SERVER_DEV_MODE=1"
+    if found.rule is None:
+        rule = Check("q*", "α rule", "optional", "unknown", f"to see it here, {dev_mode}")
+    elif found.rule["fixed_alpha"] is not None:
+        rule = Check("q*", "α rule", "ok", f"fixed at {found.rule['fixed_alpha']:g}")
+    else:
+        bounds = f"[{found.rule['alpha_min']:g}, {found.rule['alpha_max']:g}]"
+        rule = Check("q*", "α rule", "ok", f"kl_symmetry in {bounds}")
+    reload = Check("q*", "weight reload", "ok", "yes; π_θ's alone")
+    if not found.reloads_weights:
+        reload = Check("q*", "weight reload", "optional", "no", f"for training with dual_weight_sync=disk, {dev_mode}")
+    return [
+        Check("q*", "server", "ok", f"{found.model} at {url}, version {found.version or 'unknown'}"),
+        Check("q*", "target", "ok", found.target or "unknown"),
+        Check("q*", "vocabulary", "ok", f"{found.vocab_size} tokens"),
+        Check("q*", "pseudo-tokens", "ok", "carry α and both divergences; a prompt's rows are log π_θ"),
+        Check("q*", "temperature", "ok", f"α is solved at {temperature:g}"),
+        rule,
+        reload,
+    ]
+
+
+def _native_fault(error: Exception) -> Check:
+    from dual_rollout.exceptions import PreflightError
+
+    if isinstance(error, PreflightError):
+        fix = "serve both with dual-rollout serve-native THETA T (docs/native.md), or check two servers (--engine dual)"
+        return Check("q*", "native", "failed", str(error), fix)
+    fix = "start dual-rollout serve-native, or correct theta_url; a server that has just started compiles at first"
+    return Check("q*", "server", "failed", str(error) or type(error).__name__, fix)
 
 
 def server_checks(name: str, flag: str, url: str, found: Capabilities | Exception, top_k: int) -> list[Check]:
@@ -145,7 +204,7 @@ def server_checks(name: str, flag: str, url: str, found: Capabilities | Exceptio
             if found.prefix_caching is False
             else "speed: it does not say whether it caches; --enable-prompt-tokens-details shows it",
         ),
-        Check(name, "draft scoring", "ok", found.scoring),
+        Check(name, "draft scoring", "ok", " or ".join(found.scoring)),
         *([] if name == "π_t" else _sync_checks(name, found)),
     ]
 

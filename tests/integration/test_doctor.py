@@ -19,6 +19,7 @@ import pytest
 from aiohttp import web
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout.cli import main
 from dual_rollout.engines import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.server.launch import EmbeddedServer
@@ -29,9 +30,10 @@ DEAD = "http://127.0.0.1:9"
 CHAIN = random_chain(np.random.default_rng(0), 8)
 
 
-def doctor(theta: str, t: str, *flags: str) -> tuple[int, str]:
-    """Exit status and what it printed; it may not take 10 s."""
-    command = [sys.executable, "-m", "dual_rollout.cli", "doctor", "--theta-url", theta, "--t-url", t, *flags]
+def doctor(theta: str, t: str | None, *flags: str) -> tuple[int, str]:
+    """Exit status and what it printed; it may not take 10 s. Without `t`, of a native server."""
+    other = ["--engine", "native"] if t is None else ["--t-url", t]
+    command = [sys.executable, "-m", "dual_rollout.cli", "doctor", "--theta-url", theta, *other, *flags]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert time.perf_counter() - started < 10
@@ -39,7 +41,7 @@ def doctor(theta: str, t: str, *flags: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def report(theta: str, t: str, *flags: str) -> dict[str, Any]:
+def report(theta: str, t: str | None, *flags: str) -> dict[str, Any]:
     status, printed = doctor(theta, t, *flags, "--json")
     found = json.loads(printed)
     assert found["ok"] is (status == 0)
@@ -146,7 +148,20 @@ def test_servers_that_offer_little():
 
 def test_mistyped_addresses_are_the_users_mistake():
     status, _ = doctor("localhost:8000", DEAD)
-    assert status == 1
+    assert status == 2
+
+
+def test_what_is_no_native_server(small_urls):
+    found = report(small_urls[0], None)
+    assert failed(found) == [("q*", "native")] and found["servers"] == {"native": None}
+    assert "serve-native" in str(found["checks"])
+    assert failed(report(DEAD, None)) == [("q*", "server")]
+
+
+@pytest.mark.parametrize("flags", [[], ["--engine", "native", "--t-url", DEAD]])
+def test_two_urls_for_two_servers(flags, capsys):
+    assert main(["doctor", "--theta-url", DEAD, *flags]) == 2
+    assert "--t-url" in capsys.readouterr().err
 
 
 # ---- tokens

@@ -75,7 +75,7 @@ def test_vllms_own_flags_win(theta: Path, t: Path, capsys: pytest.CaptureFixture
 def test_bad_settings_are_refused(
     theta: Path, t: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve-native", str(theta), str(t), *flags, "--dry-run"]) == 1
+    assert main(["serve-native", str(theta), str(t), *flags, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_other_token_ids_are_refused(theta: Path, tmp_path: Path, capsys: pytest
     tokenizer["model"]["vocab"] = {token: vocabulary[tokens[-1 - i]] for i, token in enumerate(tokens)}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert isinstance(make_tokenizer(), PreTrainedTokenizerFast)
-    assert main(["serve-native", str(theta), str(other), "--dry-run"]) == 1
+    assert main(["serve-native", str(theta), str(other), "--dry-run"]) == 2
     assert "same token ids" in capsys.readouterr().err
 
 
@@ -95,5 +95,5 @@ def test_a_model_without_a_plain_configuration_is_refused(
     theta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"vocab_size": 10}}))
-    assert main(["serve-native", str(theta), str(tmp_path), "--dry-run"]) == 1
+    assert main(["serve-native", str(theta), str(tmp_path), "--dry-run"]) == 2
     assert "plain text decoders" in capsys.readouterr().err

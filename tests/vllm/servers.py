@@ -184,7 +184,8 @@ class VllmServer:
 class NativeServer(VllmServer):
     """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``.
 
-    ``cores`` counts the cores it may use; both models of a pair share them.
+    It runs ``threads`` threads that the system may move, in the engine's own process: a worker process would cost
+    another import of vLLM at the start, and spin while it waits.
     """
 
     def __init__(
@@ -193,14 +194,13 @@ class NativeServer(VllmServer):
         target: str | os.PathLike[str],
         *,
         settings: Sequence[str] = (),
-        cores: Sequence[int] = (0, 1),
-        environment: Mapping[str, str] | None = None,
+        threads: int = 2,
+        flags: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        available = sorted(os.sched_getaffinity(0))
-        bound = ",".join(sorted({str(available[core % len(available)]) for core in cores}))
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": bound, **(environment or {})}
-        super().__init__(model, environment=environment, **options)
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        flags = ["--distributed-executor-backend=uni", *flags]
+        super().__init__(model, environment=environment, flags=flags, **options)
         self.target = Path(target)
         self._settings = list(settings)
 

@@ -40,18 +40,24 @@ def test_misconfigured_and_dead_servers(bare_url: str, vllm_pair: ServerPair) ->
     assert [rows[name] for name in missing] == ["optional"] * 3
 
 
+def test_a_plain_server_is_no_native_one(vllm_pair: ServerPair) -> None:
+    found = report(vllm_pair.theta.url, None)
+    assert failed(found) == [("q*", "native")]
+    assert "serve-native" in found["checks"][0]["detail"]
+
+
 def test_a_server_without_schema_or_development_routes(bare_url: str, vllm_pair: ServerPair) -> None:
     found = use(bare_url, lambda engine: engine.probe([3, 4, 5]))
     assert (found.max_logprobs, found.logprobs_mode, found.prefix_caching) == (20, "processed", False)
     assert not (found.reloads_weights or found.resets_prefix_cache or found.pauses or found.loads_lora)
     assert found.generate_endpoint and found.named_logprobs and found.detokenizes
-    assert found.scoring == "prompt_logprobs"
+    assert found.scoring[0] == "prompt_logprobs"
 
 
 def test_the_older_runner_is_never_asked_for_rows_after_a_cache_hit(vllm_pair: ServerPair) -> None:
     """It dies of the question. Probing twice, with the prompt cached by then, leaves it alive."""
     for _ in range(2):
         found = use(vllm_pair.theta.url, lambda engine: engine.probe(list(range(40, 140))))
-        assert found.scoring == ("token_ids" if found.cached_rows else "prefixes")
+        assert found.scoring[0] == ("token_ids" if found.cached_rows else "prefixes")
     assert vllm_pair.theta.is_alive()
     use(vllm_pair.theta.url, lambda engine: engine.health())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import re
+import subprocess
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOTrainer
+from trl.generation import vllm_client, vllm_generation
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.cli import main
 from dual_rollout.exceptions import PreflightError
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from tests.chi_square import chi_square_p_value
+from tests.integration.test_doctor import failed, report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
-from tests.vllm.conftest import ServerPair
-from tests.vllm.servers import NativeServer, VllmServerError
+from tests.vllm.servers import ENVIRONMENT, REPOSITORY, NativeServer, running, vllm_python
 
 VOCAB_SIZE = len(make_tokenizer())
 TOLERANCE = 2e-4  # nats; vLLM's kernels against transformers', both in float32
@@ -73,23 +80,32 @@ def make_tiny_qwen3(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
-    """A nearby pair behind a cache that is too small for the batches of these tests."""
+def both_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Native, Native]]:
+    """All servers of these tests, started side by side: most of a start is imports on one core."""
     folder = tmp_path_factory.mktemp("native")
     theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
-    with NativeServer(theta, t, flags=SMALL_CACHE, log=folder / "server.log") as server:
-        yield Native(server, load(theta), load(t))
-
-
-@pytest.fixture(scope="module")
-def unlike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
-    """Two architectures, depths and sizes of cache entries; α solved at temperature 0.7 and bounded."""
-    folder = tmp_path_factory.mktemp("unlike")
-    theta, t = make_tiny_model(folder / "theta", hidden_size=64), make_tiny_qwen3(folder / "t")
+    nearby = NativeServer(theta, t, flags=SMALL_CACHE, log=folder / "nearby.log")
+    theta, t = make_tiny_model(folder / "llama", hidden_size=64), make_tiny_qwen3(folder / "qwen3")
     settings = ("--temperature", "0.7", "--alpha-max", "0.3")
-    with NativeServer(theta, t, settings=settings, log=folder / "server.log") as server:
-        yield Native(server, load(theta), load(t), temperature=0.7)
+    unlike = NativeServer(theta, t, settings=settings, log=folder / "unlike.log")
+    with running(nearby, unlike):
+        yield tuple(
+            Native(server, load(server.model), load(server.target), temperature)
+            for server, temperature in ((nearby, 1.0), (unlike, 0.7))
+        )
+
+
+@pytest.fixture
+def native(both_servers: tuple[Native, Native]) -> Native:
+    """A nearby pair behind a cache that is too small for the batches of these tests."""
+    return both_servers[0]
+
+
+@pytest.fixture
+def unlike(both_servers: tuple[Native, Native]) -> Native:
+    """Two architectures, depths and sizes of cache entries; α solved at temperature 0.7 and bounded."""
+    return both_servers[1]
 
 
 def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -356,7 +372,106 @@ def test_a_trainer_learns_from_it(native: Native, tmp_path: Path) -> None:
     assert_right(largest_errors(native, generate(native, [[4, 5]], max_tokens=20)))
 
 
-def test_wrong_settings_are_refused(native: Native, unlike: Native, vllm_pair: ServerPair) -> None:
+def test_the_recipe_trains(native: Native, tmp_path: Path) -> None:
+    """Two steps of recipes/native by the command line, with a small model in place of the recipe's."""
+    changes = {
+        "model_name_or_path": native.server.model,
+        "dual_theta_url": native.url,
+        "output_dir": tmp_path,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+    }
+    flags = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
+    try:
+        assert main(["train", str(REPOSITORY / "recipes/native/grpo_native_cpu.yaml"), *flags]) == 0
+        steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in steps] == [1, 2]
+        assert all(0 < entry["sampling/alpha/mean"] < 1 for entry in steps)
+        assert all(entry["sampling/policy_drift/max"] < 1e-2 for entry in steps)
+    finally:
+        reload_policy(native, native.server.model)
+
+
+class Kept(GRPOTrainer):
+    """TRL's own trainer; keeps its ratios, and what they should be by the models' whole laws."""
+
+    target: Any
+    checked: int = 0
+    error: float = 0.0
+    farthest: float = 0.0
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        self.model.eval()
+        columns = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "importance_sampling_ratio")
+        for prompt, prompt_mask, ids, mask, ratio in zip(*(output[name] for name in columns), strict=True):
+            text, start = [*prompt[prompt_mask.bool()].tolist(), *ids[mask.bool()].tolist()], int(prompt_mask.sum())
+            logp_theta, logp_t = (logprobs_of(model, text, start, 1.0) for model in (self.model, self.target))
+            alpha = solve_alpha(logp_theta, logp_t)[:, None]
+            path = (1 - alpha) * logp_theta + alpha * logp_t
+            weights = logp_theta - path + np.log(np.exp(path).sum(1, keepdims=True))
+            expected = np.exp(weights[np.arange(len(weights)), text[start:]]).clip(max=3.0)
+            self.error = max(self.error, float(np.abs(ratio[mask.bool()].numpy() - expected).max()))
+            self.farthest = max(self.farthest, float(np.abs(expected - 1).max()))
+            self.checked += len(expected)
+        self.model.train()
+        return output
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)])
+def test_trls_own_trainer_forms_the_right_ratio(
+    native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: LoraConfig | None
+) -> None:
+    """`GRPOTrainer(use_vllm=True)` on this server, without our trainer. Only NCCL is replaced, by a file: the names are
+    those that TRL sends, and vLLM hands the tensors to `load_weights` by the same way."""
+    sent: list[set[str]] = []
+
+    def through_a_file(client: Any, metadata: Any, named_params: Any) -> None:
+        folder = tmp_path / f"sync{len(sent)}"
+        folder.mkdir()
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in named_params}
+        assert [name for name, *_ in metadata] == list(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        client._post(f"{client.base_url}/collective_rpc", json=body)
+        sent.append(set(tensors))
+
+    for module in (vllm_client, vllm_generation):  # the trainer's environment has no vLLM; it is imported for NCCL only
+        monkeypatch.setattr(module, "is_vllm_available", lambda *_, **__: True)
+    monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda *_, **__: None)
+    monkeypatch.setattr(vllm_client.VLLMClient, "update_named_params", through_a_file)
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": native.url}
+    try:
+        trainer = Kept(
+            model=AutoModelForCausalLM.from_pretrained(native.server.model, dtype=torch.float32),
+            reward_funcs=count_of_the,
+            args=grpo_config(tmp_path, **server, vllm_importance_sampling_mode="token_truncate"),
+            train_dataset=chat_dataset(),
+            processing_class=make_tokenizer(),
+            peft_config=adapter,
+        )
+        trainer.target = native.t
+        trainer.train()
+        assert len(sent) == 2 and sent[0] == sent[1] == set(load_file(native.server.model / "model.safetensors"))
+        assert trainer.checked > 20 and trainer.farthest > 0.1
+        assert trainer.error < 2e-3
+    finally:
+        reload_policy(native, native.server.model)
+    assert_right(largest_errors(native, generate(native, [[4, 5]], max_tokens=20)))
+
+
+def test_doctor_knows_it(native: Native, unlike: Native) -> None:
+    found = report(native.url, None)
+    assert found["ok"] and {check["status"] for check in found["checks"]} == {"ok"}
+    assert found["servers"]["native"]["vocab_size"] == VOCAB_SIZE
+    assert found["servers"]["native"]["target"] == str(native.server.target)
+    assert failed(report(unlike.url, None)) == [("q*", "native")], "α is solved at another temperature"
+    found = report(unlike.url, None, "--temperature", "0.7")
+    assert found["servers"]["native"]["rule"] == {"fixed_alpha": None, "alpha_min": 0.0, "alpha_max": 0.3}
+
+
+def test_wrong_settings_are_refused(native: Native, unlike: Native) -> None:
     async def ask(url: str, **options: Any) -> list[GenerationOutput]:
         config = CoordinatorConfig(engine="native", theta_url=url, **options)
         async with DualVLLMCoordinator(config) as coordinator:
@@ -364,17 +479,25 @@ def test_wrong_settings_are_refused(native: Native, unlike: Native, vllm_pair: S
 
     with pytest.raises(PreflightError, match=r"--temperature 0\.7"):
         asyncio.run(ask(native.url, temperature=0.7))
-    with pytest.raises(PreflightError, match="serve-native"):
-        asyncio.run(ask(vllm_pair.theta.url))
     (output,) = asyncio.run(ask(unlike.url, temperature=0.7, alpha_max=0.1))
     assert output.error is not None and "--alpha-max" in output.error
     with pytest.raises(ValueError, match="ess_balance"):
         CoordinatorConfig(engine="native", alpha_method="ess_balance")
 
 
-def test_what_two_models_cannot_do_is_refused(native: Native, tmp_path: Path) -> None:
-    flags = ("--enable-lora", "--max-lora-rank=8")
-    server = NativeServer(native.server.model, native.server.target, flags=flags, log=tmp_path / "server.log")
-    with pytest.raises(VllmServerError, match="died"), server:
-        pass
-    assert "does not work with LoRA (--enable-lora)" in (tmp_path / "server.log").read_text()
+def test_what_two_models_cannot_do_is_refused(native: Native) -> None:
+    """As the engine builds the model, without the rest of a server."""
+    program = f"""
+from vllm.engine.arg_utils import EngineArgs
+from dual_rollout.native.model import DualRolloutForCausalLM
+from dual_rollout.native.serving import NativeSettings, config_overrides
+settings = NativeSettings(theta={str(native.server.model)!r}, t={str(native.server.target)!r})
+options = dict(model=settings.theta, hf_overrides=config_overrides(settings), dtype="float32", max_model_len=256)
+config = EngineArgs(**options, enable_lora=True, enable_prompt_embeds=True).create_engine_config()
+DualRolloutForCausalLM(vllm_config=config)
+"""
+    command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("ValueError: dual-rollout's native engine does not work with LoRA (--enable-lora)")
+    assert "; nor with prompt embeddings" in message
