@@ -128,6 +128,21 @@ async def hang(exchange: Exchange) -> web.StreamResponse:
     return web.Response()
 
 
+def once_each(fault: Fault) -> Fault:
+    """No question meets the fault twice, however often and in which order it is asked."""
+    met: set[str] = set()
+
+    async def either(exchange: Exchange) -> web.StreamResponse:
+        question = json.dumps({**json.loads(exchange.body), "request_id": None})
+        if question in met:
+            status, content = await exchange.ask()
+            return web.Response(body=content, status=status, content_type="application/json")
+        met.add(question)
+        return await fault(exchange)
+
+    return either
+
+
 def error(status: int, **headers: str) -> Fault:
     async def fault(_: Exchange) -> web.StreamResponse:
         return web.json_response({"error": {"message": f"injected {status}"}}, status=status, headers=headers)

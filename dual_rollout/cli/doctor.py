@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import platform
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         request_timeout=REQUEST_TIMEOUT_S,
         total_timeout=TIMEOUT_S,
     )
-    logging.getLogger("dual_rollout").setLevel(logging.ERROR)  # the report says it all
-    checks, servers = asyncio.run((examine_native if args.engine == "native" else examine)(config))
+    with _errors_only():  # the report says it all
+        checks, servers = asyncio.run((examine_native if args.engine == "native" else examine)(config))
     healthy = all(check.status != "failed" for check in checks)
     if args.json:
         report = {"ok": healthy, "versions": versions(), "servers": servers, "checks": [asdict(c) for c in checks]}
@@ -273,6 +274,17 @@ def render(checks: list[Check], servers: dict[str, dict[str, Any] | None]) -> st
         if check.fix:
             lines.append(f"  {'':<4}  {'':<{width}}  → {check.fix}")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    logger = logging.getLogger("dual_rollout")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 async def _by(deadline: float, answer: Awaitable[T]) -> T | Exception:

@@ -11,7 +11,8 @@ from dual_rollout.engines.base import ScoringMethod
 DEFAULT_DRAFT_TOKENS = 8
 _FIRST_LENGTH, _OTHER_LENGTHS = 4, (8, 2)
 _LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of one measurement
-_SETTLED_ROUNDS = 32
+_SETTLED_ROUNDS = 8, 32  # at first, and when the choice has stood for a while
+_SIMPLER = 0.95  # an earlier choice this close to the fastest is preferred: short measurements err by as much
 _HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
 _PROMISING = 0.85  # of the best so far: worth trying at other lengths
 
@@ -62,7 +63,9 @@ class Tuner:
     def __init__(self, scoring: tuple[ScoringMethod, ...] = ("prefixes",)) -> None:
         self.scoring = scoring
         self._rates: dict[Load, dict[Choice, float]] = {}
+        self._measured: dict[tuple[Load, Choice], tuple[float, float]] = {}  # tokens and seconds, the recent ones most
         self._load: Load | None = None
+        self._rounds = _SETTLED_ROUNDS[0]
         self.chosen: Choice | None = None
 
     def first(self, config: CoordinatorConfig) -> Choice:
@@ -78,15 +81,19 @@ class Tuner:
         for choice in self._worth_trying(config, load, rates):
             if choice not in rates:
                 return choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS
-        self.chosen = max(rates, key=rates.__getitem__)
-        return self.chosen, _SETTLED_ROUNDS
+        best = max(rates.values())
+        chosen = next(choice for choice, rate in rates.items() if rate >= _SIMPLER * best)
+        self._rounds = min(2 * self._rounds, _SETTLED_ROUNDS[1]) if chosen == self.chosen else _SETTLED_ROUNDS[0]
+        self.chosen = chosen
+        return chosen, self._rounds
 
     def observe(self, choice: Choice, tokens: int, seconds: float) -> None:
         """Record what the last choice achieved."""
         assert self._load is not None
-        rates = self._rates[self._load]
-        rate = tokens / seconds
-        rates[choice] = rate if choice not in rates else 0.5 * (rates[choice] + rate)
+        before = self._measured.get((self._load, choice), (0.0, 0.0))
+        tokens_seen, seconds_seen = 0.5 * before[0] + tokens, 0.5 * before[1] + seconds
+        self._measured[self._load, choice] = tokens_seen, seconds_seen
+        self._rates[self._load][choice] = tokens_seen / seconds_seen
 
     def report(self) -> dict[str, dict[str, float]]:
         """Measured tokens per second, by load and choice; the reason for what was chosen."""

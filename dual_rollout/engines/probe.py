@@ -244,13 +244,13 @@ def summary(capabilities: Capabilities) -> str:
 
 def _scoring(cached_rows: bool, prefix_caching: bool | None, loads_lora: bool) -> tuple[ScoringMethod, ...]:
     """The ways to score drafts, the most promising first."""
-    methods: list[ScoringMethod] = ["prefixes"]
-    # vLLM's CPU build with --enable-lora dies of prompt_logprobs of several prompts at once.
-    if not loads_lora:
-        methods.insert(0 if prefix_caching is False else 1, "prompt_logprobs")
     if cached_rows and prefix_caching is not False:
-        methods.insert(0, "token_ids")
-    return tuple(methods)
+        return "token_ids", "prefixes"
+    # To compute a context anew pays only where it would be computed anew in any case. vLLM's CPU build with
+    # --enable-lora dies of prompt_logprobs of several prompts at once.
+    if prefix_caching is not True and not loads_lora:
+        return ("prefixes", "prompt_logprobs") if prefix_caching is None else ("prompt_logprobs", "prefixes")
+    return ("prefixes",)
 
 
 def _own_logprobs(prompt: TokenIds, rows: list[Any]) -> list[float]:

@@ -23,7 +23,7 @@ MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, Overfl
 
 _REPEATS = 2
 _PAUSE_S = 0.25
-_IDLE_S = 4.0  # in which no open connection can have told of a restart
+_IDLE_S = 1.0  # a restart takes longer, and without an open connection nothing tells of it
 _RUN = f"dual-rollout-{secrets.token_hex(6)}-"
 _numbers = itertools.count()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,11 @@ def test_three_steps(tiny_models: tuple[Path, Path], tmp_path: Path, config: str
     processes = 1 if config == "one_gpu" else torch.cuda.device_count()
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate_configs/{config}.yaml"]
     script = ["--num_processes", str(processes), "-m", "dual_rollout.training.script", "--config", str(path)]
-    finish(start([sys.executable, *launcher, *script], tmp_path, PYTHONPATH=str(ROOT)))
+    packages = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    finish(start([sys.executable, *launcher, *script], tmp_path, PYTHONPATH=packages))
     entries = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "reward" in entry] == [1, 2, 3]
     # bfloat16 against the server's float32; weights that did not arrive would be off by more with each step.
     assert max(entry["sampling/policy_drift/mean"] for entry in entries if "reward" in entry) < 0.1
-    versions = {
-        v for line in (tmp_path / "0.jsonl").read_text().splitlines() for v in json.loads(line)["weight_version"]
-    }
-    assert versions == {0, 1, 2}
+    rollouts = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert {version for rollout in rollouts for version in rollout["weight_version"]} == {0, 1, 2}

@@ -168,7 +168,11 @@ SURVIVED: dict[str, Callable[[FaultProxy], Fault]] = {
 def test_a_fault_now_and_then_changes_nothing(tiny_pair: TinyPair, name: str, side: str, decoding: str):
     """At every third request; each is asked again, and the tokens are those of an undisturbed run."""
     outputs, coordinator, proxy = run_behind_proxies(
-        tiny_pair, SURVIVED[name], lambda number: number % 3 == 2, side, decoding=decoding
+        tiny_pair,
+        lambda proxy: fault_proxy.once_each(SURVIVED[name](proxy)),
+        lambda number: number % 3 == 2,
+        side,
+        decoding=decoding,
     )
     assert proxy.injected >= 2
     assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, decoding)

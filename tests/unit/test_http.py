@@ -97,7 +97,7 @@ async def slow(_: web.Request) -> web.Response:
 def post(server: FaultyServer, payload: Any = None, **options: Any) -> Any:
     async def run() -> Any:
         async with server.running():
-            transport = HttpTransport(server.url, **{"max_retries": 1, "request_timeout": 0.3, **options})
+            transport = HttpTransport(server.url, **{"max_retries": 1, "request_timeout": 1.5, **options})
             try:
                 return await transport.post("/v1/completions", payload)
             finally:
