@@ -109,6 +109,12 @@ class DualTrainerMixin(_Trainer):
         super()._load_best_model()
         self._synced_step = None
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":
+            # With several processes accelerate numbers it, and torch.load does not know a "cpu:0".
+            self.args._setup_devices = torch.device("cpu")
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # what `remove_unused_columns` leaves of a dataset
         columns: list[str] = self._signature_columns

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub name of the small model")
     parser.add_argument("out", type=Path, help="folder of the deeper one")
     parser.add_argument("--times", type=int, default=4, help="how many times as deep")
-    parser.add_argument("--scale", type=float, default=0.1, help="of the extra layers' outputs")
+    parser.add_argument("--scale", type=float, default=0.04, help="of the extra layers' outputs")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     deepen(model, args.times, args.scale).save_pretrained(args.out)

@@ -107,6 +107,32 @@ def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) ->
     asyncio.run(asyncio.wait_for(run(), 90))
 
 
+@pytest.mark.parametrize(("seconds", "taken_out"), [(0.05, False), (30.0, True)])
+def test_a_very_slow_replica(tiny_pair: TinyPair, seconds: float, taken_out: bool) -> None:
+    """It holds up its sequences until the time-out at most, and changes no token."""
+    prompts = [[10 + i, 20] for i in range(6)]
+    options = {**OPTIONS, "top_k": 20, "request_timeout": 2.0}
+
+    async def late(exchange: Exchange) -> web.StreamResponse:
+        await asyncio.sleep(seconds)
+        status, content = await exchange.ask()
+        return web.Response(body=content, status=status, content_type="application/json")
+
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url, late, lambda number: number > 20).running() as slow:
+            config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, **options)
+            async with DualVLLMCoordinator(config) as alone:
+                expected = tokens(await alone.generate_batch(prompts, max_tokens=20))
+            urls = [slow.url, tiny_pair.t_url]
+            config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=urls, **options)
+            async with DualVLLMCoordinator(config) as coordinator:
+                assert tokens(await coordinator.generate_batch(prompts, max_tokens=20)) == expected
+            assert slow.injected >= 1
+            assert (slow.injected <= 3) is taken_out, "no round waits for it again while it is out"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> None:
     async def run() -> None:
         async with FaultProxy(tiny_pair.t_url, fault_proxy.error(500), lambda number: number > 30).running() as a:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from trl import GRPOConfig
 
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.script import checkpoint_to_resume
 from tests.recording_reward import read_records
-from tests.runs import finish, metrics, one_process, start, wait_until, write_recipe
+from tests.runs import finish, metrics, one_process, start, two_processes, wait_until, write_recipe
 
 OPTIONS = {
     "max_steps": 4,
@@ -102,6 +103,33 @@ def test_its_metrics_go_on_without_gap_or_repeat(runs: Runs) -> None:
             assert entry[name] == pytest.approx(same[name], rel=1e-3, abs=1e-5), name
         assert entry["sampling/policy_drift/max"] < 1e-3, "the server has the checkpoint's weights"
     assert len({entry["sampling/alpha_max"] for entry in entries}) == 4, "the schedule moved at every step"
+
+
+def test_a_run_of_two_processes_goes_on_too(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed by its launcher's death and its own, in the second step."""
+    options = {**OPTIONS, "max_steps": 3}
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    finish(start(two_processes(write_recipe(undisturbed, tiny_models, **options)), undisturbed))
+    recipe = write_recipe(resumed, tiny_models, **options, resume_from_checkpoint=True)
+    run = start(two_processes(recipe), resumed, HOLD_AT_STEP="1")
+    wait_until(lambda: all((resumed / f"held-{process}").exists() for process in (0, 1)), run)
+    processes = psutil.Process(run.pid).children(recursive=True)
+    for process in (run, *processes):
+        process.kill()
+    run.communicate()
+    psutil.wait_procs(processes, timeout=30)
+    for process in (0, 1):
+        (resumed / f"{process}.jsonl").unlink()
+    finish(start(two_processes(recipe), resumed))
+    for process in (0, 1):
+        expected, after = read_records(undisturbed, process), read_records(resumed, process)
+        assert [record["step"] for record in after] == [1, 2]
+        for record in after:
+            same = expected[record["step"]]
+            assert record["questions"] == same["questions"]
+            assert record["completion_ids"] == same["completion_ids"]
+            assert record["weight_version"] == [record["step"]] * 4
+    assert [entry["step"] for entry in metrics(recipe)] == [1, 2, 3]
 
 
 def grpo_config(folder: Path, resume: Any) -> GRPOConfig:
