@@ -256,10 +256,9 @@ def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tuple[Path, Path], side: int):
     flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
+    urls = [tiny_pair.theta_url, tiny_pair.t_url]
 
     async def run(server: EmbeddedServer) -> list[GenerationOutput]:
-        urls = [tiny_pair.theta_url, tiny_pair.t_url]
-        urls[side] = server.url
         config = CoordinatorConfig(
             theta_url=urls[0], t_url=urls[1], decoding="lockstep", **{**OPTIONS, "max_retries": 20}
         )
@@ -276,8 +275,10 @@ def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tup
             return outputs
 
     with EmbeddedServer(tiny_models[side], flags) as server:
+        urls[side] = server.url
+        expected = undisturbed(*urls, "lockstep")
         outputs = asyncio.run(asyncio.wait_for(run(server), 100))
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    assert tokens(outputs) == expected
 
 
 # ---- a target that goes -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def dry_run(*arguments: str, environment: dict[str, str] | None = None) -> tuple
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=90,
         env={**os.environ, **(environment or {})},
     )
     theta, t = answer.stdout.splitlines()
@@ -100,7 +100,7 @@ def test_a_key_is_never_on_a_command_line() -> None:
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str) -> None:
-    answer = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=30)
+    answer = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=90)
     assert answer.returncode == 2 and message in answer.stderr
 
 
