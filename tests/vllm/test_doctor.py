@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conformance.suite import use
+from tests.conformance.suite import Target, use
 from tests.integration.test_doctor import DEAD, failed, report
 from tests.vllm.conftest import ServerPair
 from tests.vllm.servers import VllmServer
@@ -21,6 +21,10 @@ def bare_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) ->
     model = vllm_pair.t.model
     with VllmServer(model, core=1, flags=(*flags, "--disable-fastapi-docs"), environment=closed, log=log) as server:
         yield server.url
+
+
+def at(url: str, pair: ServerPair) -> Target:
+    return Target(url, url, pair.theta.model, pair.t.model)
 
 
 def test_a_good_pair(vllm_pair: ServerPair, lora_url: str) -> None:
@@ -47,7 +51,7 @@ def test_a_plain_server_is_no_native_one(vllm_pair: ServerPair) -> None:
 
 
 def test_a_server_without_schema_or_development_routes(bare_url: str, vllm_pair: ServerPair) -> None:
-    found = use(bare_url, lambda engine: engine.probe([3, 4, 5]))
+    found = use(at(bare_url, vllm_pair), lambda engine: engine.probe([3, 4, 5]))
     assert (found.max_logprobs, found.logprobs_mode, found.prefix_caching) == (20, "processed", False)
     assert not (found.reloads_weights or found.resets_prefix_cache or found.pauses or found.loads_lora)
     assert found.generate_endpoint and found.named_logprobs and found.detokenizes
@@ -57,7 +61,7 @@ def test_a_server_without_schema_or_development_routes(bare_url: str, vllm_pair:
 def test_the_older_runner_is_never_asked_for_rows_after_a_cache_hit(vllm_pair: ServerPair) -> None:
     """It dies of the question. Probing twice, with the prompt cached by then, leaves it alive."""
     for _ in range(2):
-        found = use(vllm_pair.theta.url, lambda engine: engine.probe(list(range(40, 140))))
+        found = use(at(vllm_pair.theta.url, vllm_pair), lambda engine: engine.probe(list(range(40, 140))))
         assert found.scoring[0] == ("token_ids" if found.cached_rows else "prefixes")
     assert vllm_pair.theta.is_alive()
-    use(vllm_pair.theta.url, lambda engine: engine.health())
+    use(at(vllm_pair.theta.url, vllm_pair), lambda engine: engine.health())
