@@ -28,7 +28,7 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 test: install  ## all tests but those that need real vLLM or a GPU
-	$(BIN)/python -m pytest -m 'not vllm and not gpu' --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not vllm and not gpu' --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM servers (CPU build, in .venv-vllm)
 	PYTHON=$(PYTHON) bash tests/vllm/install.sh

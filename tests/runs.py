@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,8 @@ def communicate(run: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
     try:
         return run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        run.kill()
+        for process in (*psutil.Process(run.pid).children(recursive=True), run):
+            process.kill()  # the launcher's children hold its pipes open
         raise AssertionError(f"still running after {timeout:g} s:\n{run.communicate()[1][-4000:]}") from None
 
 

@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl, the servers' logs.")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    PartialState().wait_for_everyone()  # none leaves while another still needs it
     PartialState().destroy_process_group()
 
 
