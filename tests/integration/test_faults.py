@@ -198,7 +198,7 @@ def test_whatever_is_put_in_place_of_a_part_of_an_answer(tiny_pair: TinyPair, si
 
     outputs, _, proxy = run_behind_proxies(
         tiny_pair,
-        lambda _: changed(mutate),
+        lambda _: fault_proxy.once_each(changed(mutate)),
         lambda number: number % 2 == 1,
         side,
         decoding=("block", "lockstep")[seed % 2],
