@@ -36,10 +36,10 @@ async def decode(
         # The first round reads the prompts, whatever the mode: no measure of any.
         await scheduler.run(mode(tuner.first(recorder.config)), groups=1, rounds=1)
         while not scheduler.done:
-            choice, rounds = tuner.choose(recorder.config, scheduler.load)
-            before, started = recorder.stats.tokens, time.perf_counter()
-            await scheduler.run(mode(choice), groups=choice.groups, rounds=rounds)
-            tuner.observe(choice, recorder.stats.tokens - before, time.perf_counter() - started)
+            plan = tuner.choose(recorder.config, scheduler.load)
+            before, started = scheduler.tokens, time.perf_counter()
+            await scheduler.run(mode(plan.choice), groups=plan.choice.groups, rounds=plan.rounds)
+            plan.measured.note(plan.choice, scheduler.tokens - before, time.perf_counter() - started)
         await scheduler.finish()
     finally:
         scheduler.abandon()

@@ -27,10 +27,13 @@ class Scheduler:
     """Continuous batching on the client: a finished sequence is replaced at once by the next of `sequences`.
 
     The active sequences are split into groups that advance on their own, so that the servers work for one group while
-    the client, or the other server, is busy with another. No round waits for the slowest of the whole batch.
+    the client, or the other server, is busy with another. A round waits for the slowest of its group alone.
 
     `sequences` is consumed as places become free, and nothing is kept of what has finished, so there may be any number
     of them. One that is done before it begins, because its prompt was bad, takes no place.
+
+    Attributes:
+        tokens: sampled so far.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Scheduler:
         self._on_finished = on_finished
         self._groups: list[list[DecodingSequence]] = []
         self._settling: set[asyncio.Task[None]] = set()
+        self.tokens = 0
 
     @property
     def load(self) -> Load:
@@ -54,7 +58,12 @@ class Scheduler:
         await self._fill(active, self._recorder.config.max_concurrency)
         groups = max(1, min(groups, len(active)))
         self._groups = [active[i::groups] for i in range(groups)]
-        await asyncio.gather(*(self._run_group(group, mode, rounds) for group in self._groups))
+        tasks = [asyncio.create_task(self._run_group(group, mode, rounds)) for group in self._groups]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # one that raised, as the caller's iterable may, ends the others
+                task.cancel()
 
     async def finish(self) -> None:
         """Wait until the records of all finished sequences are complete."""
@@ -74,7 +83,9 @@ class Scheduler:
     async def _run_group(self, group: list[DecodingSequence], mode: Mode, rounds: int | None) -> None:
         capacity = len(group)
         while group and rounds != 0:
+            before = sum(len(sequence.tokens) for sequence in group)
             await advance(mode, group)
+            self.tokens += sum(len(sequence.tokens) for sequence in group) - before
             for sequence in group:
                 if sequence.done:
                     self._complete(sequence)

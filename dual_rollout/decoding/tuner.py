@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.engines.base import ScoringMethod
@@ -15,6 +15,7 @@ _SETTLED_ROUNDS = 8, 32  # at first, and when the choice has stood for a while
 _SIMPLER = 0.95  # an earlier choice this close to the fastest is preferred: short measurements err by as much
 _HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
 _PROMISING = 0.85  # of the best so far: worth trying at other lengths
+_REMEMBERED_ROUNDS = 512  # after as many, what was slower is measured again: acceptance changes as the policy learns
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +49,64 @@ class Load:
         )
 
 
+@dataclass(slots=True)
+class Measured:
+    """Tokens and seconds of each choice at one load, the recent ones most.
+
+    Attributes:
+        explored: whether all that was worth trying has been.
+        rounds: since then.
+        alone: whether to try everything, whatever is known of other loads.
+    """
+
+    totals: dict[Choice, tuple[float, float]] = field(default_factory=dict)
+    explored: bool = False
+    rounds: int = 0
+    alone: bool = False
+
+    @property
+    def rates(self) -> dict[Choice, float]:
+        """Tokens per second, in the order of the first trials."""
+        return {choice: tokens / seconds for choice, (tokens, seconds) in self.totals.items()}
+
+    def note(self, choice: Choice, tokens: int, seconds: float) -> None:
+        before = self.totals.get(choice, (0.0, 0.0))
+        self.totals[choice] = 0.5 * before[0] + tokens, 0.5 * before[1] + seconds
+
+    def forget_all_but(self, choice: Choice) -> None:
+        """Begin to explore again."""
+        self.totals = {choice: self.totals[choice]}
+        self.explored, self.rounds, self.alone = False, 0, True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do next, for how many rounds, and where to note how fast it was."""
+
+    choice: Choice
+    rounds: int
+    measured: Measured
+
+
 class Tuner:
     """Tokens per second of each choice, measured while decoding, by load. Lives as long as its coordinator.
 
-    At a load never seen, every choice is tried for a few rounds; near a load that is known, only its two best are
-    compared again. Then the best is used, and measured on. Measuring costs nothing but the difference in speed: what
-    is sampled meanwhile is as exact as ever.
+    At first every choice is tried for a few rounds; near a load that has been explored, only its two best are compared.
+    Then the best is used, and measured on; once in a while the others are tried again. Measuring costs nothing but the
+    difference in speed: what is sampled meanwhile is as exact as ever.
 
     Attributes:
         scoring: the ways in which π_t's server can score drafts.
+        processed: whether π_θ's server reports log-probabilities that follow the temperature.
         chosen: what was found fastest at the latest load.
     """
 
-    def __init__(self, scoring: tuple[ScoringMethod, ...] = ("prefixes",)) -> None:
+    def __init__(self, scoring: tuple[ScoringMethod, ...] = ("prefixes",), *, processed: bool = False) -> None:
         self.scoring = scoring
-        self._rates: dict[Load, dict[Choice, float]] = {}
-        self._measured: dict[tuple[Load, Choice], tuple[float, float]] = {}  # tokens and seconds, the recent ones most
-        self._load: Load | None = None
-        self._rounds = _SETTLED_ROUNDS[0]
+        self.processed = processed
         self.chosen: Choice | None = None
+        self._measured: dict[tuple[bool, Load], Measured] = {}
+        self._rounds = _SETTLED_ROUNDS[0]
 
     def first(self, config: CoordinatorConfig) -> Choice:
         """For the round that reads the prompts."""
@@ -74,63 +114,69 @@ class Tuner:
             return Choice("block", 1, config.num_draft_tokens or DEFAULT_DRAFT_TOKENS, self.scoring[0])
         return Choice("lockstep", 1)
 
-    def choose(self, config: CoordinatorConfig, load: Load) -> tuple[Choice, int]:
-        """What to do next, and for how many rounds."""
-        rates = self._rates.setdefault(load, {})
-        self._load = load
-        for choice in self._worth_trying(config, load, rates):
-            if choice not in rates:
-                return choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS
+    def choose(self, config: CoordinatorConfig, load: Load) -> Plan:
+        """What to do next; its outcome is to be noted in the plan's `measured`."""
+        drafting = self.may_draft(config)
+        measured = self._measured.setdefault((drafting, load), Measured())
+        if not measured.explored:
+            for choice in self._worth_trying(config, load, measured):
+                if choice not in measured.totals:
+                    return Plan(choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS, measured)
+            measured.explored = True
+        rates = measured.rates
         best = max(rates.values())
         chosen = next(choice for choice, rate in rates.items() if rate >= _SIMPLER * best)
+        if measured.rounds >= _REMEMBERED_ROUNDS:
+            measured.forget_all_but(chosen)
+            return self.choose(config, load)
         self._rounds = min(2 * self._rounds, _SETTLED_ROUNDS[1]) if chosen == self.chosen else _SETTLED_ROUNDS[0]
+        measured.rounds += self._rounds
         self.chosen = chosen
-        return chosen, self._rounds
+        return Plan(chosen, self._rounds, measured)
 
-    def observe(self, choice: Choice, tokens: int, seconds: float) -> None:
-        """Record what the last choice achieved."""
-        assert self._load is not None
-        before = self._measured.get((self._load, choice), (0.0, 0.0))
-        tokens_seen, seconds_seen = 0.5 * before[0] + tokens, 0.5 * before[1] + seconds
-        self._measured[self._load, choice] = tokens_seen, seconds_seen
-        self._rates[self._load][choice] = tokens_seen / seconds_seen
+    def may_draft(self, config: CoordinatorConfig) -> bool:
+        """Whether block decoding is wanted and gives the configured law.
+
+        It needs the law that a draft was drawn from, which raw lists do not give at temperature != 1. And with a seed
+        the tokens must not depend on what the clock says is fastest, so that "auto" keeps to lockstep.
+        """
+        if config.decoding == "auto":
+            return config.seed is None and (config.temperature == 1.0 or self.processed)
+        return config.decoding == "block"
 
     def report(self) -> dict[str, dict[str, float]]:
         """Measured tokens per second, by load and choice; the reason for what was chosen."""
         return {
-            f"{load.sequences} sequences, {load.context} tokens": {str(c): round(r, 1) for c, r in rates.items()}
-            for load, rates in self._rates.items()
+            f"{load.sequences} sequences, {load.context} tokens{'' if drafting else ', lockstep only'}": {
+                str(choice): round(rate, 1) for choice, rate in measured.rates.items()
+            }
+            for (drafting, load), measured in self._measured.items()
         }
 
-    def _worth_trying(self, config: CoordinatorConfig, load: Load, rates: dict[Choice, float]) -> Iterator[Choice]:
+    def _worth_trying(self, config: CoordinatorConfig, load: Load, measured: Measured) -> Iterator[Choice]:
         """The choices to measure, in order. What comes later depends on what was measured of the earlier ones."""
-        known = [other for other, others in self._rates.items() if other != load and len(others) > 1]
-        if known:
-            nearest = self._rates[min(known, key=load.distance)]
+        drafting = self.may_draft(config)
+        explored = {other: m.rates for (kind, other), m in self._measured.items() if kind == drafting and m.explored}
+        if explored and not measured.alone:
+            nearest = explored[min(explored, key=load.distance)]
             yield from sorted(nearest, key=nearest.__getitem__, reverse=True)[:2]
             return
         groups = (1, 2) if load.sequences > 1 else (1,)
         if config.decoding != "block":
             yield from (Choice("lockstep", count) for count in groups)
-            if config.decoding == "lockstep" or not can_block(config):
+            if not drafting:
                 return
         length = config.num_draft_tokens or (DEFAULT_DRAFT_TOKENS if config.decoding == "block" else _FIRST_LENGTH)
-        for method in self.scoring:
-            choice = Choice("block", groups[-1], length, method)
+        # Kernels round differently by method: with a seed the clock must not decide.
+        methods = self.scoring if config.seed is None else self.scoring[:1]
+        blocks = [Choice("block", groups[-1], length, method) for method in methods]
+        for choice in blocks:
             yield choice
-            if config.decoding == "auto" and rates[choice] < _HOPELESS * max(rates.values()):
+            if config.decoding == "auto" and measured.rates[choice] < _HOPELESS * max(measured.rates.values()):
                 return
-        fastest = max((choice for choice in rates if choice.mode == "block"), key=rates.__getitem__)
-        if config.decoding == "block":
-            yield replace(fastest, groups=1)
-        elif config.num_draft_tokens is None and rates[fastest] > _PROMISING * max(rates.values()):
+        fastest = max(blocks, key=measured.rates.__getitem__)
+        if config.decoding == "auto" and measured.rates[fastest] < _PROMISING * max(measured.rates.values()):
+            return
+        yield replace(fastest, groups=1)
+        if config.decoding == "auto" and config.num_draft_tokens is None:
             yield from (replace(fastest, num_draft_tokens=other) for other in _OTHER_LENGTHS)
-
-
-def can_block(config: CoordinatorConfig) -> bool:
-    """Whether block decoding can give the configured law.
-
-    It needs the law a draft was drawn from, which raw lists do not give at temperature != 1. With a seed the tokens
-    must not depend on what the clock says is fastest.
-    """
-    return config.temperature == 1.0 and config.seed is None

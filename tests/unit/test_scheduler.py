@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
@@ -115,9 +116,9 @@ def drive(tuner: Tuner, config: CoordinatorConfig, load: Load, speeds: dict[str,
     """Choose `times` times, reporting the given tokens per second; the choices by name."""
     made = []
     for _ in range(times):
-        choice, _rounds = tuner.choose(config, load)
-        tuner.observe(choice, tokens=round(1000 * speeds[str(choice)]), seconds=1000.0)
-        made.append(str(choice))
+        plan = tuner.choose(config, load)
+        plan.measured.note(plan.choice, tokens=round(1000 * speeds[str(plan.choice)]), seconds=1000.0)
+        made.append(str(plan.choice))
     return made
 
 
@@ -130,6 +131,7 @@ def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
         for n, f in ((2, 0.9), (4, 1), (8, 1.1))
         for method in methods
     }
+    speeds |= {blocks(1, 4, method): 0.7 * speeds[blocks(2, 4, method)] for method in methods}
     tuner = Tuner(methods)
     made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 12)
     assert len(set(made[-5:])) == 1
@@ -140,11 +142,11 @@ def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
         assert len(tried) == 1, "a hopeless block is tried once"
     else:
         assert {blocks(2, 4, method) for method in methods} < set(tried), "the ways to score are compared"
-        assert len(set(tried)) == 4, "and the faster is tried at other lengths"
+        assert len(set(tried)) == 5, "and the faster is tried in one group and at other lengths"
 
 
 def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
-    speeds = SPEEDS | {blocks(2, n): s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))}
+    speeds = SPEEDS | {blocks(2, n): s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))} | {blocks(1, 4): 90.0}
     tuner, config = Tuner(), CoordinatorConfig()
     drive(tuner, config, Load.of(16, 60), speeds, 8)
     later = drive(tuner, config, Load.of(16, 200), speeds | {"lockstep, 2 groups": 300.0}, 6)
@@ -156,6 +158,56 @@ def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
 def test_auto_blocks_only_where_the_law_and_the_tokens_stay_the_same(options: dict[str, object]) -> None:
     made = drive(Tuner(), CoordinatorConfig(**options), Load.of(16, 60), SPEEDS, 6)  # type: ignore[arg-type]
     assert not any("block" in name for name in made)
+
+
+FAST_BLOCKS = SPEEDS | {blocks(groups, n): 600.0 for groups in (1, 2) for n in (2, 4, 8)}
+
+
+def test_what_is_known_of_blocks_is_no_advice_to_a_call_that_must_not_draft() -> None:
+    tuner, load = Tuner(), Load.of(16, 60)
+    assert "block" in drive(tuner, CoordinatorConfig(), load, FAST_BLOCKS, 9)[-1]
+    for config in (CoordinatorConfig(seed=1), CoordinatorConfig(temperature=0.7)):
+        assert not any("block" in name for name in drive(tuner, config, load, FAST_BLOCKS, 9))
+    assert "block" in drive(tuner, CoordinatorConfig(), Load.of(16, 200), FAST_BLOCKS, 1)[0]
+
+
+def test_drafts_at_a_temperature_are_for_servers_that_report_it() -> None:
+    made = drive(Tuner(processed=True), CoordinatorConfig(temperature=0.7), Load.of(16, 60), FAST_BLOCKS, 9)
+    assert "block" in made[-1]
+
+
+def test_trials_that_a_change_of_load_interrupted_are_made_at_the_next() -> None:
+    tuner, config = Tuner(), CoordinatorConfig()
+    drive(tuner, config, Load.of(16, 60), FAST_BLOCKS, 2)  # lockstep alone
+    assert "block" in drive(tuner, config, Load.of(16, 120), FAST_BLOCKS, 9)[-1]
+    assert "block" in drive(tuner, config, Load.of(16, 240), FAST_BLOCKS, 9)[-1]
+
+
+def test_what_was_slow_is_tried_again_after_a_while() -> None:
+    tuner, config, load = Tuner(), CoordinatorConfig(), Load.of(16, 60)
+    slow = FAST_BLOCKS | {name: 20.0 for name in FAST_BLOCKS if "block" in name}
+    made = drive(tuner, config, load, slow, 100)
+    assert made[-1] == "lockstep, 2 groups"
+    assert 3 <= sum("block" in name for name in made) <= 6
+    assert "block" in drive(tuner, config, load, FAST_BLOCKS, 40)[-1]
+
+
+def test_a_sequence_that_cannot_begin_ends_all_groups() -> None:
+    def rows() -> Iterator[DecodingSequence]:
+        yield from sequences(1, max_tokens=1)
+        yield from sequences(3, max_tokens=10**6)
+        raise ValueError("a bad row")
+
+    mode, scheduler = OneToken(), Scheduler(rows(), recorder(4))
+
+    async def run() -> None:
+        with pytest.raises(ValueError, match="a bad row"):
+            await scheduler.run(mode, groups=2)
+        rounds = len(mode.rounds)
+        await asyncio.sleep(0.01)
+        assert len(mode.rounds) <= rounds + 1
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_block_stays_block() -> None:
