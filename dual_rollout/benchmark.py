@@ -1,13 +1,15 @@
 """What sampling from q* costs, on two servers or on one, against what they do alone and against the obvious loop.
 
-Every figure comes from the same prompts in the same run; ratios between rows of one run are what to quote.
+Every figure comes from the same prompts in the same run, but for a number at their beginning, so that no server has any
+of them in its cache; ratios between rows of one run are what to quote.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,9 +20,11 @@ from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.text import load_tokenizer
 
-MODES = ("theta", "t", "both", "naive", "lockstep", "block", "auto", "native", "native_plain")
-NATIVE_MODES = ("native", "native_plain")
+NATIVE_MODES = ("native_plain", "native", "native_scored")
+MODES = ("theta", "t", "both", "naive", "lockstep", "block", "auto", *NATIVE_MODES)
 BASES = ("both", "t", "lockstep", "naive")
+
+_MAX_WARM_UPS = 6
 
 _PASSAGE = (
     "The river rises in the hills above the town and runs for ninety miles before it meets the sea. In spring the snow "
@@ -36,6 +40,7 @@ _PASSAGE = (
 class Row:
     """One mode at one load. Times in seconds, sizes in KB, CPU of this process in microseconds.
 
+    `first_token_s` is the time until every sequence of a batch of its own has one token, its record complete.
     `cpu_us_per_token` of the modes that only ask the servers to generate is the cost of waiting for them. `relative` is
     the speed as a fraction of that of other modes at the same load, see `summarise`.
     """
@@ -75,126 +80,115 @@ class Benchmark:
 
     Args:
         config: `decoding` is set per mode; its other fields are used as they are.
-        native_url: a `dual-rollout serve-native`, for the modes `native` (`generate_batch`, with log π_θ of each token)
-            and `native_plain` (tokens alone, what any client of that server gets).
+        naive_urls: servers of the same two models for the mode `naive`, which sends text, where those of the config
+            were started without a tokenizer.
+        native_url: a `dual-rollout serve-native`, for the modes `native_plain` (tokens alone), `native` (with log q*
+            and α of each, all that a trainer needs) and `native_scored` (with its log π_θ too).
         max_tokens: tokens per sequence; EOS is ignored, so that all modes produce the same number.
     """
 
-    def __init__(self, config: CoordinatorConfig, *, native_url: str | None = None, max_tokens: int):
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        naive_urls: Sequence[str] | None = None,
+        native_url: str | None = None,
+        max_tokens: int,
+    ):
         self._config = config
+        self._naive_urls = naive_urls
         self._native_url = native_url
         self._max_tokens = max_tokens
         self._tokenizer: Any = None
+        self._salts = itertools.count()
 
     async def run(self, mode: str, concurrency: int, context: int) -> Row:
-        """One row: a warm-up with other prompts, then the measured run."""
+        """One row: a warm-up, a batch of one token each, then the measured run, each with prompts of its own."""
         if mode == "naive":
-            return await self._naive(concurrency, context)
+            return await self._asking(mode, concurrency, context, self._naive_sequence)
         if mode in ("theta", "t", "both", "native_plain"):
-            return await self._plain(mode, concurrency, context)
+            return await self._asking(mode, concurrency, context, _plain_sequence)
         return await self._sampling(mode, concurrency, context)
 
     async def _sampling(self, mode: str, concurrency: int, context: int) -> Row:
-        """`generate_batch`: q*, with all that a record holds."""
+        """`generate_batch`: q*, with all that a record holds. `auto` is warm when it has made its choice."""
         values = {**asdict(self._config), "ignore_eos": True, "max_concurrency": concurrency}
-        if mode == "native":
+        if mode in NATIVE_MODES:
             values |= {"engine": "native", "theta_url": self._urls(mode)[0], "theta_model": None}
+            values |= {"policy_logprobs": mode == "native_scored"}
         else:
             values["decoding"] = mode
         async with DualVLLMCoordinator(CoordinatorConfig.from_dict(values)) as coordinator:
-            await coordinator.generate_batch(
-                await self._prompts(concurrency, context, salt=1), max_tokens=self._max_tokens
-            )
-            started = time.perf_counter()
-            await coordinator.generate_batch(await self._prompts(concurrency, context, salt=2), max_tokens=1)
-            first = time.perf_counter() - started
-            prompts = await self._prompts(concurrency, context, salt=3)
+
+            async def generate(prompts: list[list[int]], max_tokens: int) -> None:
+                for output in await coordinator.generate_batch(prompts, max_tokens=max_tokens):
+                    if output.error is not None:
+                        raise RuntimeError(f"{mode}: {output.error}")
+
+            for _ in range(_MAX_WARM_UPS):
+                await generate(await self._prompts(concurrency, context), self._max_tokens)
+                if mode != "auto" or coordinator.chosen is not None:
+                    break
             stats = coordinator.stats
+            prompts, started = await self._prompts(concurrency, context), time.perf_counter()
+            await generate(prompts, 1)
+            first = time.perf_counter() - started
+            prompts = await self._prompts(concurrency, context)
             before = _totals(stats.theta, stats.t)
             drafted, accepted = stats.decoding.draft_tokens, stats.decoding.accepted_tokens
             meter = _Meter()
-            outputs = await coordinator.generate_batch(prompts, max_tokens=self._max_tokens)
-            for output in outputs:
-                if output.error is not None:
-                    raise RuntimeError(f"{mode}: {output.error}")
-            tokens = sum(len(output.generated_tokens) for output in outputs)
+            await generate(prompts, self._max_tokens)
             drafts = stats.decoding.draft_tokens - drafted
             return meter.row(
                 mode,
                 concurrency,
                 context,
-                tokens,
+                concurrency * self._max_tokens,
                 _totals(stats.theta, stats.t) - before,
                 first,
                 acceptance=(stats.decoding.accepted_tokens - accepted) / drafts if drafts else None,
                 chosen=str(coordinator.chosen) if mode == "auto" and coordinator.chosen else None,
             )
 
-    async def _plain(self, mode: str, concurrency: int, context: int) -> Row:
-        """Both servers, or one, generating on their own; with both, a token counts once each has made one."""
-        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls(mode)]
-        models = [(await transport.get("/v1/models"))["data"][0]["id"] for transport in transports]
+    async def _asking(self, mode: str, concurrency: int, context: int, sequence: _Sequence) -> Row:
+        """Requests and nothing else: `sequence` asks for one sequence from all servers of the mode.
 
-        async def generate(salt: int, max_tokens: int) -> None:
-            prompts = await self._prompts(concurrency, context, salt)
-            await asyncio.gather(
-                *(
-                    transport.post("/v1/completions", _plain_request(model, prompt, max_tokens))
-                    for transport, model in zip(transports, models, strict=True)
-                    for prompt in prompts
-                )
-            )
+        With both servers generating on their own, a token counts once each has made one.
+        """
+        servers = [_Server(HttpTransport(url, pool_size=concurrency)) for url in self._urls(mode)]
+
+        async def generate(prompts: list[list[int]], max_tokens: int) -> None:
+            await asyncio.gather(*(sequence(servers, prompt, max_tokens) for prompt in prompts))
 
         try:
-            await generate(1, self._max_tokens)
-            started = time.perf_counter()
-            await generate(2, 1)
+            for server in servers:
+                await server.find_model()
+            await generate(await self._prompts(concurrency, context), self._max_tokens)
+            prompts, started = await self._prompts(concurrency, context), time.perf_counter()
+            await generate(prompts, 1)
             first = time.perf_counter() - started
-            before = _totals(*(transport.stats for transport in transports))
+            prompts = await self._prompts(concurrency, context)
+            before = _totals(*(server.http.stats for server in servers))
             meter = _Meter()
-            await generate(3, self._max_tokens)
-            after = _totals(*(transport.stats for transport in transports))
-            return meter.row(mode, concurrency, context, concurrency * self._max_tokens, after - before, first)
+            await generate(prompts, self._max_tokens)
+            traffic = _totals(*(server.http.stats for server in servers)) - before
+            return meter.row(mode, concurrency, context, concurrency * self._max_tokens, traffic, first)
         finally:
-            for transport in transports:
-                await transport.aclose()
+            for server in servers:
+                await server.http.aclose()
 
-    async def _naive(self, concurrency: int, context: int) -> Row:
+    async def _naive_sequence(self, servers: Sequence[_Server], prompt: list[int], max_tokens: int) -> None:
         """The obvious loop: text prompts, one request per token, sequence and server, bisection on dictionaries."""
         tokenizer = await self._find_tokenizer()
         if tokenizer is None:
             raise ValueError("the naive loop sends text: set --tokenizer to the model's")
-        transports = [HttpTransport(url, pool_size=concurrency) for url in self._urls("naive")]
-        models = [(await transport.get("/v1/models"))["data"][0]["id"] for transport in transports]
-        rng = np.random.default_rng(0)
-
-        async def generate(salt: int, max_tokens: int) -> None:
-            async def one(ids: list[int]) -> None:
-                text = tokenizer.decode(ids)
-                for _ in range(max_tokens):
-                    lists = await asyncio.gather(
-                        *(
-                            transport.post("/v1/completions", _naive_request(model, text, int(self._config.top_k)))
-                            for transport, model in zip(transports, models, strict=True)
-                        )
-                    )
-                    tops = [answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in lists]
-                    text += _naive_token(tops[0], tops[1], rng)
-
-            await asyncio.gather(*(one(ids) for ids in await self._prompts(concurrency, context, salt)))
-
-        try:
-            started = time.perf_counter()
-            await generate(2, 1)
-            first = time.perf_counter() - started
-            before = _totals(*(transport.stats for transport in transports))
-            meter = _Meter()
-            await generate(3, self._max_tokens)
-            after = _totals(*(transport.stats for transport in transports))
-            return meter.row("naive", concurrency, context, concurrency * self._max_tokens, after - before, first)
-        finally:
-            for transport in transports:
-                await transport.aclose()
+        text, rng = tokenizer.decode(prompt), np.random.default_rng(0)
+        for _ in range(max_tokens):
+            answers = await asyncio.gather(
+                *(server.complete(text, 1, logprobs=int(self._config.top_k)) for server in servers)
+            )
+            tops = [answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in answers]
+            text += _naive_token(tops[0], tops[1], rng)
 
     def _urls(self, mode: str) -> list[str]:
         theta, t = (str(url) for url in (self._config.theta_url, self._config.t_url))
@@ -202,18 +196,20 @@ class Benchmark:
             if self._native_url is None:
                 raise ValueError(f"mode {mode} needs the URL of a dual-rollout serve-native: set --native-url")
             return [self._native_url]
+        if mode == "naive" and self._naive_urls is not None:
+            return list(self._naive_urls)
         return {"theta": [theta], "t": [t]}.get(mode, [theta, t])
 
-    async def _prompts(self, count: int, length: int, salt: int) -> list[list[int]]:
-        """Token-id prompts of exactly `length`, no two with a common beginning."""
-        tokenizer = await self._find_tokenizer()
+    async def _prompts(self, count: int, length: int) -> list[list[int]]:
+        """Token-id prompts of exactly `length`, no two with a common beginning, not even with those of other calls."""
+        tokenizer, salt = await self._find_tokenizer(), next(self._salts)
         if tokenizer is None:
             return np.random.default_rng([salt, length]).integers(3, 100, (count, length)).tolist()
         ids = tokenizer(_PASSAGE)["input_ids"]
         ids = ids * (length // len(ids) + 2)
         prompts = []
         for i in range(count):
-            head = tokenizer(f"Note {salt}.{i}: ")["input_ids"]
+            head = tokenizer(f"{salt}.{i}: ")["input_ids"]
             prompts.append((head + ids[7 * i % 50 :])[:length])
         return prompts
 
@@ -270,13 +266,27 @@ def _totals(*stats: Any) -> np.ndarray:
     return np.array([sum(s.requests for s in stats), sum(s.bytes_sent + s.bytes_received for s in stats)], dtype=float)
 
 
-def _plain_request(model: str, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+class _Server:
+    """One server, asked as plainly as can be."""
+
+    def __init__(self, http: HttpTransport):
+        self.http = http
+        self._model = ""
+
+    async def find_model(self) -> None:
+        self._model = (await self.http.get("/v1/models"))["data"][0]["id"]
+
+    async def complete(self, prompt: str | Sequence[int], max_tokens: int, **options: Any) -> Any:
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "ignore_eos": True}
+        payload = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, **sampling, **options}
+        return await self.http.post("/v1/completions", payload)
 
 
-def _naive_request(model: str, text: str, top_k: int) -> dict[str, Any]:
-    return {**_plain_request(model, [], 1), "prompt": text, "logprobs": top_k}
+_Sequence = Callable[[Sequence[_Server], list[int], int], Awaitable[None]]
+
+
+async def _plain_sequence(servers: Sequence[_Server], prompt: list[int], max_tokens: int) -> None:
+    await asyncio.gather(*(server.complete(prompt, max_tokens) for server in servers))
 
 
 def _naive_token(theta: dict[str, float], t: dict[str, float], rng: np.random.Generator) -> str:

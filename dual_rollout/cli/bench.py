@@ -15,11 +15,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="measure decoding modes on two servers, and on a native one",
         description="Measure, on the same prompts in one run: each server generating alone (theta, t), both side by "
         "side (both), the obvious two-model loop (naive), q* by lockstep, block and auto, and, with --native-url, q* "
-        "from one native server (native; native_plain without log π_θ). Give two URLs, or two models to serve with "
-        "embedded servers.",
+        "from one native server (native_plain: tokens alone; native: with log q* and α; native_scored: with log π_θ "
+        "too). Give two URLs, or two models to serve with embedded servers.",
     )
     parser.add_argument("--theta-url", help="π_θ's server")
     parser.add_argument("--t-url", help="π_t's server")
+    parser.add_argument(
+        "--naive-urls",
+        nargs=2,
+        metavar=("THETA", "T"),
+        help="servers for the naive loop, which sends text, where the others have no tokenizer",
+    )
     parser.add_argument("--native-url", help="a dual-rollout serve-native of the same two models")
     parser.add_argument("--theta-model", help="model folder of π_θ for an embedded server, when there is no URL")
     parser.add_argument("--t-model", help="model folder of π_t for an embedded server; π_θ's when unset")
@@ -27,7 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--modes",
         nargs="+",
-        help="any of theta t both naive lockstep block auto native native_plain; all that have servers when unset",
+        help="any of theta t both naive lockstep block auto native_plain native native_scored; all that have servers "
+        "when unset",
     )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="sequences at once")
     parser.add_argument("--context", type=int, nargs="+", default=[64, 512], help="prompt lengths, tokens")
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.theta_url is None and args.theta_model is None:
         raise ValueError("set --theta-url and --t-url, or --theta-model")
     if args.native_url is None and set(args.modes) & set(NATIVE_MODES):
-        raise ValueError("modes native and native_plain need --native-url, a dual-rollout serve-native")
+        raise ValueError("the native modes need --native-url, a dual-rollout serve-native")
     if args.repeat < 1:
         raise ValueError(f"--repeat must be at least 1, got {args.repeat}")
     with contextlib.ExitStack() as stack:
@@ -79,7 +86,7 @@ async def _bench(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         support=args.support,
     )
-    benchmark = Benchmark(config, native_url=args.native_url, max_tokens=args.max_tokens)
+    benchmark = Benchmark(config, naive_urls=args.naive_urls, native_url=args.native_url, max_tokens=args.max_tokens)
     rows: list[Row] = []
     print(_HEADER)
     for context in args.context:
