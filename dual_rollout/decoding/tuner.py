@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.engines.base import ScoringMethod
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DRAFT_TOKENS = 8
 _FIRST_LENGTH, _OTHER_LENGTHS = 4, (8, 2)
@@ -42,6 +45,9 @@ class Load:
     @classmethod
     def of(cls, sequences: int, context: int) -> Load:
         return cls(1 << max(sequences - 1, 0).bit_length(), max(64, 1 << max(context - 1, 0).bit_length()))
+
+    def __str__(self) -> str:
+        return f"{self.sequences} sequences, {self.context} tokens"
 
     def distance(self, other: Load) -> int:
         return abs(self.sequences.bit_length() - other.sequences.bit_length()) + abs(
@@ -131,6 +137,8 @@ class Tuner:
             return self.choose(config, load)
         self._rounds = min(2 * self._rounds, _SETTLED_ROUNDS[1]) if chosen == self.chosen else _SETTLED_ROUNDS[0]
         measured.rounds += self._rounds
+        if chosen != self.chosen:
+            logger.info("decoding by %s; measured at %s: %s tokens/s", chosen, load, _rounded(rates))
         self.chosen = chosen
         return Plan(chosen, self._rounds, measured)
 
@@ -147,9 +155,7 @@ class Tuner:
     def report(self) -> dict[str, dict[str, float]]:
         """Measured tokens per second, by load and choice; the reason for what was chosen."""
         return {
-            f"{load.sequences} sequences, {load.context} tokens{'' if drafting else ', lockstep only'}": {
-                str(choice): round(rate, 1) for choice, rate in measured.rates.items()
-            }
+            f"{load}{'' if drafting else ', lockstep only'}": _rounded(measured.rates)
             for (drafting, load), measured in self._measured.items()
         }
 
@@ -180,3 +186,7 @@ class Tuner:
         yield replace(fastest, groups=1)
         if config.decoding == "auto" and config.num_draft_tokens is None:
             yield from (replace(fastest, num_draft_tokens=other) for other in _OTHER_LENGTHS)
+
+
+def _rounded(rates: Mapping[Choice, float]) -> dict[str, float]:
+    return {str(choice): round(rate, 1) for choice, rate in rates.items()}
