@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -109,7 +109,9 @@ class CoordinatorConfig:
         for spec in fields(self):
             choices = _CHOICES.get(spec.name)
             if choices and getattr(self, spec.name) not in choices:
-                raise ValueError(f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r}")
+                raise ValueError(
+                    f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r:.80}"
+                )
         for name in ("theta_model", "t_model", "tokenizer"):
             self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
         for name in ("parse_special_tokens", "ignore_eos", "show_progress"):
@@ -160,7 +162,7 @@ class CoordinatorConfig:
 
     def _check(self, name: str, valid: Any, expected: str) -> None:
         if not valid(getattr(self, name)):
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r:.80}")
 
 
 def url_list(urls: str | list[str]) -> list[str]:
@@ -181,7 +183,7 @@ def _checked_urls(name: str, urls: Any) -> str | list[str]:
 def _checked_url(name: str, url: Any) -> str:
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
     except ValueError:  # a port that is no number
         parts, valid = urlsplit(""), False
     if isinstance(url, str) and "@" in url:
@@ -214,7 +216,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from dual_rollout import __version__
@@ -20,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (bench, doctor, generate, serve, serve_native, train):
         command.add_parser(subparsers)
+    for given in sys.argv[1:] if argv is None else argv:
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            parser.error(f"an argument is not valid Unicode: {given!a:.80}")
     args, rest = parser.parse_known_args(argv)
     if rest:
         if not getattr(args, "accepts_rest", False):

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.yaml_file import read_mapping
 
 _PREFIX = "config_"
 
@@ -37,27 +38,19 @@ def config_from(args: argparse.Namespace, **defaults: Any) -> CoordinatorConfig:
     Raises:
         ValueError: the file is no YAML mapping, or a key (with the nearest valid one) or a value is not valid.
     """
-    values = _read_yaml(args.config) if args.config is not None else {}
+    values = read_mapping(args.config, "--config") if args.config is not None else {}
     for flag, value in vars(args).items():
         if flag.startswith(_PREFIX):
             values[flag.removeprefix(_PREFIX)] = value[0] if isinstance(value, list) and len(value) == 1 else value
     for name, value in defaults.items():
         if values.get(name) is None:
             values[name] = value
-    return CoordinatorConfig.from_dict(values)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must be a mapping of CoordinatorConfig's fields to values")
-    return values
+    try:
+        return CoordinatorConfig.from_dict(values)
+    except ValueError as error:
+        if args.config is None:
+            raise
+        raise ValueError(f"{args.config}, with the flags: {error}") from error
 
 
 def _flag_of(hint: Any) -> dict[str, Any]:
@@ -79,8 +72,8 @@ def _flag_of(hint: Any) -> dict[str, Any]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a JSON object")
     return value

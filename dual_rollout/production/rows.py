@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,11 @@ class Columns:
             parts = list(string.Formatter().parse(self.t_prompt_template))
         except ValueError as error:
             raise ValueError(f"--t-prompt-template is not valid: {error}") from error
-        return [f"{name}:{spec}" if spec else name for _, name, spec, _ in parts if name is not None]
+        return [
+            f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+            for _, name, spec, conversion in parts
+            if name is not None
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +122,16 @@ def open_source(
         limit: use the first rows only.
 
     Raises:
-        ValueError: a missing file or column, or a line that is no JSON object; says which.
+        ValueError: a missing file or column, no rows, a line that is no JSON object, or types that do not go together;
+            says where. Iterating raises it too, for what a Parquet file or a dataset shows only then.
     """
     kinds = {_kind(name) for name in inputs}
     if len(kinds) != 1 or (kinds == {"dataset"} and len(inputs) > 1):
         raise ValueError("--input must be files of one kind (.jsonl or .parquet), or the name of one dataset")
     source = {"jsonl": _json_source, "parquet": _parquet_source}.get(kinds.pop())
     found = source(inputs, columns) if source else _dataset_source(inputs[0], config_name, split, columns)
+    if found.total == 0:
+        raise ValueError(f"--input {', '.join(inputs)} has no rows")
     total = found.total if limit is None or found.total is None else min(limit, found.total)
     return Source(found.identity, total, found.schema, lambda: itertools.islice(found, limit))
 
@@ -137,22 +145,64 @@ def _kind(name: str) -> str:
 
 def _json_source(paths: Sequence[str], columns: Columns) -> Source:
     """Read everything once: the checksum, the number of rows, and types that all of them fit."""
-    schema, total, files = pa.schema([]), 0, []
+    types, total, files = _Types(), 0, []
     for path in paths:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             rows = _parse_lines(path, _hashed(file, digest), columns)
             while batch := list(itertools.islice(rows, _BATCH)):
-                schema = _widen(schema, batch, columns, path)
+                with _of_one_type(path):
+                    types.add(
+                        pa.schema([(name, pa.array([row[name] for row in batch]).type) for name in columns.needed])
+                    )
                 total += len(batch)
         files.append(_file_identity(path, digest))
 
-    def read() -> Iterator[Row]:
-        for path in paths:
-            with open(path, "rb") as file:
-                yield from _parse_lines(path, file, columns)
+    def read(path: str) -> Iterator[Row]:
+        with open(path, "rb") as file:
+            yield from _parse_lines(path, file, columns)
 
-    return Source({"files": files}, total, schema, read)
+    return _checked_files(paths, files, total, types, read)
+
+
+def _checked_files(
+    paths: Sequence[str],
+    files: list[dict[str, Any]],
+    total: int,
+    types: _Types,
+    read: Callable[[str], Iterator[Row]],
+) -> Source:
+    """A source of files; where their parts differ in type all rows are tried, for not every integer is a float."""
+    for path in paths if types.differ else ():
+        rows = read(path)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            _check_fit(batch, types.widest, path)
+    return Source({"files": files}, total, types.widest, lambda: itertools.chain.from_iterable(map(read, paths)))
+
+
+def _check_fit(rows: list[Row], schema: pa.Schema, where: str) -> None:
+    with _of_one_type(where):
+        pa.Table.from_pylist(rows, schema)
+
+
+class _Types:
+    """The narrowest types that hold those of all parts of an input, and whether these differ."""
+
+    def __init__(self) -> None:
+        self.widest, self.differ, self._first = pa.schema([]), False, None
+
+    def add(self, part: pa.Schema) -> None:
+        self._first = self._first or part
+        self.differ |= part != self._first
+        self.widest = pa.unify_schemas([self.widest, part], promote_options="permissive")
+
+
+@contextlib.contextmanager
+def _of_one_type(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"{where}: the rows of a column must be of one type: {error}") from error
 
 
 def _hashed(lines: Iterable[bytes], digest: Any) -> Iterator[bytes]:
@@ -175,54 +225,59 @@ def _parse_lines(path: str, lines: Iterable[bytes], columns: Columns) -> Iterato
         yield row
 
 
-def _widen(schema: pa.Schema, rows: list[Row], columns: Columns, path: str) -> pa.Schema:
-    """The narrowest types that hold what the schema's do and these rows too."""
-    try:
-        found = [(name, pa.array([row[name] for row in rows]).type) for name in columns.needed]
-        return pa.unify_schemas([schema, pa.schema(found)], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise ValueError(f"{path}: the rows of a column must be of one type: {error}") from error
-
-
 def _parquet_source(paths: Sequence[str], columns: Columns) -> Source:
-    schema, total, files = pa.schema([]), 0, []
+    types, total, files = _Types(), 0, []
     for path in paths:
         with open(path, "rb") as file:
             files.append(_file_identity(path, hashlib.file_digest(file, "sha256")))
-        try:
+        with _named(path):
             stored = pq.ParquetFile(path)
             found = stored.schema_arrow.remove_metadata()
             _check_columns(found.names, columns, path)
-            wanted = pa.schema([found.field(name) for name in columns.needed])
-            schema = pa.unify_schemas([schema, wanted], promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            types.add(pa.schema([(name, found.field(name).type) for name in columns.needed]))
         total += stored.metadata.num_rows
 
-    def read() -> Iterator[Row]:
-        for path in paths:
+    def read(path: str) -> Iterator[Row]:
+        with _named(path):
             for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=list(columns.needed)):
                 yield from batch.to_pylist()
 
-    return Source({"files": files}, total, schema, read)
+    return _checked_files(paths, files, total, types, read)
 
 
 def _dataset_source(name: str, config_name: str | None, split: str, columns: Columns) -> Source:
     import datasets
 
-    try:
+    where = f"{name}, split {split}"
+    with _named(f"--input {name}: no dataset of that name could be opened"):
         builder = datasets.load_dataset_builder(name, config_name)
         dataset = builder.as_streaming_dataset(split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"--input {name}: no dataset of that name could be opened ({error})") from error
-    if dataset.features is None:
-        dataset = dataset._resolve_features()
-    _check_columns(list(dataset.features), columns, f"{name}, split {split}")
-    schema = dataset.features.arrow_schema.remove_metadata()
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
+    _check_columns(list(dataset.features or ()), columns, where)
+    wanted = list(columns.needed)
+    schema = pa.schema([dataset.features.arrow_schema.field(column).remove_metadata() for column in wanted])
     known = (builder.info.splits or {}).get(split)
     identity = {"dataset": name, "config": config_name, "split": split, "hash": builder.hash}
-    dataset = dataset.select_columns(list(columns.needed))
-    return Source(identity, known and known.num_examples, schema, lambda: iter(dataset))
+
+    def read() -> Iterator[Row]:
+        with _named(where):
+            for number, row in enumerate(dataset.select_columns(wanted)):
+                _check_fit([row], schema, f"{where}, row {number}")  # its types are a promise that nobody has checked
+                yield row
+
+    return Source(identity, known and known.num_examples, schema, read)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say where reading failed, whatever it was that a damaged file or a dataset's own reader raised."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {str(error) or type(error).__name__}") from error
 
 
 def _file_identity(path: str, digest: Any) -> dict[str, Any]:
@@ -233,6 +288,8 @@ def _check_columns(found: list[str], columns: Columns, where: str) -> None:
     for name in columns.needed:
         if name not in found:
             raise ValueError(f"{where} has no column {name!r}, but {', '.join(found)}{did_you_mean(name, found)}")
+        if found.count(name) > 1:
+            raise ValueError(f"{where} has {found.count(name)} columns {name!r}: rename all but one")
 
 
 def _without_nulls(prompt: Any) -> Any:
@@ -240,6 +297,8 @@ def _without_nulls(prompt: Any) -> Any:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
         return [
             {key: value for key, value in message.items() if value is not None or key == "content"}
+            if isinstance(message, Mapping)
+            else message
             for message in prompt
         ]
     return prompt

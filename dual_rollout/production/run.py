@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dual_rollout import __version__
@@ -41,6 +43,7 @@ _OPERATION = frozenset(
     }
 )
 _LOG_EVERY_S = 30.0
+_MOST = 2**31 - 1  # of anything that is counted
 _ANY_PROMPT = (1, 2, 3, 4)  # ids that any vocabulary has
 
 
@@ -79,8 +82,8 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "num_generations", "rows_per_shard", "limit"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= _MOST:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most {_MOST}, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +133,14 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
     """The columns of the output, with the types of those that come from the input.
 
     Raises:
-        ValueError: a column that JSON cannot hold, or one with the name of another.
+        ValueError: a column that JSON or Parquet cannot hold, prompts that are none, a column with the name of another.
     """
     floats = pa.list_(pa.float64())
-    fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", source.field(columns.prompt).type)]
+    kind = _prompt_type(source, columns.prompt)
+    fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", kind)]
     if columns.t_prompt is not None:
-        fields.append(("t_prompt", source.field(columns.t_prompt).type))
+        fields.append(("t_prompt", _prompt_type(source, columns.t_prompt)))
     elif columns.t_prompt_template is not None:
-        kind = source.field(columns.prompt).type
         if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
             raise ValueError(
                 f"--t-prompt-template needs text or chat messages, but column {columns.prompt} has token ids"
@@ -163,9 +166,22 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
             raise ValueError(f"--keep-columns {name}: the output has a column of that name; rename the input's")
         fields.append((name, source.field(name).type))
     for name, kind in fields:
-        if not _is_json(kind):
-            raise ValueError(f"column {name} is of type {kind}; only text, numbers, and lists and mappings of them go")
+        if not (_is_storable(kind) and _is_json(kind)):
+            raise ValueError(
+                f"column {name} is of type {kind!s:.200}; only text, numbers, and lists and mappings of them go, "
+                "neither mappings of nothing nor deep nesting"
+            )
     return pa.schema(fields)
+
+
+def _prompt_type(source: pa.Schema, name: str) -> pa.DataType:
+    kind = source.field(name).type
+    lists, texts = (pa.types.is_list, pa.types.is_large_list), (pa.types.is_string, pa.types.is_large_string)
+    if not any(check(kind) for check in (*lists, *texts, pa.types.is_null)):
+        raise ValueError(
+            f"column {name} is of type {kind!s:.200}; prompts are text, lists of chat messages or token ids"
+        )
+    return kind
 
 
 class _Run:
@@ -348,6 +364,17 @@ def _owned(total: int, job: Job) -> int:
     full, rest = divmod(total, size)
     whole = len(range(index, full, count))
     return whole * size + (rest if job.share.has(full) else 0)
+
+
+def _is_storable(kind: pa.DataType) -> bool:
+    """Whether a Parquet file can have such a column, and be read."""
+    file = io.BytesIO()
+    try:
+        pq.write_table(pa.schema([("column", kind)]).empty_table(), file)
+        pq.ParquetFile(file)
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _is_json(kind: pa.DataType) -> bool:

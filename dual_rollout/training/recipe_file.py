@@ -9,10 +9,10 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers.hf_argparser import string_to_bool
 
 from dual_rollout.config import did_you_mean
+from dual_rollout.yaml_file import read_mapping
 
 SECRETS = ("hub_token", "push_to_hub_token")
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
@@ -24,7 +24,7 @@ def check_recipe_file(path: str, kinds: Sequence[type]) -> None:
     Raises:
         ValueError: names the file, the key, and what its value must be.
     """
-    values = _read(path)
+    values = read_mapping(path, "the recipe")
     hints = {spec.name: get_type_hints(kind)[spec.name] for kind in kinds for spec in fields(kind)}
     hints["resume_from_checkpoint"] = bool | str | None  # true: the last one
     for key, value in values.items():
@@ -53,7 +53,8 @@ def fits(value: Any, hint: Any) -> bool:
     if kind in (int, float, bool) and isinstance(value, str):
         return _reads_as(value, string_to_bool if kind is bool else kind)
     if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return number and _reads_as(value, kind)
     return isinstance(value, kind) if kind in (bool, str, list, dict, NoneType) else True
 
 
@@ -88,20 +89,6 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def _read(path: str) -> dict[Any, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values: Any = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise ValueError(f"cannot read the recipe {path}: {reason}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a mapping of keys to values")
-    return values
-
-
 def _check_env(path: str, variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise ValueError(f"{path}: env must be a mapping of variables to values, got {variables!r:.80}")
@@ -112,9 +99,9 @@ def _check_env(path: str, variables: Any) -> None:
             raise ValueError(f"{path}: env.{name}: a secret does not belong in a file, export it before the launch")
 
 
-def _reads_as(text: str, kind: Any) -> bool:
+def _reads_as(text: Any, kind: Any) -> bool:
     try:
         kind(text)
-    except Exception:  # argparse's own error for what is no truth value
+    except Exception:  # argparse's own error for what is no truth value; an integer that no float can hold
         return False
     return True

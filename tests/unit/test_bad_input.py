@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import json
+import re
 from typing import Any
 
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +19,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dual_rollout import CoordinatorConfig
+from dual_rollout.cli import main
 from dual_rollout.exceptions import DEBUG_VARIABLE, EngineError, exit_status
+from dual_rollout.production.rows import Columns, open_source
+from dual_rollout.production.run import output_schema
+from dual_rollout.production.shards import Journal, _write_parquet
 from dual_rollout.text import encode_prompt, names_special_token
+from dual_rollout.training.arguments import DualArguments
+from dual_rollout.training.recipe_file import check_recipe_file
+from dual_rollout.yaml_file import read_mapping
 from tests.tiny_model import SPECIAL_TOKENS, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -222,6 +235,172 @@ def test_any_mapping_is_a_config_or_a_value_error(values):
     else:
         for name, value in values.items():
             assert name.endswith("_url") or name == "targets" or getattr(config, name) == value
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+YAML_PIECES = (
+    "a: ", "- ", "[", "]", "{", "}", "!!int ", "!!bool ", "!!timestamp ", "!!float ", "2024-99-99", "maybe", "'", "&x ",
+    "*x ", "\n", "  ", '"\\ud800"', "9" * 400, "9" * 5000, "? ", "| ", "0x", ".inf", "1:99", "~", "\0", "[" * 3000,
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(YAML_PIECES), max_size=8).map("".join).map(str.encode) | st.binary(max_size=30))
+def test_any_file_is_a_mapping_or_a_value_error_with_its_name(yaml_path, content):
+    yaml_path.write_bytes(content)
+    mistake, values = None, None
+    try:
+        values = read_mapping(str(yaml_path), "the recipe")
+    except ValueError as error:
+        mistake = str(error)
+    assert isinstance(values, dict) if mistake is None else str(yaml_path) in mistake
+
+
+@pytest.fixture(scope="module")
+def yaml_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("yaml") / "any.yaml"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: !!bool maybe", "maybe"),
+        ("seed: !!int ''", "not what its form says"),
+        ("seed: !!timestamp foo", "not what its form says"),
+        ("seed: 2024-99-99", "month must be in 1..12"),
+        ("seed: " + "[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ('tokenizer: "\\ud800"', "surrogates"),
+        ("temperature: " + "9" * 400, "temperature must be a"),
+        ("- a", "must be a mapping"),
+    ],
+)
+def test_a_config_and_a_recipe_are_refused_alike(yaml_path, content, message, capsys):
+    yaml_path.write_text(content)
+    assert main(["generate", "--config", str(yaml_path), "--input", "no.jsonl", "--output", "no"]) == 2
+    error = capsys.readouterr().err
+    assert str(yaml_path) in error and message in error
+    yaml_path.write_text(content.replace("temperature", "dual_temperature"))
+    with pytest.raises(ValueError, match=re.escape(str(yaml_path))) as raised:
+        check_recipe_file(str(yaml_path), [DualArguments])
+    assert message in str(raised.value)
+
+
+# ---- rows of an input -----------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.sampled_from("ab é🙂<|im_end|>{}"), max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.sampled_from([0, 2**53 + 1]) | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=6,
+)
+PROMPTS = TEXT | st.lists(st.integers(0, 99), max_size=3) | messages(TEXT) | VALUES
+COLUMNS = (Columns(keep=("kept",)), Columns(t_prompt="kept"), Columns(t_prompt_template="{prompt} {kept}"))
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"prompt": PROMPTS, "kept": VALUES}), max_size=4),
+    st.sampled_from(COLUMNS),
+    st.sampled_from(["jsonl", "parquet"]),
+    st.sampled_from([1, 1000]),
+)
+def test_any_rows_can_be_written_or_are_a_value_error(rows_folder, rows, columns, kind, batch):
+    path = rows_folder / f"in.{kind}"
+    if kind == "jsonl":
+        path.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    else:
+        try:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        except (pa.ArrowException, OverflowError):
+            return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dual_rollout.production.rows._BATCH", batch)  # types are found part by part
+        try:
+            source = open_source([str(path)], columns)
+            schema = output_schema(source.schema, columns)
+        except ValueError:
+            return
+        found = list(source)
+    assert len(found) == len(rows)
+    written = []
+    for row in found:
+        prompt, t_prompt = columns.prompt_of(row), columns.t_prompt_of(row)
+        for seen in (prompt, t_prompt):
+            with contextlib.suppress(ValueError):
+                encode_prompt(seen, TOKENIZER)
+        shown = {"t_prompt": t_prompt} if columns.shows_t_prompt else {}
+        written.append({"prompt": prompt, "error": None, **shown, **{name: row[name] for name in columns.keep}})
+    journal = Journal(rows_folder / "journal")
+    for number, row in enumerate(written):
+        journal.add(number, row)
+    with open(rows_folder / "out.parquet", "wb") as file:
+        _write_parquet(file, (row for _, row in journal.items()), schema)
+    journal.path.unlink()
+    stored = pq.read_table(rows_folder / "out.parquet").to_pylist()
+    assert [row["prompt"] is None for row in stored] == [row["prompt"] is None for row in written]
+    if columns.keep:
+        assert json.dumps([row["kept"] for row in stored]).count("9007199254740993") == json.dumps(
+            [row["kept"] for row in written]
+        ).count("9007199254740993"), "an integer that no float holds was rounded"
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([], {}, "has no rows"),
+        ([{"prompt": 5}], {}, "column prompt is of type int64; prompts are text"),
+        ([{"prompt": 5}], {"t_prompt_template": "{prompt}"}, "prompts are text"),
+        ([{"prompt": {"role": "user"}}], {}, "prompts are text"),
+        ([{"prompt": "a", "x": {}}], {"keep": ("x",)}, "neither mappings of nothing"),
+        ([{"prompt": "a", "x": [{}]}], {"keep": ("x",)}, "neither mappings of nothing"),
+        ([{"prompt": "a", "x": json.loads("[" * 60 + "]" * 60)}], {"keep": ("x",)}, "nor deep nesting"),
+        ([{"prompt": "a", "x": 0.5}] * 1000 + [{"prompt": "a", "x": 2**53 + 1}], {"keep": ("x",)}, "9007199254740993"),
+        ([{"prompt": "a", "x": 2**53 + 1}] * 1000 + [{"prompt": "a", "x": 0.5}], {"keep": ("x",)}, "9007199254740993"),
+        ([{"prompt": "a"}], {"t_prompt_template": "{prompt!x}"}, "is no column"),
+    ],
+)
+def test_rows_that_are_refused_in_words(rows_folder, rows, columns, message):
+    path = rows_folder / "in.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    with pytest.raises(ValueError, match=message):
+        output_schema(open_source([str(path)], Columns(**columns)).schema, Columns(**columns))
+
+
+def test_parquet_files_and_datasets_that_are_damaged_are_named(rows_folder, tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["prompt", "prompt"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice.parquet has 2 columns 'prompt'"):
+        open_source([str(tmp_path / "twice.parquet")], Columns())
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"prompt": [f"{n} is" for n in range(5000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[500:900] = bytes(400)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad.parquet: "):
+        list(open_source([str(path)], Columns()))
+    (tmp_path / "data").mkdir()
+    for text in ('{"prompt": "a"}\n' * 20_000 + "{", ""):
+        (tmp_path / "data/train.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"data"):
+            list(open_source([str(tmp_path / "data")], Columns()))
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--max-tokens", "--num-generations", "--rows-per-shard"])
+def test_numbers_out_of_range(flag, rows_folder, capsys):
+    for value in ("0", "-1", str(10**30)):
+        assert main(["generate", "--input", "no.jsonl", "--output", "no", flag, value]) == 2
+        assert f"{flag} must be at least 1 and at most 2147483647, got {value}" in capsys.readouterr().err
+
+
+def test_arguments_that_are_no_text(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--t-prompt-template", "{prompt} \udcff"])
+    assert ended.value.code == 2 and "not valid Unicode" in capsys.readouterr().err
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
