@@ -60,6 +60,7 @@ def replace_servers() -> None:
     from dual_rollout.coordinator import DualVLLMCoordinator
     from dual_rollout.decoding import DecodingSequence
     from dual_rollout.engines import EngineInfo, VLLMEngine
+    from dual_rollout.production import run
 
     async def describe(_: Any) -> EngineInfo:
         return EngineInfo("none", None, None)
@@ -77,6 +78,11 @@ def replace_servers() -> None:
                 sequence.append(token, **dict(zip(names, numbers, strict=True)), diagnostics={})
             await on_finished(sequence)
 
+    async def versions(_: Any) -> dict[str, Any]:
+        nothing = {"model": "none", "root": None, "server": None}
+        return {"dual_rollout": "", "theta": nothing, "t": nothing}
+
+    run._versions = versions
     VLLMEngine.describe = describe  # type: ignore[method-assign,assignment]
     DualVLLMCoordinator._preflight = preflight  # type: ignore[method-assign]
     DualVLLMCoordinator._decode = decode  # type: ignore[method-assign,assignment]

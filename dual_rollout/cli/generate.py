@@ -76,12 +76,15 @@ def run(args: argparse.Namespace) -> int:
     if args.stream:
         if args.prompt is None or args.input or args.output:
             raise ValueError("--stream prints one prompt: it needs --prompt, and neither --input nor --output")
-        return asyncio.run(_stoppable(_stream(args, config_from(args))))
+        return asyncio.run(_stoppable(_stream(args, config_from(args)), ""))
     if not args.input or not args.output:
         raise ValueError("set --input and --output, or --stream and --prompt")
     if args.prompt is not None or args.t_prompt is not None or args.chat:
         raise ValueError("--prompt, --t-prompt and --chat go with --stream; an input has --prompt-column and the like")
-    return asyncio.run(_stoppable(_produce(args, config_from(args, **DEFAULTS))))
+    again = (
+        "; the same command goes on from here" if not args.overwrite else "; without --overwrite it goes on from here"
+    )
+    return asyncio.run(_stoppable(_produce(args, config_from(args, **DEFAULTS)), again))
 
 
 async def _produce(args: argparse.Namespace, config: CoordinatorConfig) -> int:
@@ -144,8 +147,8 @@ async def _stream(args: argparse.Namespace, config: CoordinatorConfig) -> int:
     return 0
 
 
-async def _stoppable(work: Coroutine[Any, Any, int]) -> int:
-    """The status of `work`, or 128 + N when signal N ended it; what is being written then is written to its end."""
+async def _stoppable(work: Coroutine[Any, Any, int], again: str) -> int:
+    """The status of `work`, or 128 + N when signal N ended it, with a message that `again` completes."""
     import asyncio
     import signal
     import sys
@@ -161,7 +164,9 @@ async def _stoppable(work: Coroutine[Any, Any, int]) -> int:
     try:
         return await task
     except asyncio.CancelledError:
-        print(f"stopped by {signal.Signals(caught[0]).name}; the same command goes on from here", file=sys.stderr)
+        if not caught:
+            raise
+        print(f"stopped by {signal.Signals(caught[0]).name}{again}", file=sys.stderr)
         return 128 + caught[0]
 
 
@@ -177,5 +182,8 @@ def _share(args: argparse.Namespace) -> Share:
     # step's tasks is set by srun alone.
     for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if index in os.environ and count in os.environ:
-            return Share(int(os.environ[index]), int(os.environ[count]))
+            try:
+                return Share(int(os.environ[index]), int(os.environ[count]))
+            except ValueError as error:
+                raise ValueError(f"{index} and {count} in the environment: {error}") from error
     return Share()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dual_rollout import __version__
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.coordinator import DualVLLMCoordinator, ask_target
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.production.rows import Columns, Row, Source, open_source
 from dual_rollout.production.shards import Format, Journal, OutputFolder, Share
@@ -34,6 +34,7 @@ _OPERATION = frozenset(
         "theta_url",
         "t_url",
         "targets",
+        "allow_mixed_versions",
         "max_concurrency",
         "max_retries",
         "request_timeout",
@@ -219,8 +220,6 @@ class _Run:
         finally:
             await outputs.aclose()
             self._progress.close()
-            for journal in self._journals.values():
-                journal.close()
 
     def _requests(self) -> Iterator[GenerationRequest]:
         """One per sequence that is this process's to make and not made yet."""
@@ -251,10 +250,14 @@ class _Run:
             self._complete.append(shard)
 
     async def _write_complete(self) -> None:
-        """In a thread, so that the sequences in flight go on."""
+        """In a thread, so that the sequences in flight go on; to its end, also when stopped meanwhile."""
         while self._complete:
             shard = self._complete[0]
-            await asyncio.to_thread(self._folder.write, shard, self._journals[shard])
+            writing = asyncio.ensure_future(asyncio.to_thread(self._folder.write, shard, self._journals[shard]))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                await asyncio.wait([writing])
             del self._complete[0], self._journals[shard]
 
     def _row(self, number: int, output: GenerationOutput) -> dict[str, Any]:
@@ -333,17 +336,23 @@ class _Progress:
 
 
 async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
-    """Of the package, and for each server the model's name and folder, and what serves it."""
+    """Of the package, and for each server the model's name and folder, and what serves it.
+
+    None for a π_t that is not there, where `on_target_failure` says that the rows are made without.
+    """
+    config = coordinator.config
 
     async def ask(engine: Any) -> dict[str, str | None]:
         info, server = await engine.describe(), None
-        if coordinator.config.engine == "dual":
+        if config.engine == "dual":
             with contextlib.suppress(EngineRejectedError):
                 server = (await engine.probe(_ANY_PROMPT)).version
         return {"model": info.model, "root": info.root, "server": server}
 
-    theta, t = await asyncio.gather(ask(coordinator.theta), ask(coordinator.t))
-    return {"dual_rollout": __version__, "theta": theta, "t": t}
+    theta, t = await asyncio.gather(
+        ask(coordinator.theta), ask_target(lambda: ask(coordinator.t), coordinator.t.url, config.on_target_failure)
+    )
+    return {"dual_rollout": __version__, "theta": theta, "t": t or {"model": None, "root": None, "server": None}}
 
 
 def _settings(job: Job, config: CoordinatorConfig, versions: Mapping[str, Any], source: Source) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 run.json                          what was asked for; a later run must ask for the same
 train-00000.parquet ...           shard s holds the sequences numbered s·R to (s + 1)·R − 1, in order
 manifest-00000-of-00001.jsonl     a line per finished shard, by each process of a run
-.train-00001.journal              the finished sequences of a shard that is not complete yet
+.train-00001.5e8f3a10.journal     the finished sequences of a shard that is not complete yet, of a run with this digest
 README.md                         a dataset card: the types of the columns, for `datasets.load_dataset`
+
+A run's first file is run.json, and its last to go: without one, nothing in the folder is ever taken for a run's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ OutputRow = Mapping[str, Any]
 
 _ROW_GROUP = 128  # rows in memory while a shard is written
 _OURS = re.compile(
-    r"run\.json|README\.md|manifest-\d+-of-\d+\.jsonl|train-\d+\.(parquet|jsonl)|\.train-\d+\.journal|\..+\.tmp-.+"
+    r"run\.json|README\.md|manifest-\d+-of-\d+\.jsonl|train-\d+\.(parquet|jsonl)|\.train-\d+\.\w+\.journal|\..+\.tmp-.+"
 )
 
 
@@ -58,21 +60,25 @@ class Share:
 
 
 class Journal:
-    """Finished sequences of one shard, a line of JSON each, so that a process killed at any moment loses none."""
+    """Finished sequences of one shard, a line of JSON each, so that a process killed at any moment loses none.
+
+    It is open only while it is read or written: a run may have as many journals as sequences in flight.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._offsets: dict[int, int] = {}
-        self._file = open(path, "a+b")  # noqa: SIM115
-        self._file.seek(0)
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # the process died while it wrote this
-                self._file.truncate(end)
-                break
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the machine died
-                self._offsets[json.loads(line)["number"]] = end
-            end += len(line)
+        if not path.exists():
+            return
+        with open(path, "r+b") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"\n"):  # the process died while it wrote this
+                    file.truncate(end)
+                    break
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the machine died
+                    self._offsets[json.loads(line)["number"]] = end
+                end += len(line)
 
     def __contains__(self, number: int) -> bool:
         return number in self._offsets
@@ -81,9 +87,10 @@ class Journal:
         return len(self._offsets)
 
     def add(self, number: int, row: OutputRow) -> None:
-        self._offsets[number] = self._file.seek(0, os.SEEK_END)
-        self._file.write(_journal_line(number, row))
-        self._file.flush()
+        with open(self.path, "ab") as file:
+            offset = file.tell()
+            file.write(_journal_line(number, row))
+        self._offsets[number] = offset
 
     def items(self) -> Iterator[tuple[int, OutputRow]]:
         """Numbers and rows, in the order of the numbers."""
@@ -91,9 +98,6 @@ class Journal:
             for number in sorted(self._offsets):
                 file.seek(self._offsets[number])
                 yield number, json.loads(file.readline())["row"]
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class OutputFolder:
@@ -140,8 +144,12 @@ class OutputFolder:
         self._refuse_foreign()
         self._manifest = self._lock(path / f"manifest-{share}.jsonl")
         try:
-            self._remove_leftovers(all_of_them=overwrite)
+            self._refuse_other_shares()
+            if overwrite:
+                self._remove_run()
             self._check_settings(settings)
+            self._digest = _sha256(path / "run.json")[:8]
+            self._remove_leftovers()
             self._read_manifests()
         except BaseException:
             self.close()
@@ -173,30 +181,37 @@ class OutputFolder:
                 file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows())
         self._note({"shard": shard, "file": path.name, "rows": len(journal), "failed": failed, "sha256": _sha256(path)})
         self.finished[shard], self.failed[shard] = len(journal), failed
-        journal.close()
         journal.path.unlink()
 
     def reopen_failed(self) -> int:
-        """Make rows with an error count as not done; returns how many. Their shards stay until they are replaced."""
+        """Make rows with an error count as not done; returns how many. Their shards stay until they are replaced.
+
+        From here on a shard with failed rows and a journal is one whose rows are being generated again, and a later
+        run goes on with the journal.
+        """
         count = 0
         for shard in [shard for shard, failed in self.failed.items() if failed]:
             first = shard * self.rows_per_shard
             count += self._keep_good(shard, enumerate(self._read(shard), start=first))
             del self.finished[shard], self.failed[shard]
-        for path in self.path.glob(".train-*.journal"):
+        for path in self.path.glob(f".train-*.{self._digest}.journal"):
             if self.share.has(shard := _shard_of(path)):
-                with contextlib.closing(self.journal(shard)) as journal:
-                    count += self._keep_good(shard, journal.items())
+                count += self._keep_good(shard, self.journal(shard).items())
         return count
 
     def _refuse_foreign(self) -> None:
-        if (self.path / "run.json").exists():
-            return
-        for entry in self.path.iterdir():
-            if not entry.name.startswith((".", "manifest-")):  # which another process may just have made
-                raise ValueError(
-                    f"--output {self.path} holds {entry.name}, but no run.json of an earlier run: choose another folder"
-                )
+        """Asked in this order: another process that starts a run here makes run.json before any file but these."""
+        foreign = [e.name for e in self.path.iterdir() if not e.name.startswith((".", "manifest-"))]
+        if foreign and not (self.path / "run.json").exists():
+            raise ValueError(
+                f"--output {self.path} holds {foreign[0]}, but no run.json of an earlier run: choose another folder"
+            )
+
+    def _refuse_other_shares(self) -> None:
+        """Processes that split the work in another way would write the same shards."""
+        for path in self.path.glob("manifest-*.jsonl"):
+            if not path.name.endswith(f"-of-{self.share.count:05d}.jsonl"):
+                self._lock(path).close()
 
     def _lock(self, path: Path) -> IO[bytes]:
         file = open(path, "a+b")  # noqa: SIM115
@@ -204,22 +219,31 @@ class OutputFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
+            index, count = map(int, re.findall(r"\d+", path.name))
             raise ValueError(
-                f"another process is writing to {self.path} as --shard-index {self.share.index} of "
-                f"{self.share.count}: stop it, or give each process an index of its own"
+                f"another process is writing to {self.path} as --shard-index {index} of {count}: stop it, or give all "
+                "processes one --num-shards and each an index of its own"
             ) from error
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): see that no two processes have one --shard-index", path, error)
         return file
 
-    def _remove_leftovers(self, *, all_of_them: bool) -> None:
-        """Unfinished files of this process, or everything that a run writes."""
-        own = f".tmp-{self.share}"
-        for entry in self.path.iterdir():
-            if entry.name == f"manifest-{self.share}.jsonl":
-                if all_of_them:
-                    self._manifest.truncate(0)
-            elif entry.name.endswith(own) or (all_of_them and _OURS.fullmatch(entry.name)):
+    def _remove_run(self) -> None:
+        """Everything that a run writes, but for the manifest that is locked; run.json last, if this is killed."""
+        self._manifest.truncate(0)
+        entries = [
+            e for e in self.path.iterdir() if _OURS.fullmatch(e.name) and e.name != f"manifest-{self.share}.jsonl"
+        ]
+        for entry in sorted(entries, key=lambda entry: entry.name == "run.json"):
+            entry.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Unfinished files that nobody writes to, and journals of a run that was removed without its hidden files."""
+        for entry in self.path.glob(".*.tmp-*"):
+            if entry.name.endswith(f".tmp-{self.share}") or not entry.name.endswith(f"-of-{self.share.count:05d}"):
+                entry.unlink()
+        for entry in self.path.glob(".train-*.journal"):
+            if self.share.has(_shard_of(entry)) and entry != self._journal_path(_shard_of(entry)):
                 entry.unlink()
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -227,18 +251,20 @@ class OutputFolder:
         path, card = self.path / "run.json", self.path / "README.md"
         if not path.exists():
             with self._atomic(path) as file:
-                file.write(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+                file.write(json.dumps(settings, indent=2).encode())
         if not card.exists():
             with self._atomic(card) as file:
                 file.write(_card(self.schema).encode())
         try:
-            earlier, now = _flat(orjson.loads(path.read_bytes())), _flat(orjson.loads(orjson.dumps(settings)))
-        except orjson.JSONDecodeError as error:
+            earlier, now = _flat(json.loads(path.read_bytes())), _flat(json.loads(json.dumps(settings)))
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): --overwrite begins anew") from error
+        # Of a target that was not there in one of both runs.
+        not_known = [key for key in now if key.startswith("models.") and None in (earlier.get(key), now[key])]
         changes = [
             f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}"
             for key in {**earlier, **now}
-            if earlier.get(key) != now.get(key)
+            if earlier.get(key) != now.get(key) and key not in not_known
         ]
         if changes:
             raise ValueError(
@@ -248,21 +274,25 @@ class OutputFolder:
 
     def _read_manifests(self) -> None:
         """Find out which shards of this process are whole, whoever wrote them; the others are made again."""
-        entries: dict[int, list[dict[str, Any]]] = {}
+        entries: dict[int, list[list[Any]]] = {}
         for path in self.path.glob("manifest-*.jsonl"):
             for line in path.read_bytes().splitlines():
-                with contextlib.suppress(orjson.JSONDecodeError):  # a process died while it wrote this
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a process died while it wrote this
                     entry = orjson.loads(line)
-                    if self.share.has(entry["shard"]):
-                        entries.setdefault(entry["shard"], []).append(entry)
+                    shard, *facts = (entry[key] for key in ("shard", "sha256", "rows", "failed"))
+                    if self.share.has(shard):
+                        entries.setdefault(shard, []).append(facts)
         for shard, candidates in sorted(entries.items()):
-            path = self.shard_path(shard)
+            path, journal = self.shard_path(shard), self._journal_path(shard)
             checksum = _sha256(path) if path.exists() else None
-            for entry in candidates:
-                if entry["sha256"] == checksum:
-                    self.finished[shard], self.failed[shard] = entry["rows"], entry["failed"]
-                    self._journal_path(shard).unlink(missing_ok=True)
-            if shard not in self.finished:
+            whole = [facts for facts in candidates if facts[0] == checksum]
+            if whole:
+                _, rows, failed = whole[0]
+                if failed and journal.exists():
+                    continue  # its failed rows were being generated again
+                self.finished[shard], self.failed[shard] = rows, failed
+                journal.unlink(missing_ok=True)
+            else:
                 what = "is missing" if checksum is None else "does not match its checksum in the manifest"
                 logger.warning("%s %s: its rows are generated again", path, what)
 
@@ -298,7 +328,7 @@ class OutputFolder:
                 yield from map(orjson.loads, file)
 
     def _journal_path(self, shard: int) -> Path:
-        return self.path / f".train-{shard:05d}.journal"
+        return self.path / f".train-{shard:05d}.{self._digest}.journal"
 
     @contextlib.contextmanager
     def _atomic(self, path: Path) -> Iterator[IO[bytes]]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,12 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
-from dual_rollout.production.run import Job, _owned
-from dual_rollout.production.shards import Journal, Share
+from dual_rollout.production.run import Job, Summary, _owned, produce
+from dual_rollout.production.shards import Journal, OutputFolder, Share
 from dual_rollout.types import GenerationOutput, GenerationRequest
+from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import TinyPair
+from tests.runs import ROOT, finish, start
 
 LISTS = ("alpha_history", "logprobs_q", "logprobs_theta", "logprobs_t", "importance_weights")
 QUESTIONS = [f"what is {n} and {n + 1}?" for n in range(12)]
@@ -182,7 +187,99 @@ def test_two_shares_are_one_run(tiny_pair, questions, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "two").glob("train-*")} == {f"train-{n:05d}.parquet" for n in range(6)}
 
 
+def test_accelerate_launch_spreads_it(tiny_pair, questions, tmp_path):
+    common = flags(tiny_pair, "--input", questions, "--rows-per-shard", 2)
+    config = ROOT / "recipes/accelerate_configs/two_cpu.yaml"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "-m",
+        "dual_rollout.cli",
+    ]
+    run = start([*launch, *common, "--output", str(tmp_path / "two")], tmp_path)
+    assert main([*common, "--output", str(tmp_path / "one")]) == 0
+    out = finish(run)
+    assert "6 rows in" in out and "the share 0 of 2" in out and "the share 1 of 2" in out
+    assert_same(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"))
+
+
+# ---- servers that are gone ------------------------------------------------------------------------------------------
+
+
+def test_an_outage_ends_it_without_failed_rows_and_it_goes_on(tiny_pair, questions, tmp_path, capsys):
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url).running() as proxy:
+            config = CoordinatorConfig(
+                theta_url=tiny_pair.theta_url, t_url=proxy.url, top_k=20, seed=0, max_retries=0, max_concurrency=2
+            )
+            job = Job(inputs=[str(questions)], output=tmp_path / "out", max_tokens=6)
+            task = asyncio.create_task(produce(job, config))
+            while not finished_rows(tmp_path / "out"):
+                await asyncio.sleep(0.005)
+            await proxy.stop()
+            with pytest.raises(EngineUnavailableError):
+                await task
+            with pytest.raises(EngineUnavailableError):
+                await produce(job, config)
+            kept = finished_rows(tmp_path / "out")
+            await proxy.start()
+            assert await produce(job, config) == Summary(rows=12, failed=0)
+            assert 0 < len(kept) < 12 and kept.items() <= finished_rows(tmp_path / "out").items()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    generate(tiny_pair, "--input", questions, "--output", tmp_path / "undisturbed")
+    assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "undisturbed"))
+    generate(tiny_pair, "--input", questions, "--output", tmp_path / "no", "--t-url", "http://127.0.0.1:1",
+             "--max-retries", 0, status=1)  # fmt: skip
+    assert "http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_target_that_is_gone_at_the_start_is_done_without(tiny_pair, questions, tmp_path, forkable):
+    common = ("--input", questions, "--on-target-failure", "policy", "--max-retries", 0, "--max-concurrency", 2)
+    out, gone = tmp_path / "out", ("--t-url", "http://127.0.0.1:1")
+    started = flags(tiny_pair, *common, "--output", out)
+    assert forkable.run_until(started, signal.SIGKILL, lambda rows, _: rows >= 4) == -signal.SIGKILL
+    before = len(finished_rows(out))
+    generate(tiny_pair, *common, *gone, "--output", out)
+    without = [row for row in rows_of(out) if all(row["without_target"])]
+    assert len(without) == 12 - before and all(row["error"] is None for row in rows_of(out))
+    assert all(json.loads(row["versions"])["t"]["model"] is None for row in without)
+    generate(tiny_pair, *common, *gone, "--output", tmp_path / "never")
+    generate(tiny_pair, *common, "--output", tmp_path / "never")  # it is back, and nothing is left to do
+    assert all(all(row["without_target"]) for row in rows_of(tmp_path / "never"))
+
+
+def test_a_target_that_is_gone_at_the_start_is_waited_for(tiny_pair, questions, tmp_path):
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url).running() as proxy:
+            await proxy.stop()
+            config = CoordinatorConfig(
+                theta_url=tiny_pair.theta_url,
+                t_url=proxy.url,
+                top_k=20,
+                seed=0,
+                max_retries=0,
+                on_target_failure="wait",
+            )
+            job = Job(inputs=[str(questions)], output=tmp_path / "out", max_tokens=6, limit=3)
+            task = asyncio.create_task(produce(job, config))
+            await asyncio.sleep(0.2)
+            assert not task.done()
+            await proxy.start()
+            assert await task == Summary(rows=3, failed=0)
+        assert not any(any(row["without_target"]) for row in rows_of(tmp_path / "out"))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 # ---- killed, damaged, changed ---------------------------------------------------------------------------------------
+
+
+Moment = Callable[[int, float], bool]
+"""Whether it has come, when so many rows were made so many seconds after the start."""
 
 
 class Forkable:
@@ -210,84 +307,234 @@ for command in sys.stdin:
     tell(f"exit {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
 """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, log: Path) -> None:
+        self._path, self._log = log, open(log, "wb")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.SOURCE, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=self._log,
+            bufsize=0,
         )
 
-    def run_until(self, command: list[str], number: signal.Signals, delay_s: float) -> int:
-        """Start a command, send it a signal some time after its first row, and give its exit status."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(" ".join(command) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._read("pid")[1])
-        if (found := self._read("row", "exit")) == ["row"]:
-            time.sleep(delay_s)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            found = self._read("exit")
-        return int(found[1])
+    def run_until(self, command: list[str], number: signal.Signals, moment: Moment) -> int:
+        """Start a command, send it a signal when `moment` has come, and give its exit status."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ".join(command).encode() + b"\n")
+        pid, rows = int(self._read("pid")[1]), 0
+        started = time.monotonic()
+        while True:
+            if (found := self._read("row", "exit", wait_s=0.001)) is not None and found[0] == "exit":
+                return int(found[1])
+            rows += found is not None
+            if moment(rows, time.monotonic() - started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                return int(self._read("exit")[1])
 
     def close(self) -> str:
         """Its stderr."""
-        return self._process.communicate(timeout=60)[1]
+        self._process.communicate(timeout=60)
+        self._log.close()
+        return self._path.read_text()[-4000:]
 
-    def _read(self, *words: str) -> list[str]:
-        """The next line that begins with one of them."""
+    def errors(self) -> list[str]:
+        return self._path.read_text().splitlines()
+
+    def _read(self, *words: str, wait_s: float | None = None) -> Any:
+        """The next line that begins with one of them; None if there is none for `wait_s`."""
         assert self._process.stdout is not None
         while True:
-            line = self._process.stdout.readline().split()
+            if wait_s is not None and not select.select([self._process.stdout], [], [], wait_s)[0]:
+                return None
+            line = self._process.stdout.readline().decode().split()
             assert line, self.close()
             if line[0] in words:
                 return line
 
 
 @pytest.fixture(scope="module")
-def forkable(tiny_models: tuple[Path, Path]) -> Iterator[Forkable]:
-    process = Forkable(tiny_models[0])
+def forkable(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkable]:
+    process = Forkable(tiny_models[0], tmp_path_factory.mktemp("log") / "stderr")
     yield process
     process.close()
 
 
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny_pair, tmp_path, forkable):
-    rows = [{"prompt": f"{n} and {n * n} is"} for n in range(40)]
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
-    common = ("--input", source, "--rows-per-shard", 7, "--max-concurrency", 4, "--max-tokens", 12)
-    generate(tiny_pair, *common, "--output", tmp_path / "undisturbed")
-    command = flags(tiny_pair, *common, "--output", tmp_path / "killed")
-    clock, made = random.Random(0), []
-    while (status := forkable.run_until(command, signal.SIGKILL, clock.uniform(0.0, 0.15))) == -signal.SIGKILL:
-        made.append(finished_rows(tmp_path / "killed"))
-        assert len(made) < 60
-    assert status == 0
-    made.append(finished_rows(tmp_path / "killed"))
-    assert len(made) >= 3 and 0 < len(made[0]) < len(made[-2]), "it was killed on its way"
+def some_moment(clock: random.Random, folder: Path) -> Moment:
+    """While it starts, some rows later, or when a file of some kind has come or gone since now."""
+
+    def names(pattern: str) -> set[str]:
+        return {path.name for path in folder.glob(pattern)}
+
+    kind = clock.choice(["start", "rows", "file"])
+    if kind == "start":
+        after = clock.uniform(0.0, 0.3)
+        return lambda _, seconds: seconds > after
+    if kind == "rows":
+        count, delay, since = clock.randint(1, 12), clock.uniform(0.0, 0.02), list[float]()
+
+        def seen(rows: int, seconds: float) -> bool:
+            if rows >= count and not since:
+                since.append(seconds)
+            return bool(since) and seconds - since[0] > delay
+
+        return seen
+    pattern = clock.choice(["*run.json*", ".train-*.journal", ".train-*.tmp-*", "train-*", "manifest-*", "README.md"])
+    before = names(pattern)
+    return lambda rows, _: names(pattern) != before or rows > 15
+
+
+def kill_until_done(
+    forkable: Forkable, commands: list[list[str]], folder: Path, clock: random.Random, most: int
+) -> list[dict[int, str]]:
+    """Kill commands that share a run at up to `most` moments, then let them end; the finished rows after each."""
+    made, left = [], list(commands)
+    while left:
+        command = clock.choice(left)
+        moment: Moment = some_moment(clock, folder) if len(made) < most else lambda *_: False
+        status = forkable.run_until(command, signal.SIGKILL, moment)
+        assert status in (0, -signal.SIGKILL), forkable.close()
+        if status == 0:
+            left.remove(command)
+        made.append(finished_rows(folder))
     for earlier, later in itertools.pairwise(made):
         assert earlier.items() <= later.items(), "a finished row was lost, or made again"
+    return made
+
+
+@pytest.mark.parametrize(("format", "shares"), [("parquet", 1), ("jsonl", 1), ("parquet", 2)])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny_pair, tmp_path, forkable, format, shares):
+    rows = [{"prompt": f"{n} and {n * n} is"} for n in range(40)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    common = ("--input", source, "--rows-per-shard", 7, "--max-concurrency", 4, "--max-tokens", 12, "--format", format)
+    generate(tiny_pair, *common, "--output", tmp_path / "undisturbed")
+    command = flags(tiny_pair, *common, "--output", tmp_path / "killed")
+    commands = [[*command, "--num-shards", str(shares), "--shard-index", str(i)] for i in range(shares)]
+    made = kill_until_done(forkable, commands, tmp_path / "killed", random.Random(shares), 8)
+    assert len(made) >= 4 and len(made[-2]) < 40 + 7 * shares, "it was killed on its way"
     assert_same(rows_of(tmp_path / "killed"), rows_of(tmp_path / "undisturbed"))
-    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("killed", "undisturbed")]
+    names = [{p.name for p in (tmp_path / name).glob("[!m]*")} for name in ("killed", "undisturbed")]
     assert names[0] == names[1]
 
 
-def test_a_stop_keeps_what_is_finished(tiny_pair, tmp_path, forkable):
+def test_killed_while_failed_rows_are_generated_again(tiny_pair, tmp_path, forkable):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{n} and {n * n} is"} for n in range(30)])
+    command = ("--input", source, "--rows-per-shard", 10, "--max-concurrency", 2, "--max-tokens", 12)
+    generate(tiny_pair, *command, "--output", tmp_path / "undisturbed")
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "killed")
+    spoil(tmp_path / "killed", every=2)
+    retry = flags(tiny_pair, *command, "--output", tmp_path / "killed", "--retry-failed")
+    made = kill_until_done(forkable, [retry], tmp_path / "killed", random.Random(5), 6)
+    assert len(made) >= 3
+    assert_same(rows_of(tmp_path / "killed"), rows_of(tmp_path / "undisturbed"))
+    spoil(tmp_path / "killed", every=2)
+    assert forkable.run_until(retry, signal.SIGKILL, lambda rows, _: rows >= 4) == -signal.SIGKILL
+    kept = finished_rows(tmp_path / "killed")
+    assert len(kept) >= 15 + 3
+    generate(tiny_pair, *command, "--output", tmp_path / "killed")  # without the flag it goes on, too
+    assert kept.items() <= finished_rows(tmp_path / "killed").items(), "what was generated again is not lost"
+    assert_same(rows_of(tmp_path / "killed"), rows_of(tmp_path / "undisturbed"))
+
+
+def spoil(folder: Path, every: int) -> None:
+    """Let every so many rows of a run have failed."""
+    entries = []
+    for path in sorted(folder.glob("train-*.parquet")):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for row in rows[::every]:
+            row.update({name: [] for name in LISTS}, generated_tokens=[], finish_reason=None, error="spoilt")
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        failed = len(rows[::every])
+        entries.append(
+            {"shard": len(entries), "file": path.name, "rows": len(rows), "failed": failed, "sha256": digest}
+        )
+    write_jsonl(folder / "manifest-00000-of-00001.jsonl", entries)
+
+
+def test_killed_while_a_run_is_overwritten(tiny_pair, tmp_path, forkable):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{n} and {n * n} is"} for n in range(12)])
+    command = ("--input", source, "--rows-per-shard", 2, "--max-concurrency", 2)
+    out = tmp_path / "killed"
+    generate(tiny_pair, *command, "--output", tmp_path / "undisturbed")
+    overwrite = flags(tiny_pair, *command, "--output", out, "--overwrite")
+    for left in (6, 0):  # files of the earlier run when the kill comes, hidden ones too
+        generate(tiny_pair, *command, "--output", out, "--seed", 1, "--overwrite")
+        forkable.run_until(overwrite, signal.SIGKILL, lambda rows, _, n=left: len(list(out.iterdir())) <= n or rows > 2)
+        assert (out / "run.json").exists() or [p.name for p in out.iterdir() if not p.name.startswith(".")] in (
+            ["manifest-00000-of-00001.jsonl"],
+            [],
+        ), "with nothing to tell whose the files are"
+        assert forkable.run_until(overwrite, signal.SIGKILL, lambda *_: False) == 0
+        assert_same(rows_of(out), rows_of(tmp_path / "undisturbed"))
+
+
+def test_hidden_files_of_a_run_that_was_removed_are_not_taken_for_this_ones(tiny_pair, tmp_path, forkable):
+    """As `rm out/*` leaves them."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": text} for text in QUESTIONS])
+    command, out = ("--input", source, "--max-concurrency", 2), tmp_path / "out"
+    earlier = flags(tiny_pair, *command, "--output", out, "--seed", 1)
+    assert forkable.run_until(earlier, signal.SIGKILL, lambda rows, _: rows >= 4) == -signal.SIGKILL
+    for path in out.glob("[!.]*"):
+        path.unlink()
+    assert len(finished_rows(out)) >= 4
+    generate(tiny_pair, *command, "--output", out)
+    generate(tiny_pair, *command, "--output", tmp_path / "undisturbed")
+    assert_same(rows_of(out), rows_of(tmp_path / "undisturbed"))
+    assert not list(out.glob(".*"))
+
+
+def test_a_stop_keeps_what_is_finished_and_says_how_to_go_on(tiny_pair, tmp_path, forkable):
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": text} for text in QUESTIONS * 40])
     command = flags(tiny_pair, "--input", source, "--output", tmp_path / "out")
-    assert forkable.run_until(command, signal.SIGTERM, 0.0) == 128 + signal.SIGTERM
-    assert finished_rows(tmp_path / "out")
+    for more in ([], ["--overwrite"]):
+        status = forkable.run_until([*command, *more], signal.SIGTERM, lambda rows, _: rows >= 1)
+        assert status == 128 + signal.SIGTERM
+        assert finished_rows(tmp_path / "out")
+    assert [line for line in forkable.errors() if "stopped" in line] == [
+        "stopped by SIGTERM; the same command goes on from here",
+        "stopped by SIGTERM; without --overwrite it goes on from here",
+    ]
+
+
+def test_a_stop_while_a_shard_is_written_waits_for_it(tiny_pair, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": text} for text in QUESTIONS])
+    columns, out, write = Columns(), tmp_path / "out", OutputFolder.write
+    config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, seed=0)
+    job = Job(inputs=[str(source)], output=out, columns=columns, max_tokens=3, rows_per_shard=4)
+
+    async def run() -> None:
+        writing = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def slow_write(*args: Any) -> None:
+            loop.call_soon_threadsafe(writing.set)
+            time.sleep(0.2)
+            write(*args)
+
+        monkeypatch.setattr(OutputFolder, "write", slow_write)
+        task = asyncio.create_task(produce(job, config))
+        await writing.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (shard,) = out.glob("train-*.parquet")
+        (entry,) = map(json.loads, (out / "manifest-00000-of-00001.jsonl").read_text().splitlines())
+        assert entry["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def finished_rows(folder: Path) -> dict[int, str]:
     """By number, of shards and journals, without the digits that depend on what a server computes at once."""
     rows = [row for path in folder.glob("train-*.parquet") for row in pq.read_table(path).to_pylist()]
+    rows += [json.loads(line) for path in folder.glob("train-*.jsonl") for line in path.read_text().splitlines()]
     for path in folder.glob(".train-*.journal"):
         journal = Journal(Path(shutil.copy(path, folder.parent / "copy.journal")))
         rows += [row for _, row in journal.items()]
-        journal.close()
-    return {row["index"]: repr([row["logprobs_q"], row["generated_tokens"]]) for row in rows}
+    good = [row for row in rows if row["error"] is None]
+    return {row["index"]: repr([row["logprobs_q"], row["generated_tokens"]]) for row in good}
 
 
 @pytest.mark.parametrize("damage", ["overwritten", "missing", "manifest"])
@@ -323,7 +570,6 @@ def test_a_torn_journal_loses_the_torn_row_alone(tmp_path):
     journal = Journal(path)
     for number in (3, 1, 2):
         journal.add(number, {"x": [number, float("nan")]})
-    journal.close()
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     for kept in range(len(last)):
@@ -331,10 +577,35 @@ def test_a_torn_journal_loses_the_torn_row_alone(tmp_path):
         torn = Journal(path)
         assert [number for number, _ in torn.items()] == [1, 3]
         torn.add(7, {"x": 7})
-        torn.close()
         again = Journal(path)
         assert [number for number, _ in again.items()] == [1, 3, 7]
-        again.close()
+
+
+def test_journals_hold_no_files_open(tmp_path):
+    """With --rows-per-shard 1 there are as many as sequences in flight."""
+    before = len(os.listdir("/proc/self/fd"))
+    journals = [Journal(tmp_path / str(n)) for n in range(50)]
+    for number, journal in enumerate(journals):
+        journal.add(number, {"x": number})
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [list(Journal(tmp_path / str(n)).items()) for n in range(50)] == [[(n, {"x": n})] for n in range(50)]
+
+
+def test_files_that_another_process_makes_meanwhile_are_not_foreign(tmp_path, monkeypatch):
+    list_folder = Path.iterdir
+
+    def make_and_list(path: Path) -> Iterator[Path]:
+        for name in ("run.json", "README.md"):
+            (path / name).touch()
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", make_and_list)
+    folder: Any = SimpleNamespace(path=tmp_path)
+    OutputFolder._refuse_foreign(folder)
+    (tmp_path / "run.json").unlink()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"holds README.md, but no run.json"):
+        OutputFolder._refuse_foreign(folder)
 
 
 @pytest.mark.parametrize(
@@ -427,10 +698,13 @@ def test_two_processes_with_one_share_are_refused(tiny_pair, questions, tmp_path
 
     command = ("--input", questions, "--output", tmp_path / "out")
     generate(tiny_pair, *command)
-    with open(tmp_path / "out/manifest-00000-of-00001.jsonl", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        generate(tiny_pair, *command, status=2)
-    assert "another process" in capsys.readouterr().err
+    for share in ("00000-of-00001", "00001-of-00003"):  # the same, and one that would write the same shards
+        with open(tmp_path / f"out/manifest-{share}.jsonl", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for more in ((), ("--overwrite",)):
+                generate(tiny_pair, *command, *more, status=2)
+                assert f"as --shard-index {int(share[:5])} of {int(share[-5:])}" in capsys.readouterr().err
+    assert len(rows_of(tmp_path / "out")) == 12
 
 
 def test_a_config_file_and_flags(tiny_pair, questions, tmp_path, capsys):
