@@ -92,6 +92,11 @@ class CoordinatorConfig:
     kl_budget: float | None = _option(None, 'The bound of alpha_method "kl_budget" on KL(q‖π_θ) per token, in nats.')
     alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.")
     alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.")
+    allow_mixed_versions: bool = _option(
+        False,
+        "Whether a sequence goes on when π_θ's weights change under way, with the version of each token recorded "
+        "(weight_versions). Otherwise it ends with an error.",
+    )
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.")
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.")
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
@@ -114,7 +119,7 @@ class CoordinatorConfig:
                 )
         for name in ("theta_model", "t_model", "tokenizer"):
             self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
-        for name in ("parse_special_tokens", "ignore_eos", "show_progress"):
+        for name in ("parse_special_tokens", "allow_mixed_versions", "ignore_eos", "show_progress"):
             self._check(name, lambda v: isinstance(v, bool), "True or False")
         for name in ("max_concurrency", "connection_pool_size"):
             self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")

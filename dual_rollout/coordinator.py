@@ -8,10 +8,11 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from dual_rollout.decoding import (
     OnFinished,
     OnToken,
     Outage,
+    PolicyWeights,
     Recorder,
     Tuner,
     decode,
@@ -40,10 +42,11 @@ from dual_rollout.engines import (
     SGLangEngine,
     VLLMEngine,
 )
-from dual_rollout.exceptions import EngineUnavailableError, RolloutError
+from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.preflight import check_policy, check_servers
 from dual_rollout.text import (
     IncrementalDecoder,
+    decode_tokens,
     encode_prompt,
     is_text,
     load_tokenizer,
@@ -53,6 +56,8 @@ from dual_rollout.text import (
 from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt, StreamChunk
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_PROMPTS_PER_REQUEST = 1024  # vLLM refuses longer lists
 _STREAMED_BLOCK = 16  # tokens a native server draws per request while streaming
@@ -123,7 +128,8 @@ class DualVLLMCoordinator:
         tokenizer: a loaded tokenizer to use instead of `config.tokenizer`.
 
     Attributes:
-        weight_version: the version of π_θ's weights, for the outputs to record; set by whoever changes the weights.
+        weight_version: the version of π_θ's weights, for the outputs to record; set by whoever changes the weights
+            between rollouts. For a change while sequences are drawn there is `changing_weights`.
 
     Raises:
         PreflightError: from the first call, when the servers cannot serve what `config` asks.
@@ -153,8 +159,30 @@ class DualVLLMCoordinator:
         for name, urls in (config.targets or {}).items():
             stats = self.stats.targets[name] = HttpStats()
             self._targets[name] = _Target(f"targets[{name!r}]", self._engine(config.t_engine, urls, None, stats))
-        self.weight_version: int | None = None
+        self._weights = PolicyWeights()
         self._tokenizer_sought = False
+
+    @property
+    def weight_version(self) -> int | None:
+        return self._weights.version
+
+    @weight_version.setter
+    def weight_version(self, version: int | None) -> None:
+        self._weights.version = version
+
+    def changing_weights(self, version: int) -> AbstractAsyncContextManager[None]:
+        """Change π_θ's weights while sequences are drawn (`allow_mixed_versions`).
+
+        ```python
+        async with coordinator.changing_weights(2):
+            await coordinator.theta.reload_weights(folder)
+        ```
+
+        The positions that are being asked for are completed first, by the weights they were asked of, and no others
+        are until the block is left; then `weight_version` is `version`. So every token's law, and all that is recorded
+        of it, comes from the weights whose version it has. If the block raises, the version stays.
+        """
+        return self._weights.changing(version)
 
     @property
     def chosen(self) -> Choice | None:
@@ -255,20 +283,14 @@ class DualVLLMCoordinator:
         """
         config = self._call_config(temperature, seed)
         waiting = iter(requests)
-        first = list(itertools.islice(waiting, config.max_concurrency))
-        if not first:
-            return
-        text = any(is_text(request.prompt) or is_text(request.t_prompt or ()) for request in first)
-        call = await self._call(max_tokens, stop_token_ids, config, [None], needs_tokenizer=text)
         begun: dict[DecodingSequence, tuple[int, GenerationOutput]] = {}
 
-        def sequences() -> Iterator[DecodingSequence]:
-            for request in itertools.chain(first, waiting):
-                if self._native is not None and request.t_prompt is not None:
-                    raise ValueError('engine "native" shows both models one prompt: a t_prompt needs engine "dual"')
-                sequence, output = self._sequence(request, None, call)
-                begun[sequence] = request.index, output
-                yield sequence
+        def begin(request: GenerationRequest, call: _Call) -> DecodingSequence:
+            if self._native is not None and request.t_prompt is not None:
+                raise ValueError('engine "native" shows both models one prompt: a t_prompt needs engine "dual"')
+            sequence, output = self._sequence(request, None, call)
+            begun[sequence] = request.index, output
+            return sequence
 
         finished: asyncio.Queue[DecodingSequence | None] = asyncio.Queue()
         places = asyncio.Semaphore(config.max_concurrency)  # for finished sequences that wait to be taken
@@ -279,12 +301,24 @@ class DualVLLMCoordinator:
 
         async def run() -> None:
             try:
-                to_try = [self._sequence(request, None, call)[0] for request in first]
-                good = [sequence for sequence in to_try if not sequence.done]
-                there = not good or await self._preflight(good, None, config)
-                await self._decode(
-                    sequences(), config, lost=not there, with_diagnostics=return_diagnostics, on_finished=hand_over
-                )
+                while first := list(itertools.islice(waiting, config.max_concurrency)):
+                    text = any(is_text(request.prompt) or is_text(request.t_prompt or ()) for request in first)
+                    call = await self._call(max_tokens, stop_token_ids, config, [None], needs_tokenizer=text)
+                    sequences = [begin(request, call) for request in first]
+                    good = [sequence for sequence in sequences if not sequence.done]
+                    if not good:  # nothing to try the servers with
+                        for sequence in sequences:
+                            await hand_over(sequence)
+                        continue
+                    there = await self._preflight(good, None, config)
+                    rest = (begin(request, call) for request in waiting)
+                    await self._decode(
+                        itertools.chain(sequences, rest),
+                        config,
+                        lost=not there,
+                        with_diagnostics=return_diagnostics,
+                        on_finished=hand_over,
+                    )
             finally:
                 finished.put_nowait(None)
 
@@ -407,12 +441,18 @@ class DualVLLMCoordinator:
         """
         stats = self.stats.decoding
         if self._native is not None:
-            decoder = NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token)
+            decoder = NativeDecoder(self._native, config, stats, with_diagnostics, max_block, on_token, self._weights)
             await decoder.decode(sequences, on_finished)
             return
         target = self._targets[None if name == NO_TARGET else name]
         recorder = Recorder(
-            self.theta, target.engine, config, stats, with_diagnostics=with_diagnostics, on_token=on_token
+            self.theta,
+            target.engine,
+            config,
+            stats,
+            with_diagnostics=with_diagnostics,
+            on_token=on_token,
+            weights=self._weights,
         )
         if lost or name == NO_TARGET:
             await decode_policy(sequences, recorder, lost=lost, on_finished=on_finished)
@@ -468,15 +508,7 @@ class DualVLLMCoordinator:
         if name == NO_TARGET:
             return None
         engine = self._targets[name].engine
-        if config.on_target_failure == "wait":
-            return await until_back(engine.describe, engine.url)
-        try:
-            return await engine.describe()
-        except EngineUnavailableError as error:
-            if config.on_target_failure != "policy":
-                raise
-            logger.warning("%s: the target is not there (on_target_failure is policy)", error)
-            return None
+        return await ask_target(engine.describe, engine.url, config.on_target_failure)
 
     async def _sequences(
         self,
@@ -541,8 +573,7 @@ class DualVLLMCoordinator:
         sequence = DecodingSequence(ids, ids_t, max_tokens=call.max_tokens, stop_ids=call.stop_ids, key=key)
         if error is not None:
             sequence.fail(error)
-        output = GenerationOutput(prompt=request.prompt, prompt_token_ids=ids, weight_version=self.weight_version)
-        return sequence, output
+        return sequence, GenerationOutput(prompt=request.prompt, prompt_token_ids=ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         parse = self.config.parse_special_tokens
@@ -592,7 +623,7 @@ class DualVLLMCoordinator:
         wanted = needed or self.config.tokenizer is not None
         try:
             self.tokenizer = load_tokenizer(name, local_files_only=not wanted)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged file the tokenizers library raises just that
             if wanted:
                 raise ValueError(
                     f"no tokenizer found at {name!r}, set tokenizer to its name or path: {error}"
@@ -632,16 +663,12 @@ class DualVLLMCoordinator:
         return True
 
     def _fill(self, output: GenerationOutput, sequence: DecodingSequence) -> None:
-        if sequence.failure is None and output.weight_version != self.weight_version:
-            sequence.fail(
-                RolloutError(
-                    f"π_θ's weights changed from version {output.weight_version} to {self.weight_version} meanwhile: "
-                    "change them between rollouts"
-                )
-            )
         output.generated_tokens = sequence.tokens
         if self.tokenizer is not None:
-            output.generated_text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
+            try:
+                output.generated_text = decode_tokens(sequence.tokens, self.tokenizer)
+            except ValueError as error:
+                sequence.fail(error)
         output.finish_reason = sequence.finish_reason if sequence.failure is None else None
         output.error = None if sequence.failure is None else str(sequence.failure)
         output.alpha_history = sequence.alpha
@@ -650,6 +677,7 @@ class DualVLLMCoordinator:
         output.logprobs_t = sequence.logp_t
         output.importance_weights = np.exp(sequence.log_weight).tolist()
         output.without_target = sequence.without_target
+        output.weight_versions = sequence.weight_versions
         for name, values in sequence.diagnostics.items():
             known = np.array(values)[~np.isnan(values)]  # tokens without a target have some unknown
             output.diagnostics[name] = values
@@ -663,6 +691,19 @@ async def generate_with_optimal_sampling(
     """`generate_batch` in one call: opens a coordinator, generates, closes it. Options as there."""
     async with DualVLLMCoordinator(config) as coordinator:
         return await coordinator.generate_batch(prompts, max_tokens=max_tokens, **options)
+
+
+async def ask_target(ask: Callable[[], Awaitable[T]], url: str, on_target_failure: str) -> T | None:
+    """What π_t's server at `url` says to `ask`; None where it is gone and the sequences go on without."""
+    if on_target_failure == "wait":
+        return await until_back(ask, url)
+    try:
+        return await ask()
+    except EngineUnavailableError as error:
+        if on_target_failure != "policy":
+            raise
+        logger.warning("%s: the target is not there (on_target_failure is policy)", error)
+        return None
 
 
 def _shares(counts: list[int], limit: int) -> list[int]:

@@ -75,6 +75,18 @@ def stop_token_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+def decode_tokens(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of generated tokens, without special ones.
+
+    Raises:
+        ValueError: ids that the tokenizer does not have, as a server with another vocabulary may send.
+    """
+    try:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    except Exception as error:  # tokenizers raise OverflowError, TypeError and what their authors chose
+        raise ValueError(f"the tokenizer cannot decode the tokens that came, {list(ids)!r:.80}: {error}") from error
+
+
 class IncrementalDecoder:
     """Text of a growing token list. Bytes of an unfinished character are held back until it is complete."""
 
@@ -87,16 +99,13 @@ class IncrementalDecoder:
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that `token` completes; possibly empty. The `last` token brings out what is held back."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._context : self._shown])
-        text = self._decode(self._ids[self._context :])
+        before = decode_tokens(self._ids[self._context : self._shown], self._tokenizer)
+        text = decode_tokens(self._ids[self._context :], self._tokenizer)
         unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") and not last
         if unfinished or len(text) <= len(before):
             return ""
         self._context, self._shown = self._shown, len(self._ids)
         return text[len(before) :]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _encode_string(text: str, tokenizer: Any, parse_special_tokens: bool) -> list[int]:

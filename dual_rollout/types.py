@@ -64,8 +64,8 @@ class GenerationOutput:
         without_target: whether a token was drawn from π_θ alone, because its prompt has no target, or because π_t's
             server was gone and `on_target_failure` is "policy". Then α = 0, log q* = log π_θ, the weight is exactly 1,
             and log π_t is NaN, as are the diagnostics that need it.
-        weight_version: the version of π_θ's weights it was sampled under, as the weight sync counts them: the trainer's
-            global step; None before the first sync.
+        weight_versions: the version of π_θ's weights that each token was sampled under, as the weight sync counts them:
+            the trainer's global step; None before the first sync. All the same unless `allow_mixed_versions` is set.
         diagnostics: per-token lists and `<name>_mean`/`<name>_max` summaries, when asked for.
         error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.
     """
@@ -81,9 +81,15 @@ class GenerationOutput:
     logprobs_t: list[float] = field(default_factory=list)
     importance_weights: list[float] = field(default_factory=list)
     without_target: list[bool] = field(default_factory=list)
-    weight_version: int | None = None
+    weight_versions: list[int | None] = field(default_factory=list)
     diagnostics: dict[str, list[float] | float] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def weight_version(self) -> int | None:
+        """The version of the whole: the oldest of its tokens'; None where one is not known, or there are none."""
+        known = [version for version in self.weight_versions if version is not None]
+        return min(known) if known and len(known) == len(self.weight_versions) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dual_rollout.decoding.record import DecodingStats, OnToken, Recorder
 from dual_rollout.decoding.scheduler import OnFinished
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Choice, Tuner
+from dual_rollout.decoding.weights import PolicyWeights
 
 __all__ = [
     "Choice",
@@ -16,6 +17,7 @@ __all__ = [
     "OnFinished",
     "OnToken",
     "Outage",
+    "PolicyWeights",
     "Recorder",
     "Tuner",
     "decode",

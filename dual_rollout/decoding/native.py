@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.record import DecodingStats, OnToken
 from dual_rollout.decoding.scheduler import OnFinished
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
+from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.native import NativeEngine, NativeSample
 from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
 
@@ -26,6 +27,7 @@ class NativeDecoder:
         with_diagnostics: record both divergences of each position, and that the whole vocabulary was covered.
         max_block: tokens per request; whole sequences when None.
         on_token: called after each token is recorded.
+        weights: whose version the tokens record.
     """
 
     engine: NativeEngine
@@ -34,6 +36,7 @@ class NativeDecoder:
     with_diagnostics: bool = False
     max_block: int | None = None
     on_token: OnToken | None = None
+    weights: PolicyWeights = field(default_factory=PolicyWeights)
 
     async def decode(self, sequences: Iterable[DecodingSequence], on_finished: OnFinished | None = None) -> None:
         """Decode all sequences to their end, in place, at most `max_concurrency` in flight.
@@ -47,7 +50,10 @@ class NativeDecoder:
             for sequence in waiting:
                 try:
                     while not sequence.done:
-                        await self._extend(sequence)
+                        async with self.weights.in_use([sequence]):
+                            await self._extend(sequence)
+                    if not self.config.allow_mixed_versions:
+                        self.weights.refuse_mixed(sequence)
                 except DualRolloutError as error:
                     sequence.fail(error)
                 if on_finished is not None:

@@ -15,6 +15,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.lists import Lists
 from dual_rollout.decoding.outage import until_back
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
+from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.base import Engine
 from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import Candidates, merge_lists
@@ -117,6 +118,7 @@ class Recorder:
         *,
         with_diagnostics: bool = False,
         on_token: OnToken | None = None,
+        weights: PolicyWeights | None = None,
     ):
         self.theta, self.t = theta, t
         self.lists_theta, self.lists_t = Lists(theta, config, stats), Lists(t, config, stats)
@@ -124,6 +126,7 @@ class Recorder:
         self.stats = stats
         self.with_diagnostics = with_diagnostics
         self.on_token = on_token
+        self.weights = weights or PolicyWeights()
 
     async def positions(self, top_theta: TopK, top_t: TopK, name_theta: Name, name_t: Name) -> Positions:
         """Candidates, α and q* of all rows at once; with missing="exact" what a list lacks is asked for by name."""

@@ -84,7 +84,7 @@ class Scheduler:
         capacity = len(group)
         while group and rounds != 0:
             before = sum(len(sequence.tokens) for sequence in group)
-            await advance(mode, group)
+            await self._round(mode, group)
             self.tokens += sum(len(sequence.tokens) for sequence in group) - before
             for sequence in group:
                 if sequence.done:
@@ -92,6 +92,13 @@ class Scheduler:
             group[:] = [sequence for sequence in group if not sequence.done]
             await self._fill(group, capacity)
             rounds = None if rounds is None else rounds - 1
+
+    async def _round(self, mode: Mode, group: list[DecodingSequence]) -> None:
+        recorder = self._recorder
+        async with recorder.weights.in_use(group):
+            await advance(mode, group)
+            if recorder.config.allow_mixed_versions:  # what no list held is asked while its weights are there
+                await asyncio.gather(*(recorder.settle(sequence) for sequence in group))
 
     async def _fill(self, group: list[DecodingSequence], capacity: int) -> None:
         while len(group) < capacity:
@@ -109,7 +116,11 @@ class Scheduler:
         """Complete the record aside, while the others go on."""
 
         async def complete() -> None:
-            await self._recorder.settle(sequence)
+            recorder = self._recorder
+            async with recorder.weights.in_use():
+                await recorder.settle(sequence)
+                if not recorder.config.allow_mixed_versions:
+                    recorder.weights.refuse_mixed(sequence)
             if self._on_finished is not None:
                 await self._on_finished(sequence)
 

@@ -22,6 +22,8 @@ class DecodingSequence:
         context_theta, context_t: token ids each model sees: its own prompt, then the shared completion.
         tokens: the completion.
         alpha, log_q, logp_theta, logp_t, log_weight: one float per token, nats (α plain).
+        weight_version: the version of π_θ's weights that the round under way asks.
+        weight_versions: that of each token.
         without_target: whether the token was drawn from π_θ alone.
         top_theta, top_t: log-probability of the most likely token at each position, nats.
         diagnostics: per-token lists by name.
@@ -48,6 +50,8 @@ class DecodingSequence:
         self.logp_theta: list[float] = []
         self.logp_t: list[float] = []
         self.log_weight: list[float] = []
+        self.weight_version: int | None = None
+        self.weight_versions: list[int | None] = []
         self.without_target: list[bool] = []
         self.top_theta: list[float] = []
         self.top_t: list[float] = []
@@ -106,6 +110,7 @@ class DecodingSequence:
         self.logp_theta.append(logp_theta)
         self.logp_t.append(logp_t)
         self.log_weight.append(log_weight)
+        self.weight_versions.append(self.weight_version)
         self.without_target.append(without_target)
         self.top_theta.append(top_theta)
         self.top_t.append(top_t)

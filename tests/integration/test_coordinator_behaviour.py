@@ -13,7 +13,8 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput, generate_with_optimal_sampling
 from dual_rollout.exceptions import DualRolloutError, EngineError
-from dual_rollout.types import StreamChunk
+from dual_rollout.types import GenerationRequest, StreamChunk
+from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
 from tests.tiny_model import make_tokenizer
 
@@ -373,3 +374,140 @@ def test_one_call_equals_the_coordinator():
             return await generate_with_optimal_sampling([[1], [2]], config, max_tokens=6)
 
     assert tokens(asyncio.run(asyncio.wait_for(run(), 30))) == tokens(generate([[1], [2]]))
+
+
+# ---- versions of the weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoding", ["lockstep", "block"])
+def test_every_token_is_of_the_weights_whose_version_it_has(tiny_pair: TinyPair, decoding: Any) -> None:
+    """π_θ gets π_t's weights between two tokens. With lists of 3 most tokens are scored afterwards."""
+    options = {"decoding": decoding, "missing": "floor", "num_draft_tokens": 3, "ignore_eos": True, "seed": 0}
+
+    async def run() -> None:
+        config = CoordinatorConfig(
+            theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=3, allow_mixed_versions=True, **options
+        )
+        async with DualVLLMCoordinator(config) as coordinator:
+            theta, t = coordinator.theta, coordinator.t
+            coordinator.weight_version = 1
+            task = asyncio.create_task(coordinator.generate_batch(["the", "and so", "is it"], max_tokens=24))
+            while coordinator.stats.decoding.tokens < 12:
+                await asyncio.sleep(0.001)
+            try:
+                async with coordinator.changing_weights(2):
+                    seen = coordinator.stats.decoding.tokens
+                    await theta.reload_weights(str(tiny_pair.t_model))
+                    assert coordinator.stats.decoding.tokens == seen, "nothing is drawn meanwhile"
+                outputs = await task
+            finally:
+                await theta.reload_weights(str(tiny_pair.theta_model))
+            for output in outputs:
+                versions = output.weight_versions
+                assert output.error is None and versions == sorted(versions) and set(versions) == {1, 2}
+                assert len(versions) == 24 and output.weight_version == 1
+                text, first = [*output.prompt_token_ids, *output.generated_tokens], len(output.prompt_token_ids)
+                before, after = await theta.score(text, first), await t.score(text, first)
+                own = np.where(np.array(versions) == 1, before[0], after[0])
+                np.testing.assert_allclose(output.logprobs_theta, own, atol=1e-4)
+                np.testing.assert_allclose(output.logprobs_t, after[0], atol=1e-4)
+                weights = np.exp(np.array(output.logprobs_theta) - output.logprobs_q)
+                np.testing.assert_allclose(output.importance_weights, weights, rtol=1e-6)
+                assert np.abs(before[0] - after[0]).max() > 0.05, "the weights differ"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_sequence_mixes_no_weights_unless_allowed(tiny_pair: TinyPair) -> None:
+    async def run() -> None:
+        config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, ignore_eos=True)
+        async with DualVLLMCoordinator(config) as coordinator:
+            coordinator.weight_version = 1
+            task = asyncio.create_task(coordinator.generate_batch(["the", "and so"], max_tokens=24))
+            while coordinator.stats.decoding.tokens < 6:
+                await asyncio.sleep(0.001)
+            with pytest.raises(RuntimeError, match="failed"):
+                async with coordinator.changing_weights(2):
+                    raise RuntimeError("failed")
+            assert coordinator.weight_version == 1, "the change did not come about"
+            async with coordinator.changing_weights(2):
+                pass
+            assert all("from version 1 to 2" in str(output.error) for output in await task)
+            (output,) = await coordinator.generate_batch(["the"], max_tokens=3)
+            assert output.error is None and output.weight_versions == [2] * 3
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+# ---- bad requests first, tokens that cannot be decoded --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [1, 2, 5])
+def test_servers_are_checked_however_many_prompts_are_bad_before(tiny_pair: TinyPair, bad: int) -> None:
+    """With `max_concurrency` 2 the first ones may all be bad; then come good ones, for servers with a lower cap."""
+    prompts: list[Any] = [*[None, []] * 3][:bad] + ["the"] * 3
+
+    async def run(checked: list[int]) -> list[int]:
+        config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, max_concurrency=2)
+        async with DualVLLMCoordinator(config) as coordinator:
+            check = coordinator._preflight
+
+            async def counted(sequences: Any, *args: Any) -> bool:
+                checked.append(len(sequences))
+                return await check(sequences, *args)
+
+            coordinator._preflight = counted  # type: ignore[method-assign]
+            requests = (GenerationRequest(i, prompt) for i, prompt in enumerate(prompts))
+            outputs = dict([item async for item in coordinator.generate_iter(requests, max_tokens=2)])
+            assert [outputs[i].error is None for i in range(len(prompts))] == [False] * bad + [True] * 3
+            return checked
+
+    assert len(asyncio.run(asyncio.wait_for(run([]), 60))) == 1
+
+
+def test_prompts_of_the_first_batch_are_counted_once(tiny_pair: TinyPair) -> None:
+    async def run() -> None:
+        config = CoordinatorConfig(
+            theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, long_prompts="truncate_left"
+        )
+        async with DualVLLMCoordinator(config) as coordinator:
+            requests = [GenerationRequest(i, "the <|im_end|> " * 100) for i in range(3)]
+            async for _, output in coordinator.generate_iter(requests, max_tokens=2):
+                assert output.error is None
+            assert (coordinator.stats.truncated_prompts, coordinator.stats.special_names) == (3, 3)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_tokens_that_cannot_be_decoded_fail_alone(tiny_pair: TinyPair) -> None:
+    class Picky:
+        """Raises as the real ones do for ids beyond 32 bits."""
+
+        def __init__(self, tokenizer: Any):
+            self._tokenizer, self.eos_token_id, self.most = tokenizer, None, 2
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            if len(ids) > self.most:
+                raise OverflowError("out of range integral type conversion attempted")
+            return self._tokenizer.decode(ids, **options)
+
+    async def run() -> None:
+        config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, seed=0)
+        tokenizer: Any = Picky(make_tokenizer())
+        async with DualVLLMCoordinator(config, tokenizer=tokenizer) as coordinator:
+            (output,) = await coordinator.generate_batch([[5, 6]], max_tokens=3)
+            assert "cannot decode" in str(output.error) and output.finish_reason is None
+            assert len(output.generated_tokens) == 3
+            requests = [GenerationRequest(i, [5, 6]) for i in range(2)]
+            errors = [output.error async for _, output in coordinator.generate_iter(requests, max_tokens=3)]
+            assert all("cannot decode" in str(error) for error in errors)
+            assert (await coordinator.generate_batch([[5, 6]], max_tokens=2))[0].error is None
+            tokenizer.most = 0
+            with pytest.raises(ValueError, match="cannot decode"):
+                async for _ in coordinator.generate_stream([5, 6], max_tokens=3):
+                    pass
+
+    asyncio.run(asyncio.wait_for(run(), 60))
