@@ -25,10 +25,14 @@ class TopK:
     Attributes:
         token_ids: `(B, K)` int64 in no particular order, `NO_TOKEN` where a row has fewer than K.
         logprobs: `(B, K)` float64 in nats, `-inf` at padding.
+        complete: `(B,)` bool, or one for all rows: whether a row lists every token that is possible there.
+        vocab_size: tokens that the model has, where known.
     """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
+    complete: np.ndarray | bool = False
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,8 @@ class StreamChunk:
     """One token of a streamed generation.
 
     `text` may be empty: bytes of a character that is not complete yet are held back until it is.
-    `importance_weight` is NaN in the rare case that log π_θ of the token has to be fetched afterwards.
+    `importance_weight` is NaN where log π_θ of the token has to be fetched afterwards, because only π_t listed it, and
+    `logprob_q` where it lies outside both lists; the finished output has both.
     """
 
     token_id: int

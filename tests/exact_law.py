@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 FEWEST_LISTED = 16  # with top_k "auto"
+FLOAT32_EPS = 2.0**-23
 
 
 def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
@@ -48,15 +49,14 @@ def _on_candidates(p: np.ndarray, ids: list[int], options: dict[str, Any]) -> li
     """p on S, and on the tail if there is one, as the lists tell it."""
     top = listed(p, options)
     missing = [y for y in ids if y not in top]
+    tail = options.get("support") == "tail" and len(ids) < len(p)
     if options.get("missing") == "exact":
-        floor = {y: p[y] for y in missing}
-    else:
-        claimants = len(missing) + (options.get("support") == "tail")
-        share = (1 - sum(p[y] for y in top)) / max(claimants, 1)
-        floor = dict.fromkeys(missing, min(p[top[-1]], share))
-    values = [float(floor.get(y, p[y])) for y in ids]
-    if options.get("support") == "tail":
-        values.append(max(1 - sum(values), 0.0))
+        top, missing = ids, []
+    open_mass = max(1 - sum(p[y] for y in top), FLOAT32_EPS)
+    floor = min(p[top[-1]], open_mass / max(len(missing) + tail, 1))
+    values = [floor if y in missing else float(p[y]) for y in ids]
+    if tail:
+        values.append(open_mass - floor * len(missing))
     return [value / sum(values) for value in values]
 
 

@@ -19,7 +19,8 @@ from aiohttp import web
 class MarkovServer:
     """`transitions` is `(V, V)`, each row a distribution. Not part of vLLM's behaviour but useful in tests:
     `requests` keeps every completion payload, `ignore` names request fields to act as if unknown, and `processed` is
-    `--logprobs-mode processed_logprobs`: log-probabilities of the next token follow the temperature."""
+    `--logprobs-mode processed_logprobs`: log-probabilities of the next token follow the temperature. `float32` rounds
+    them as a real server does."""
 
     def __init__(
         self,
@@ -28,10 +29,13 @@ class MarkovServer:
         max_model_len: int | None = 4096,
         ignore: tuple[str, ...] = (),
         processed: bool = False,
+        float32: bool = False,
     ):
         self.transitions = transitions
         with np.errstate(divide="ignore"):
             self._raw = np.log(transitions)
+        if float32:
+            self._raw = self._raw.astype(np.float32).astype(np.float64)
         self.requests: list[dict[str, Any]] = []
         self.url = ""
         self._ignore = ignore
@@ -65,6 +69,11 @@ class MarkovServer:
         vocabulary = len(self.transitions)
         if any(token >= vocabulary for prompt in prompts for token in prompt):
             message = "Token id is out of vocabulary"
+            return web.json_response({"error": {"message": message, "code": 400}}, status=400)
+        if unknown := [token for token in options.get("logit_bias", {}) if int(token) >= vocabulary]:
+            message = (
+                f"token_id(s) {unknown} in logit_bias contain out-of-vocab token ids. Vocabulary size: {vocabulary}"
+            )
             return web.json_response({"error": {"message": message, "code": 400}}, status=400)
         await asyncio.sleep(0)
         return web.json_response({"choices": [self._choice(i, prompt, options) for i, prompt in enumerate(prompts)]})

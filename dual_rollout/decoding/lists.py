@@ -107,4 +107,6 @@ def _replaced(top: TopK, rows: np.ndarray, others: TopK) -> TopK:
     ids[rows], logprobs[rows] = NO_TOKEN, -np.inf
     ids[rows, : others.token_ids.shape[1]] = others.token_ids
     logprobs[rows, : others.logprobs.shape[1]] = others.logprobs
-    return TopK(ids, logprobs)
+    complete = np.broadcast_to(top.complete, len(ids)).copy()
+    complete[rows] = others.complete
+    return TopK(ids, logprobs, complete, others.vocab_size)

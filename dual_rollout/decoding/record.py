@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.base import Engine
 from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError, EngineRejectedError
-from dual_rollout.functional.candidates import Candidates, merge_lists
+from dual_rollout.functional.candidates import ROUNDING, Candidates, merge_lists
 from dual_rollout.functional.diagnostics import compute_diagnostics
 from dual_rollout.functional.law import Law, position_law
 from dual_rollout.types import NO_TOKEN, TopK
@@ -294,8 +294,7 @@ class Recorder:
             self.stats.approximate_tail_weights += 1
             return float(candidates.logp_theta[row, -1])
         mass = 1.0 - candidates.coverage_theta[row] - np.exp(logprobs).sum()
-        # A drawn token shows that there is mass; the lists' float32 rounding may hide it.
-        return float(np.log(max(mass, np.finfo(np.float32).eps)))
+        return math.log(max(mass, ROUNDING))
 
     def _diagnostics(self, candidates: Candidates, law: Law) -> dict[str, list[float]]:
         if not self.with_diagnostics:
@@ -338,7 +337,7 @@ async def _completed(top: TopK, missing: list[list[int]], name: Name) -> TopK:
     extra = np.full((len(missing), width), -np.inf)
     for row, (ids, logprobs) in enumerate(zip(missing, await name(missing), strict=True)):
         extra_ids[row, : len(ids)], extra[row, : len(ids)] = ids, logprobs
-    return TopK(np.hstack([top.token_ids, extra_ids]), np.hstack([top.logprobs, extra]))
+    return replace(top, token_ids=np.hstack([top.token_ids, extra_ids]), logprobs=np.hstack([top.logprobs, extra]))
 
 
 async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:

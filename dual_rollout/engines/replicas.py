@@ -403,8 +403,10 @@ def _in_order(parts: Sequence[tuple[list[int], TopK]], counts: Sequence[int]) ->
     width = max(part.token_ids.shape[1] for _, part in parts)
     token_ids = np.full((ends[-1], width), NO_TOKEN, dtype=np.int64)
     logprobs = np.full((ends[-1], width), -np.inf)
+    complete = np.zeros(ends[-1], dtype=bool)
     for indices, part in parts:
         rows = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in indices])
         token_ids[rows, : part.token_ids.shape[1]] = part.token_ids
         logprobs[rows, : part.logprobs.shape[1]] = part.logprobs
-    return TopK(token_ids, logprobs)
+        complete[rows] = part.complete
+    return TopK(token_ids, logprobs, complete, parts[0][1].vocab_size)

@@ -396,7 +396,7 @@ class SGLangEngine:
             raise EngineProtocolError(f"a list holds {ids.shape[1]} tokens, not {k}", url=self.url)
         # Impossible tokens are no candidates.
         ids[logprobs == -np.inf] = NO_TOKEN
-        return TopK(ids, logprobs)
+        return TopK(ids, logprobs, complete=(ids == NO_TOKEN).any(axis=1))
 
     def _triples(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Lists of K triples as token ids and log-probabilities, both `(len(rows), K)`; parsed in bulk."""

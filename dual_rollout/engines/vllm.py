@@ -553,10 +553,16 @@ class VLLMEngine:
         if width > k:
             order = np.lexsort((token_ids, -logprobs), axis=1)[:, :k]
             token_ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (token_ids, logprobs))
-        return TopK(token_ids, logprobs)
+        counts = (token_ids != NO_TOKEN).sum(axis=1)
+        return TopK(token_ids, logprobs, (counts < k) | (counts == self._vocab_size), self._vocab_size)
+
+    @property
+    def _vocab_size(self) -> int | None:
+        """As the probe found it; None before."""
+        return self._capabilities.vocab_size if self._capabilities is not None else None
 
     def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
-        size = self._capabilities.vocab_size if self._capabilities is not None else None
+        size = self._vocab_size
         if len(ids) and not (ids.min() >= 0 and ids.max() <= (_LARGEST_ID if size is None else size - 1)):
             raise _SpoiltAnswerError(f"token ids from {ids.min()} to {ids.max()}, vocabulary {size}", url=self.url)
         return ids

@@ -4,12 +4,15 @@ S is the union of both lists. A candidate that one list lacks gets there the sma
 that all such candidates together never exceed the mass that the list leaves open. What lies outside S is either
 cut off (`support="union"`) or kept as one more atom, the tail (`support="tail"`), with each model's remaining open
 mass, of which floors leave it its share.
+
+Servers round to float32, so that the probabilities of a peaked list may add up to 1 or more. A list that does not hold
+every possible token leaves open what that rounding can hide, at least: "too little to be seen" is not "impossible".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,6 +20,9 @@ import numpy as np
 from dual_rollout.types import NO_TOKEN, TopK
 
 Support = Literal["union", "tail"]
+
+ROUNDING = float(np.finfo(np.float32).eps)
+"""Mass that may hide in the rounding of a list: the least that a list leaves open which is not complete."""
 
 TAIL_TOKEN = NO_TOKEN
 """Stands for "some token outside S" where a candidate's id is expected."""
@@ -30,7 +36,8 @@ class Candidates:
 
     Attributes:
         token_ids: `(B, S)` int64, ascending among the valid ones; `NO_TOKEN` at holes and for the tail.
-        logp_theta, logp_t: `(B, S)`, `-inf` at holes. With `support="tail"` the last column is the tail.
+        logp_theta, logp_t: `(B, S)`, `-inf` at holes. With `support="tail"` the last column is the tail, `-inf` where
+            π_θ has nothing outside S.
         exact_theta, exact_t: `(B, S)` log π_θ and log π_t as the servers listed them; NaN where floored.
         coverage_theta, coverage_t: `(B,)` mass of each list.
         has_tail: whether the last column is the tail.
@@ -52,13 +59,19 @@ class Candidates:
 
 
 def merge_top_k_candidates(
-    logprobs_theta: Mapping[int, float], logprobs_t: Mapping[int, float], *, support: Support = "union"
+    logprobs_theta: Mapping[int, float],
+    logprobs_t: Mapping[int, float],
+    *,
+    support: Support = "union",
+    vocab_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both models' probabilities on the union of their lists.
 
     Args:
         logprobs_theta, logprobs_t: `{token id: log-probability in nats}`; `-inf` means impossible.
         support: "union" truncates to S and renormalises; "tail" appends one atom, id `TAIL_TOKEN`, for the rest.
+        vocab_size: tokens that there are; the tail is impossible where S holds them all. Without it, only a mapping
+            that names an impossible token is known to hold every possible one.
 
     Returns:
         `(candidates, probs_theta, probs_t)`, each `(S,)`; ids ascending (the tail last), probabilities summing to 1.
@@ -66,7 +79,9 @@ def merge_top_k_candidates(
     Raises:
         ValueError: an empty list, a negative id, a NaN or positive log-probability, an unknown `support`.
     """
-    merged = merge_lists(_as_row("logprobs_theta", logprobs_theta), _as_row("logprobs_t", logprobs_t), support)
+    theta = _as_row("logprobs_theta", logprobs_theta, vocab_size)
+    t = _as_row("logprobs_t", logprobs_t, vocab_size)
+    merged = merge_lists(theta, t, support)
     keep = merged.token_ids[0] != NO_TOKEN
     if merged.has_tail:
         keep[-1] = True
@@ -95,21 +110,19 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     exact_theta = np.where(from_theta, logp, np.nan)
     exact_t = np.where(pair, np.roll(logp, -1, axis=1), np.where(valid & ~from_theta, logp, np.nan))
 
+    on_theta, coverage_theta = _on_candidates(exact_theta, keep, theta, outside=_outside(ids, keep, theta, support))
+    on_t, coverage_t = _on_candidates(exact_t, keep, t, outside=_outside(ids, keep, t, support))
     has_tail = support == "tail"
-    floored_theta, coverage_theta = _floor(exact_theta, keep, has_tail)
-    floored_t, coverage_t = _floor(exact_t, keep, has_tail)
     if has_tail:
-        floored_theta, floored_t = _with_tail(floored_theta), _with_tail(floored_t)
-        unknown = np.full((len(ids), 1), np.nan)
-        exact_theta, exact_t = np.hstack([exact_theta, unknown]), np.hstack([exact_t, unknown])
-        ids, keep = (
-            np.hstack([ids, np.full((len(ids), 1), _LAST)]),
-            np.hstack([keep, np.zeros((len(ids), 1), bool)]),
-        )
+        on_t[np.isneginf(on_theta[:, -1]), -1] = -np.inf  # the tail is drawn from π_θ
+        ids, keep = _with_column(ids, _LAST), _with_column(keep, False)
+        exact_theta, exact_t = _with_column(exact_theta, np.nan), _with_column(exact_t, np.nan)
+    else:
+        on_theta, on_t = on_theta[:, :-1], on_t[:, :-1]
     return Candidates(
         token_ids=np.where(keep, ids, NO_TOKEN),
-        logp_theta=_normalise(floored_theta),
-        logp_t=_normalise(floored_t),
+        logp_theta=_normalise(on_theta),
+        logp_t=_normalise(on_t),
         exact_theta=np.where(keep, exact_theta, np.nan),
         exact_t=np.where(keep, exact_t, np.nan),
         coverage_theta=coverage_theta,
@@ -118,8 +131,20 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     )
 
 
-def _floor(exact: np.ndarray, keep: np.ndarray, has_tail: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities on S with missing candidates floored, `-inf` at holes; and the mass of the list.
+def _outside(ids: np.ndarray, keep: np.ndarray, top: TopK, support: Support) -> np.ndarray:
+    """`(B,)` bool: whether there is a tail, as far as this model knows of tokens outside S."""
+    if support == "union":
+        return np.zeros(len(ids), dtype=bool)
+    if top.vocab_size is None:
+        return np.ones(len(ids), dtype=bool)
+    return (keep & (ids < top.vocab_size)).sum(axis=1) < top.vocab_size
+
+
+def _on_candidates(
+    exact: np.ndarray, keep: np.ndarray, top: TopK, *, outside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities on S, missing candidates floored and `-inf` at holes, and in one more column of what is
+    `outside`; and the mass of the list.
 
     The open mass is shared with the tail, if there is one: floors that used it up would leave the tail nothing, and
     q* would lose the support that the tail is there to keep.
@@ -128,21 +153,27 @@ def _floor(exact: np.ndarray, keep: np.ndarray, has_tail: bool) -> tuple[np.ndar
     logp = np.where(listed, exact, -np.inf)
     coverage = np.exp(logp).sum(axis=1)
     missing = keep & ~listed
-    count = missing.sum(axis=1) + has_tail
+    count = missing.sum(axis=1)
     smallest = np.where(listed, exact, np.inf).min(axis=1)
+    open_mass = _open_mass(coverage, top.complete)
     with np.errstate(divide="ignore"):
-        share = np.log(np.maximum(1.0 - coverage, 0.0)) - np.log(np.maximum(count, 1))
-    return np.where(missing, np.minimum(smallest, share)[:, None], logp), coverage
+        floor = np.minimum(smallest, np.log(open_mass) - np.log(np.maximum(count + outside, 1)))
+        tail = np.log(np.where(outside, open_mass - count * np.exp(floor), 0.0))
+    return np.hstack([np.where(missing, floor[:, None], logp), tail[:, None]]), coverage
 
 
-def _with_tail(logp: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.maximum(1.0 - np.exp(logp).sum(axis=1), 0.0))
-    return np.hstack([logp, tail[:, None]])
+def _open_mass(coverage: np.ndarray, complete: np.ndarray | bool) -> np.ndarray:
+    """`(B,)` mass that lists of mass `coverage` leave to the tokens they lack."""
+    return np.where(complete, 0.0, np.maximum(1.0 - coverage, ROUNDING))
+
+
+def _with_column(array: np.ndarray, value: float) -> np.ndarray:
+    return np.hstack([array, np.full((len(array), 1), value, dtype=array.dtype)])
 
 
 def _normalise(logp: np.ndarray) -> np.ndarray:
-    return logp - np.log(np.exp(logp).sum(axis=1, keepdims=True))
+    peak = logp.max(axis=1, keepdims=True)
+    return logp - (peak + np.log(np.exp(logp - peak).sum(axis=1, keepdims=True)))
 
 
 def tokens_to_mass(top: TopK, mass: float) -> np.ndarray:
@@ -156,29 +187,31 @@ def most_likely(top: TopK, counts: np.ndarray) -> TopK:
     order = np.lexsort((top.token_ids, -top.logprobs), axis=1)[:, : counts.max()]
     ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (top.token_ids, top.logprobs))
     kept = np.arange(order.shape[1]) < counts[:, None]
-    return TopK(np.where(kept, ids, NO_TOKEN), np.where(kept, logprobs, -np.inf))
+    complete = top.complete & (counts >= (top.token_ids != NO_TOKEN).sum(axis=1))
+    return TopK(np.where(kept, ids, NO_TOKEN), np.where(kept, logprobs, -np.inf), complete, top.vocab_size)
 
 
 def at_temperature(top: TopK, temperature: float) -> TopK:
     """Raw (temperature 1) lists turned into those of softmax(logits / temperature).
 
     The normaliser needs Σ π^(1/T) over the whole vocabulary. What the list leaves open enters as if it were made
-    of tokens as likely as the last one listed: exact when the list holds all mass, an upper bound for T < 1, an
+    of tokens as likely as the last one listed: exact when the list is complete, an upper bound for T < 1, an
     approximation otherwise. Servers that report processed log-probabilities need none of this.
     """
     with np.errstate(divide="ignore"):
-        open_mass = np.maximum(1.0 - np.exp(top.logprobs).sum(axis=1, keepdims=True), 0.0)
+        open_mass = _open_mass(np.exp(top.logprobs).sum(axis=1), top.complete)[:, None]
         smallest = np.where(np.isfinite(top.logprobs), top.logprobs, np.inf).min(axis=1, keepdims=True)
         open_log = np.log(open_mass) + (1.0 / temperature - 1.0) * smallest
     scaled = top.logprobs / temperature
     log_z = np.logaddexp(np.log(np.exp(scaled).sum(axis=1, keepdims=True)), open_log)
-    return TopK(top.token_ids, scaled - log_z)
+    return replace(top, logprobs=scaled - log_z)
 
 
-def _as_row(name: str, logprobs: Mapping[int, float]) -> TopK:
+def _as_row(name: str, logprobs: Mapping[int, float], vocab_size: int | None) -> TopK:
     ids = np.fromiter(logprobs.keys(), dtype=np.int64, count=len(logprobs))
     values = np.fromiter(logprobs.values(), dtype=np.float64, count=len(logprobs))
     possible = values > -np.inf
     if not possible.any() or (ids < 0).any() or np.isnan(values).any() or (values > 1e-6).any():
         raise ValueError(f"{name} must map token ids >= 0 to log-probabilities <= 0, at least one above -inf")
-    return TopK(ids[None], values[None])
+    complete = bool(np.isneginf(values).any()) or len(ids) == vocab_size
+    return TopK(ids[None], values[None], complete, vocab_size)

@@ -283,6 +283,14 @@ def test_swapping_the_servers_mirrors_alpha(options):
             np.testing.assert_allclose(a.logprobs_q, b.logprobs_q, atol=1e-7)
 
 
+def test_lists_that_hold_the_vocabulary_together_leave_no_tail():
+    """Where each lacks tokens that the other has: a tail would have no token to draw."""
+    theta = np.tile([0.4, 0.3, 0.2, 0.1], (4, 1))
+    outputs, stats = generate([[0]] * 50, chains=(theta, theta[:, ::-1]), top_k=2, support="tail", max_tokens=4)
+    assert [output.error for output in outputs] == [None] * 50
+    assert stats.decoding.tail_tokens == 0 and stats.decoding.disjoint_positions == 0
+
+
 def test_identical_servers_give_one_half_and_unit_weights():
     outputs, _ = generate([[i] for i in range(V)], chains=(THETA, THETA), top_k=V)
     for output in outputs:
@@ -290,10 +298,37 @@ def test_identical_servers_give_one_half_and_unit_weights():
         np.testing.assert_allclose(output.importance_weights, 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("decoding", ["lockstep", "block"])
+@pytest.mark.parametrize("agree", [True, False], ids=["same token", "other token"])
+def test_a_policy_that_is_certain_to_float32_keeps_its_tail(decoding, agree):
+    """Its list of one token says 0.0. What that leaves open is what float32 can hide, for the law as for the weight."""
+    hidden = 1e-9
+    first = np.roll(np.eye(V), 1, axis=1)
+    second = first if agree else np.roll(np.eye(V), 2, axis=1)
+    chains = (1 - hidden * V) * first + hidden, 0.4 * second + 0.6 / V
+    options = {"top_k": 1, "support": "tail", "alpha_min": 0.9, "decoding": decoding, "num_draft_tokens": 2}
+    outputs, stats = generate([[START]] * 200, chains=chains, max_tokens=1, server={"float32": True}, **options)
+    alpha, q = position_law(chains[0][START], chains[1][START], options)
+    listed = sorted({int(np.argmax(chain[START])) for chain in chains})
+    outside = 1 - q[listed].sum()
+    expected = 200 * np.array([*q[listed], outside])
+    observed = [sum(output.generated_tokens == [token] for output in outputs) for token in listed]
+    assert chi_square_p_value([*observed, 200 - sum(observed)], expected) > FALSE_ALARM
+    assert stats.decoding.tail_tokens > 10 and not stats.decoding.disjoint_positions
+    for output in outputs:
+        (token,) = output.generated_tokens
+        assert output.alpha_history == pytest.approx([alpha], abs=1e-6)
+        assert output.logprobs_theta == pytest.approx([math.log(chains[0][START, token])], abs=1e-6)
+        weight = chains[0][START, token] / q[token] if token in listed else 2.0**-23 / outside
+        assert output.importance_weights == pytest.approx([weight], rel=1e-5)
+        assert output.logprobs_q == pytest.approx([output.logprobs_theta[0] - math.log(weight)], abs=1e-5)
+
+
 def test_lists_that_share_no_token_fall_back_to_the_policy():
+    """Lists of fewer tokens than were asked for: nothing else is possible."""
     theta, t = np.zeros((4, 4)), np.zeros((4, 4))
     theta[:, :2], t[:, 2:] = 0.5, 0.5
-    outputs, stats = generate([[0]] * 20, chains=(theta, t), top_k=2, max_tokens=3)
+    outputs, stats = generate([[0]] * 20, chains=(theta, t), top_k=3, max_tokens=3)
     assert stats.decoding.disjoint_positions == 60
     for output in outputs:
         assert output.error is None and set(output.generated_tokens) <= {0, 1}

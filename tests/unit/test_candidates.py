@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,34 +11,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_rollout import merge_top_k_candidates
-from dual_rollout.functional import TAIL_TOKEN, merge_lists
+from dual_rollout.functional import TAIL_TOKEN, merge_lists, position_law
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import NO_TOKEN, TopK
 
 
 def complete(listed: dict[int, float], ids: list[int], support: str) -> list[float]:
     """One model's probabilities on S (and the tail), missing ones floored, normalised."""
-    mass = math.fsum(math.exp(v) for v in listed.values())
     missing = [i for i in ids if i not in listed]
-    floor = 0.0
-    if missing:
-        floor = min(
-            min(math.exp(v) for v in listed.values()), max(1 - mass, 0.0) / (len(missing) + (support == "tail"))
-        )
+    unlisted = open_mass(listed)
+    claimants = len(missing) + (support == "tail")
+    floor = min(min(math.exp(v) for v in listed.values()), unlisted / claimants if claimants else 1.0)
     probs = [math.exp(listed[i]) if i in listed else floor for i in ids]
     if support == "tail":
-        probs.append(max(1 - math.fsum(probs), 0.0))
+        probs.append(unlisted - floor * len(missing))
     total = math.fsum(probs)
     return [p / total for p in probs]
 
 
+def open_mass(listed: dict[int, float]) -> float:
+    """What a list leaves to others: nothing if it names an impossible token, else what float32 can hide at least."""
+    if -math.inf in listed.values():
+        return 0.0
+    return max(1 - math.fsum(math.exp(v) for v in listed.values()), 2.0**-23)
+
+
 def reference(theta: dict[int, float], t: dict[int, float], support: str):
     ids = sorted({*theta, *t})
-    return (
-        [*ids, TAIL_TOKEN] if support == "tail" else ids,
-        complete(theta, ids, support),
-        complete(t, ids, support),
-    )
+    on_theta, on_t = complete(theta, ids, support), complete(t, ids, support)
+    if support == "tail" and on_theta[-1] == 0:
+        on_t = [p / math.fsum(on_t[:-1]) for p in on_t[:-1]] + [0.0]  # nothing outside S can be drawn
+    return [*ids, TAIL_TOKEN] if support == "tail" else ids, on_theta, on_t
 
 
 @st.composite
@@ -86,7 +90,7 @@ def test_a_floor_never_exceeds_what_the_list_allows(theta, t):
         missing = (candidates.token_ids[0] != NO_TOKEN) & np.isnan(exact)
         floors = np.exp(logp[missing])
         assert (floors <= min(map(math.exp, listed.values())) + 1e-12).all()
-        assert floors.sum() <= max(1 - sum(map(math.exp, listed.values())), 0) + 1e-12
+        assert floors.sum() <= open_mass(listed) + 1e-12
 
 
 @given(top_k_lists(), top_k_lists())
@@ -94,9 +98,68 @@ def test_the_tail_keeps_mass_wherever_the_lists_leave_some(theta, t):
     """Else q* would lose the policy's support, and weighted means would be biased without a sign of it."""
     _, probs_theta, probs_t = merge_top_k_candidates(theta, t, support="tail")
     for listed, other, probs in ((theta, t, probs_theta), (t, theta, probs_t)):
-        open_mass = 1 - sum(map(math.exp, listed.values()))
-        if open_mass > 1e-9:
-            assert probs[-1] >= open_mass / (len(other.keys() - listed.keys()) + 1) * (1 - 1e-4)
+        if open_mass(theta) > 0:
+            assert probs[-1] >= open_mass(listed) / (len(other.keys() - listed.keys()) + 1) * (1 - 1e-4)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.sampled_from(["union", "tail"]))
+def test_the_law_does_not_jump_where_a_list_sums_to_one(seed, k, support):
+    """Rounded to float32, a peaked list may hold all mass or more. What it leaves open does not vanish there."""
+    rng = np.random.default_rng(seed)
+    tops = []
+    for peak in rng.uniform(0, 40, 2):
+        logits = rng.normal(size=40)
+        logits[rng.integers(40)] += peak
+        logp = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+        tops.append({int(i): float(logp[i]) for i in np.argsort(-logp)[:k]})
+    law, nearby = (
+        position_law(merge_lists(*(as_top_k([{i: v - step for i, v in top.items()}]) for top in tops), support))
+        for step in (0.0, 1e-10)
+    )
+    listed = len({*tops[0], *tops[1]})
+    assert np.isfinite(law.log_q).sum() == listed + (support == "tail")  # full support, and never disjoint
+    # The least open mass is 1.2e-7: a thousand times the step.
+    np.testing.assert_allclose(np.exp(nearby.log_q), np.exp(law.log_q), atol=0.01)
+    assert nearby.alpha == pytest.approx(law.alpha, abs=0.01)
+
+
+def test_a_certain_policy_leaves_the_target_its_say():
+    """π_θ lists one token at 0.0, which a hair less would not change: q* keeps a tail, which π_θ can draw."""
+    laws = [
+        position_law(merge_lists(as_top_k([{5: certain}]), as_top_k([{5: math.log(0.9)}]), "tail"))
+        for certain in (0.0, -1e-9, -1.2e-7)
+    ]
+    for law in laws:
+        assert law.alpha == pytest.approx(laws[0].alpha, abs=1e-3) and 0.8 < law.alpha[0] < 0.85
+        np.testing.assert_allclose(np.exp(law.log_q[:, [0, -1]]), [[0.992, 0.008]], atol=1e-3)
+
+
+def test_a_complete_list_leaves_nothing_open():
+    whole = TopK(np.arange(3)[None], np.log([[0.5, 0.3, 0.2]]), complete=True, vocab_size=3)
+    for other in (whole, TopK(np.array([[1]]), np.log([[0.9]]), vocab_size=3)):
+        for pair in ((whole, other), (other, whole)):
+            candidates = merge_lists(*pair, "tail")
+            assert candidates.logp_theta[0, -1] == candidates.logp_t[0, -1] == -np.inf
+    impossible = TopK(np.array([[0, 1]]), np.log([[0.5, 0.5]]), complete=True)
+    disjoint = TopK(np.array([[2, 3]]), np.log([[0.5, 0.5]]), complete=True)
+    assert position_law(merge_lists(impossible, disjoint, "tail")).disjoint.all()
+
+
+def test_there_is_no_tail_where_both_lists_hold_the_vocabulary_together():
+    theta = TopK(np.array([[0, 1]]), np.log([[0.5, 0.3]]), vocab_size=3)
+    t = TopK(np.array([[0, 2]]), np.log([[0.6, 0.2]]), vocab_size=3)
+    candidates = merge_lists(theta, t, "tail")
+    ids = [np.flatnonzero(candidates.token_ids[0] == token)[0] for token in range(3)]
+    np.testing.assert_allclose(np.exp(candidates.logp_theta[0, [*ids, -1]]), [0.5, 0.3, 0.2, 0])
+    np.testing.assert_allclose(np.exp(candidates.logp_t[0, [*ids, -1]]), [0.6, 0.2, 0.2, 0])
+    larger = [replace(top, vocab_size=4) for top in (theta, t)]
+    assert np.isfinite(merge_lists(*larger, "tail").logp_theta[0, -1])
+
+
+def test_very_unlikely_tokens_are_normalised_too():
+    _, probs_theta, probs_t = merge_top_k_candidates({5: -800.0, 6: -801.0}, {5: -1.0, 6: -2000.0})
+    np.testing.assert_allclose(probs_theta, [1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+    np.testing.assert_allclose(probs_t, [1.0, 0.0], atol=1e-300)
 
 
 def as_top_k(rows: list[dict[int, float]], width: int | None = None) -> TopK:
@@ -104,7 +167,7 @@ def as_top_k(rows: list[dict[int, float]], width: int | None = None) -> TopK:
     ids, logprobs = np.full((len(rows), width), NO_TOKEN), np.full((len(rows), width), -np.inf)
     for i, row in enumerate(rows):
         ids[i, : len(row)], logprobs[i, : len(row)] = list(row), list(row.values())
-    return TopK(ids, logprobs)
+    return TopK(ids, logprobs, complete=np.array([-math.inf in row.values() for row in rows]))
 
 
 @given(st.lists(st.tuples(top_k_lists(), top_k_lists()), min_size=1, max_size=12), st.sampled_from(["union", "tail"]))
@@ -162,7 +225,7 @@ def test_impossible_tokens_stay_candidates_without_mass():
     ids, probs_theta, probs_t = merge_top_k_candidates({1: 0.0, 2: -math.inf}, {2: math.log(0.5), 3: math.log(0.5)})
     assert ids.tolist() == [1, 2, 3]
     assert probs_theta.tolist() == [1.0, 0.0, 0.0]
-    np.testing.assert_allclose(probs_t, [0.0, 0.5, 0.5])
+    np.testing.assert_allclose(probs_t, [0.0, 0.5, 0.5], atol=2e-7)
 
 
 def test_inputs_are_left_alone():
@@ -203,9 +266,8 @@ def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.floats(0.3, 3.0))
 def test_temperature_is_exact_when_the_list_holds_all_mass(seed, vocabulary, temperature):
     p = np.random.default_rng(seed).dirichlet(np.ones(vocabulary))
-    result = at_temperature(TopK(np.arange(vocabulary)[None], np.log(p)[None]), temperature)
-    # Rounding leaves up to 1e-16 open; at T > 1 its share grows to (1e-16)^(1/T) at most.
-    np.testing.assert_allclose(np.exp(result.logprobs[0]), tempered(p, temperature), rtol=1e-4)
+    result = at_temperature(TopK(np.arange(vocabulary)[None], np.log(p)[None], complete=True), temperature)
+    np.testing.assert_allclose(np.exp(result.logprobs[0]), tempered(p, temperature), rtol=1e-9)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.floats(0.3, 3.0), st.data())
@@ -221,5 +283,6 @@ def test_temperature_bounds_when_mass_is_left_open(seed, vocabulary, temperature
 
 
 def test_temperature_leaves_padding_impossible():
-    result = at_temperature(as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}]), 0.7)
+    top = as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}])
+    result = at_temperature(replace(top, complete=True), 0.7)
     assert result.logprobs[1].tolist() == [0.0, -math.inf]
