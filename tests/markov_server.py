@@ -20,7 +20,7 @@ class MarkovServer:
     """`transitions` is `(V, V)`, each row a distribution. Not part of vLLM's behaviour but useful in tests:
     `requests` keeps every completion payload, `ignore` names request fields to act as if unknown, and `processed` is
     `--logprobs-mode processed_logprobs`: log-probabilities of the next token follow the temperature. `float32` rounds
-    them as a real server does."""
+    them as a real server does. `eos` is the model's end of sequence."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class MarkovServer:
         ignore: tuple[str, ...] = (),
         processed: bool = False,
         float32: bool = False,
+        eos: int | None = None,
     ):
         self.transitions = transitions
         with np.errstate(divide="ignore"):
@@ -39,6 +40,7 @@ class MarkovServer:
         self.requests: list[dict[str, Any]] = []
         self.url = ""
         self._ignore = ignore
+        self._eos = eos
         self._max_model_len = max_model_len
         self._processed = processed
         self._rng = np.random.default_rng(0)
@@ -81,13 +83,17 @@ class MarkovServer:
     def _choice(self, index: int, prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
         rng = np.random.default_rng(options["seed"]) if "seed" in options else self._rng
         text, tokens, lists = list(prompt), [], []
+        ends = {*options.get("stop_token_ids", ()), *(() if options.get("ignore_eos") else (self._eos,))}
         for _ in range(options.get("max_tokens", 1)):
             token, entries = self._next(text[-1], options, rng)
             text.append(token)
             tokens.append(f"token_id:{token}")
             lists.append(entries)
+            if token in ends:
+                break
         return {
             "index": index,
+            "finish_reason": "stop" if text[-1] in ends else "length",
             "logprobs": None if options.get("logprobs") is None else {"tokens": tokens, "top_logprobs": lists},
             "prompt_logprobs": self._prompt_logprobs(prompt, options),
         }

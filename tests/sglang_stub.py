@@ -31,6 +31,7 @@ _SAMPLING_FIELDS = {
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "ignore_eos": False,
+    "stop_token_ids": None,
     "logit_bias": None,
     "sampling_seed": None,
 }
@@ -231,10 +232,10 @@ class SGLangStub:
         law = self._law_for(payload.get("lora_path"))
         top, named = payload.get("top_logprobs_num", 0), payload.get("token_ids_logprob")
         output_ids, output_rows = self._sample(law, prompt, sampling)
-        stopped = not sampling["ignore_eos"] and output_ids[-1] == self._eos
+        stopped = output_ids[-1] in self._ends(sampling)
         meta: dict[str, Any] = {
             "id": f"request-{len(self.requests)}",
-            "finish_reason": {"type": "stop", "matched": self._eos}
+            "finish_reason": {"type": "stop", "matched": output_ids[-1]}
             if stopped
             else {"type": "length", "length": len(output_ids)},
             "prompt_tokens": len(prompt),
@@ -282,9 +283,13 @@ class SGLangStub:
             p /= p.sum()
             tokens.append(int(np.argmax(p)) if greedy else int(rng.choice(len(p), p=p)))
             rows.append(_normalised(logits) if self.original_logprobs else _normalised(scaled))
-            if tokens[-1] == self._eos and not sampling["ignore_eos"]:
+            if tokens[-1] in self._ends(sampling):
                 break
         return tokens, rows
+
+    def _ends(self, sampling: dict[str, Any]) -> set[int | None]:
+        """Tokens that end a generation; as in SGLang, `ignore_eos` is about all of them."""
+        return set() if sampling["ignore_eos"] else {self._eos, *(sampling["stop_token_ids"] or ())}
 
     def _start(self, prompt: list[int], payload: dict[str, Any]) -> int:
         start = payload.get("logprob_start_len", -1)

@@ -61,6 +61,7 @@ class Block:
             k,
             temperature,
             [int(sequence.rewind().integers(2**31)) for sequence in sequences],
+            sequences[0].stop_ids,
         )
         positions = await self._positions(contexts_theta, [sequence.context_t for sequence in sequences], drafts, k)
         lengths = [len(tokens) for tokens in drafts.token_ids]

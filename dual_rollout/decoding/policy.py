@@ -42,6 +42,7 @@ class Policy:
             await recorder.lists_theta.length(sequences[0].context_theta),
             config.temperature,
             [int(sequence.rewind().integers(2**31)) for sequence in sequences],
+            sequences[0].stop_ids,
         )
         owners = [s for s, tokens in zip(sequences, drafts.token_ids, strict=True) for _ in tokens]
         tokens = np.concatenate(drafts.token_ids)

@@ -39,7 +39,6 @@ class DecodingStats:
     """Counts over a coordinator's life.
 
     Attributes:
-        steps: rounds of asking both servers (each for many sequences at once).
         positions: laws built; in block decoding more than tokens, since a rejection wastes what follows it.
         listed_tokens, listed_mass: tokens of all lists that laws were built from, and their mass; two lists a position.
         received_tokens: tokens of all lists that came, with those that `top_k: auto` cut off or asked for again.
@@ -56,7 +55,6 @@ class DecodingStats:
         disjoint_positions: positions where the lists shared no token; sampled from the policy there.
     """
 
-    steps: int = 0
     positions: int = 0
     listed_tokens: int = 0
     listed_mass: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -127,8 +127,21 @@ class Engine(Protocol):
         k: int,
         temperature: float,
         seeds: Sequence[int],
+        stop_ids: Collection[int] = (),
     ) -> Drafts:
-        """Continuations drawn from the model, each with its own seed; shorter than asked where EOS comes."""
+        """Continuations drawn from the model, with the lists that they were drawn from.
+
+        Args:
+            lengths: tokens of each, at most.
+            k: tokens of each list.
+            seeds: one for each; the same prompt, length and seed give the same tokens.
+            stop_ids: a draft ends with the first of these. It may end at the model's own EOS too, and has at least one
+                token.
+
+        Raises:
+            EngineRejectedError: a prompt or k is more than the server takes.
+            EngineProtocolError: an answer is not what was asked for, three times.
+        """
         ...
 
     async def score_drafts(
@@ -142,6 +155,10 @@ class Engine(Protocol):
         """The k most likely tokens at each position of each draft, given what precedes it; `(R, K)` as in `Drafts`.
 
         All methods that `probe` finds give the same; which is faster depends on the server and the load.
+
+        Raises:
+            EngineRejectedError: a text or k is more than the server takes, or it lacks the method.
+            EngineProtocolError: rows are missing or wrong, three times.
         """
         ...
 
@@ -158,9 +175,15 @@ class Engine(Protocol):
         token_ids: Sequence[TokenIds],
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
-        """Log-probabilities of named tokens at each position of each draft, given what precedes it.
+        """Log-probabilities of named tokens at each position of each draft, given what precedes it; nats.
 
-        `token_ids` has one list per position, R in all as in `Drafts`; the answer an array as long as each.
+        `token_ids` has one list per position, R in all as in `Drafts`; the answer an array as long as each, `-inf` for
+        what is impossible.
+
+        Raises:
+            EngineRejectedError: a text is longer than the server takes, a token unknown to it, or, at temperature != 1,
+                its log-probabilities do not follow the temperature.
+            EngineProtocolError: the server does not report named tokens.
         """
         ...
 

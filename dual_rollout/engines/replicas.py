@@ -74,12 +74,23 @@ class Replicas:
         return _in_order(parts, [1] * len(prompts))
 
     async def draft(
-        self, prompts: Sequence[TokenIds], lengths: Sequence[int], k: int, temperature: float, seeds: Sequence[int]
+        self,
+        prompts: Sequence[TokenIds],
+        lengths: Sequence[int],
+        k: int,
+        temperature: float,
+        seeds: Sequence[int],
+        stop_ids: Collection[int] = (),
     ) -> Drafts:
         parts = await self._ask(
             prompts,
             lambda engine, rows: engine.draft(
-                [prompts[i] for i in rows], [lengths[i] for i in rows], k, temperature, [seeds[i] for i in rows]
+                [prompts[i] for i in rows],
+                [lengths[i] for i in rows],
+                k,
+                temperature,
+                [seeds[i] for i in rows],
+                stop_ids,
             ),
         )
         drafts = {i: draft for rows, part in parts for i, draft in zip(rows, part.token_ids, strict=True)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -124,11 +124,14 @@ class SGLangEngine:
         k: int,
         temperature: float,
         seeds: Sequence[int],
+        stop_ids: Collection[int] = (),
     ) -> Drafts:
         raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
         await self.describe()
+        # With ignore_eos SGLang ignores stop ids too.
+        ends = {"ignore_eos": False, "stop_token_ids": sorted(stop_ids)}
         sampling = [
-            _sampling(max_new_tokens=length, temperature=temperature, ignore_eos=False, **self._seed(seed))
+            _sampling(max_new_tokens=length, temperature=temperature, **ends, **self._seed(seed))
             for length, seed in zip(lengths, seeds, strict=True)
         ]
         metas = await self._generate(prompts, sampling, top_logprobs_num=k)

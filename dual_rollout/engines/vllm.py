@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from itertools import accumulate, chain, count
 from typing import Any, TypeVar
 
@@ -119,15 +119,27 @@ class VLLMEngine:
         k: int,
         temperature: float,
         seeds: Sequence[int],
+        stop_ids: Collection[int] = (),
     ) -> Drafts:
         raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
+
+        # The draft ends where the sequence would. vLLM refuses stop ids that the model cannot say.
+        ends = sorted(token for token in stop_ids if self._vocab_size is None or token < self._vocab_size)
 
         async def ask() -> Drafts:
             # One request each: in a list with one seed all sequences would get the same noise.
             async with self._gate.shared():
                 answers = await asyncio.gather(
                     *(
-                        self._complete([prompt], max_tokens=length, logprobs=k, temperature=temperature, seed=seed)
+                        self._complete(
+                            [prompt],
+                            max_tokens=length,
+                            logprobs=k,
+                            temperature=temperature,
+                            seed=seed,
+                            stop_token_ids=ends,
+                            ignore_eos=True,
+                        )
                         for prompt, length, seed in zip(prompts, lengths, seeds, strict=True)
                     )
                 )
@@ -410,17 +422,18 @@ class VLLMEngine:
             "prompt_logprob_start": len(text) - 1 - count,  # row i is about token i + 1
             "detokenize": False,
         }
+        fault = "not in the answer"
         for skip in (False, True):
             encoded = await self._generate(
                 text, {**sampling, "skip_reading_prefix_cache": skip}, "prompt_token_id_logprobs"
             )
-            # There are none where the prefix cache has the first of them.
             if encoded is not None:
                 try:
                     return self._as_logprobs(decoded_floats(encoded, (count, len(names))))
                 except ValueError as error:
-                    raise EngineProtocolError(f"prompt_token_id_logprobs are {error}", url=self.url) from error
-        raise EngineProtocolError("the answer has no prompt_token_id_logprobs", url=self.url)
+                    fault = str(error)
+            # Rows may be missing where the prefix cache has the first of them: once more without it.
+        raise EngineProtocolError(f"prompt_token_id_logprobs are {fault}", url=self.url)
 
     async def _score_prompt(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
         """Lists for the last `count` tokens of a text, computed anew."""

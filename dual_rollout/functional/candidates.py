@@ -155,16 +155,11 @@ def _on_candidates(
     missing = keep & ~listed
     count = missing.sum(axis=1)
     smallest = np.where(listed, exact, np.inf).min(axis=1)
-    open_mass = _open_mass(coverage, top.complete)
+    open_mass = np.where(top.complete, 0.0, np.maximum(1.0 - coverage, ROUNDING))
     with np.errstate(divide="ignore"):
         floor = np.minimum(smallest, np.log(open_mass) - np.log(np.maximum(count + outside, 1)))
         tail = np.log(np.where(outside, open_mass - count * np.exp(floor), 0.0))
     return np.hstack([np.where(missing, floor[:, None], logp), tail[:, None]]), coverage
-
-
-def _open_mass(coverage: np.ndarray, complete: np.ndarray | bool) -> np.ndarray:
-    """`(B,)` mass that lists of mass `coverage` leave to the tokens they lack."""
-    return np.where(complete, 0.0, np.maximum(1.0 - coverage, ROUNDING))
 
 
 def _with_column(array: np.ndarray, value: float) -> np.ndarray:
@@ -195,11 +190,11 @@ def at_temperature(top: TopK, temperature: float) -> TopK:
     """Raw (temperature 1) lists turned into those of softmax(logits / temperature).
 
     The normaliser needs Σ π^(1/T) over the whole vocabulary. What the list leaves open enters as if it were made
-    of tokens as likely as the last one listed: exact when the list is complete, an upper bound for T < 1, an
+    of tokens as likely as the last one listed: exact when the list holds all mass, an upper bound for T < 1, an
     approximation otherwise. Servers that report processed log-probabilities need none of this.
     """
     with np.errstate(divide="ignore"):
-        open_mass = _open_mass(np.exp(top.logprobs).sum(axis=1), top.complete)[:, None]
+        open_mass = np.maximum(1.0 - np.exp(top.logprobs).sum(axis=1, keepdims=True), 0.0)
         smallest = np.where(np.isfinite(top.logprobs), top.logprobs, np.inf).min(axis=1, keepdims=True)
         open_log = np.log(open_mass) + (1.0 / temperature - 1.0) * smallest
     scaled = top.logprobs / temperature

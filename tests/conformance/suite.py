@@ -54,6 +54,8 @@ class EngineConformance:
 
     accepts: Collection[str] = ()
     """Requests, by the names below, that this server can answer though others cannot."""
+    slower_scoring: Collection[str] = ("prompt_logprobs",)
+    """Ways to score drafts that it has besides those that the probe names, which are only the promising ones."""
     absent_adapter = "does not see"
 
     # ---- what it says of itself
@@ -148,9 +150,26 @@ class EngineConformance:
         assert draft([3, 1, 4])[:2] == [first[2], first[0]]
         assert len({str(tokens) for tokens in first}) == 3
 
+    def test_drafts_end_with_the_first_stop_id(self, target: Target) -> None:
+        prompts, lengths, seeds = [[9, 8], [1, 2, 3]], [12, 12], [1, 2]
+
+        async def ask(engine: Engine) -> list[list[list[int]]]:
+            await engine.probe([1, 2])
+            whole = await engine.draft(prompts, lengths, 5, 1.0, seeds)
+            # One of them is no token of the model.
+            stop_ids = {int(whole.token_ids[0][4]), int(whole.token_ids[1][2]), 10**6}
+            ended = await engine.draft(prompts, lengths, 5, 1.0, seeds, stop_ids)
+            return [[tokens.tolist() for tokens in drafts.token_ids] for drafts in (whole, ended)]
+
+        whole, ended = use(target, ask)
+        stop_ids = {whole[0][4], whole[1][2]}
+        for tokens, cut in zip(whole, ended, strict=True):
+            assert cut == tokens[: 1 + next(i for i, token in enumerate(tokens) if token in stop_ids)]
+
     @pytest.mark.parametrize("method", ["prefixes", "prompt_logprobs", "token_ids"])
     def test_drafts_are_scored_alike_by_every_method(self, target: Target, method: Any) -> None:
-        if method not in use(target, lambda engine: engine.probe([1, 2])).scoring:
+        promising = use(target, lambda engine: engine.probe([1, 2])).scoring
+        if method not in {*promising, *self.slower_scoring}:
             pytest.skip("this server cannot")
         longer = [[*prompt, *draft.tolist()] for prompt, draft in zip(PROMPTS, DRAFTS, strict=True)]
 

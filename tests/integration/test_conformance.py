@@ -60,6 +60,7 @@ class TestEmbeddedServer(EngineConformance):
 
 
 class TestSGLang(EngineConformance):
+    slower_scoring = ()
     accepts = ("full context", "no room for a draft", "list")
     absent_adapter = "absent"
 

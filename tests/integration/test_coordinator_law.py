@@ -133,6 +133,7 @@ def generate(
     chains: tuple[np.ndarray, np.ndarray] = (THETA, T),
     server: dict[str, Any] | None = None,
     max_tokens: int = 8,
+    stop_token_ids: tuple[int, ...] = (),
     **options: Any,
 ) -> tuple[list[GenerationOutput], CoordinatorStats]:
     async def run() -> tuple[list[GenerationOutput], CoordinatorStats]:
@@ -141,7 +142,10 @@ def generate(
             values = {"seed": 11, "decoding": "lockstep", **options}
             config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, **values)
             async with DualVLLMCoordinator(config) as coordinator:
-                return await coordinator.generate_batch(prompts, max_tokens=max_tokens), coordinator.stats
+                outputs = await coordinator.generate_batch(
+                    prompts, max_tokens=max_tokens, stop_token_ids=stop_token_ids
+                )
+                return outputs, coordinator.stats
 
     return asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -194,6 +198,57 @@ def test_the_record_is_exact(case):
             assert log_theta == pytest.approx(math.log(p), abs=1e-6)
             assert log_t == pytest.approx(math.log(r), abs=1e-6)
             assert weight == pytest.approx(p / q[token], rel=1e-6)
+
+
+STOP = 5
+ENDS = {
+    "lockstep": ({"decoding": "lockstep"}, {}),
+    "block": ({"decoding": "block", "num_draft_tokens": 8}, {}),
+    "the server's own EOS": (
+        {"decoding": "block", "num_draft_tokens": 8},
+        {"eos": STOP, "ignore": ("stop_token_ids", "ignore_eos")},
+    ),
+    "drafts end early": ({"decoding": "block", "num_draft_tokens": 8}, {"eos": 2, "ignore": ("ignore_eos",)}),
+    "drafts go on": ({"decoding": "block", "num_draft_tokens": 8}, {"ignore": ("stop_token_ids",)}),
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+@pytest.mark.parametrize("options", [{"top_k": 4}, {"top_k": 2, "support": "tail"}], ids=["union", "tail"])
+def test_sequences_end_where_they_should_inside_a_block_too(way, options):
+    """At a stop id, drafted or redrawn, or at `max_tokens`: the law of whole sequences, enumerated.
+
+    Whether a draft ends with the stop id, before it at another EOS of the server, or goes on past it.
+    """
+    (decoding, server), tokens, sequences = ENDS[way], 3, 300
+    outputs, stats = generate(
+        [[START]] * sequences,
+        server=server,
+        max_tokens=tokens,
+        stop_token_ids=(STOP,),
+        max_concurrency=1000,
+        **decoding,
+        **options,
+    )
+    q = [position_law(p, r, options)[1] for p, r in zip(THETA, T, strict=True)]
+    law: dict[tuple[int, ...], float] = {}
+    for sequence, probability in sequence_law(lambda last: q[last], tokens).items():
+        ended = sequence[: sequence.index(STOP) + 1] if STOP in sequence else sequence
+        law[ended] = law.get(ended, 0.0) + probability
+    drawn = [tuple(output.generated_tokens) for output in outputs]
+    observed = np.array([drawn.count(sequence) for sequence in law])
+    assert observed.sum() == sequences and sum(law.values()) == pytest.approx(1)
+    assert chi_square_p_value(observed, sequences * np.array(list(law.values()))) > FALSE_ALARM
+    for output in outputs:
+        assert output.error is None
+        assert output.finish_reason == ("stop" if output.generated_tokens[-1] == STOP else "length")
+        record = (output.alpha_history, output.logprobs_q, output.logprobs_theta, output.importance_weights)
+        assert [len(values) for values in record] == [len(output.generated_tokens)] * 4
+    lengths = [len(sequence) for sequence in drawn]
+    assert all(lengths.count(n) > 10 for n in (1, 2, 3))
+    assert stats.decoding.tokens == sum(lengths)
+    if decoding["decoding"] == "block" and way != "drafts go on":
+        assert 0 < stats.decoding.accepted_tokens <= stats.decoding.tokens
 
 
 def features(sequence: tuple[int, ...]) -> list[float]:

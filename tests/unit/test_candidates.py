@@ -266,8 +266,9 @@ def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.floats(0.3, 3.0))
 def test_temperature_is_exact_when_the_list_holds_all_mass(seed, vocabulary, temperature):
     p = np.random.default_rng(seed).dirichlet(np.ones(vocabulary))
-    result = at_temperature(TopK(np.arange(vocabulary)[None], np.log(p)[None], complete=True), temperature)
-    np.testing.assert_allclose(np.exp(result.logprobs[0]), tempered(p, temperature), rtol=1e-9)
+    result = at_temperature(TopK(np.arange(vocabulary)[None], np.log(p)[None]), temperature)
+    # Rounding leaves up to 1e-16 open; at T > 1 its share grows to (1e-16)^(1/T) at most.
+    np.testing.assert_allclose(np.exp(result.logprobs[0]), tempered(p, temperature), rtol=1e-4)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.floats(0.3, 3.0), st.data())
@@ -283,6 +284,5 @@ def test_temperature_bounds_when_mass_is_left_open(seed, vocabulary, temperature
 
 
 def test_temperature_leaves_padding_impossible():
-    top = as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}])
-    result = at_temperature(replace(top, complete=True), 0.7)
+    result = at_temperature(as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}]), 0.7)
     assert result.logprobs[1].tolist() == [0.0, -math.inf]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dual_rollout.engines import HttpTransport, VLLMEngine
 from dual_rollout.engines.npy import decoded_floats
+from dual_rollout.exceptions import EngineProtocolError
 
 
 def encoded(save: Any, *arrays: Any, **options: Any) -> str:
@@ -49,3 +52,35 @@ class Exploding:
 def test_anything_else_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"not base64|instead of floats"):
         decoded_floats(value, (2, 3))
+
+
+class FewRows(HttpTransport):
+    """A server that gives named rows along a text only for what is not cached; `uncached` of them."""
+
+    def __init__(self, uncached: int | None, whole: int) -> None:
+        super().__init__("http://few.rows")
+        self.rows = {False: uncached, True: whole}
+        self.asked: list[bool] = []
+
+    async def get(self, path: str) -> Any:
+        return {"data": [{"id": "m"}]}
+
+    async def post(self, path: str, payload: Any = None) -> Any:
+        sampling = payload["sampling_params"]
+        self.asked.append(skip := sampling["skip_reading_prefix_cache"])
+        count, width = self.rows[skip], len(sampling["prompt_logprob_token_ids"])
+        rows = None if count is None else encoded(np.save, np.full((count, width), -float(1 + skip), dtype=np.float32))
+        return {"prompt_token_id_logprobs": rows}
+
+
+@pytest.mark.parametrize("uncached", [None, 0, 2])
+def test_named_rows_that_the_cache_holds_are_asked_for_without_it(uncached: int | None) -> None:
+    transport = FewRows(uncached, whole=3)
+    rows = asyncio.run(VLLMEngine(transport)._named_rows([1, 2, 3, 4, 5], 3, [7, 9]))
+    assert transport.asked == [False, True]
+    assert rows.tolist() == [[-2.0, -2.0]] * 3
+
+
+def test_named_rows_that_are_not_there_at_all_are_a_fault() -> None:
+    with pytest.raises(EngineProtocolError, match=r"\(2, 2\) instead of floats \(3, 2\)"):
+        asyncio.run(VLLMEngine(FewRows(2, whole=2))._named_rows([1, 2, 3, 4, 5], 3, [7, 9]))
