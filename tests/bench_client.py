@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
-from dual_rollout.engines import HttpTransport, VLLMEngine
+from dual_rollout.engines import HttpStats, HttpTransport, VLLMEngine
 from dual_rollout.functional import merge_lists, position_law, sample_rows, solve_kl_symmetry
 
 VOCABULARY = 49_152
@@ -30,8 +30,8 @@ ANSWERS = 8  # different ones, replayed in turn
 class ReplayTransport(HttpTransport):
     """Answers completions from prepared bytes; counts the seconds spent in JSON, and those of its own pretence."""
 
-    def __init__(self, url: str, bodies: list[bytes]):
-        super().__init__(url)
+    def __init__(self, bodies: list[bytes]):
+        super().__init__("http://replay")
         self.writing = self.reading = self.pretending = 0.0
         self._bodies = bodies
         self._turn = 0
@@ -39,30 +39,51 @@ class ReplayTransport(HttpTransport):
     async def get(self, path: str) -> Any:
         return {"data": [{"id": "replay", "root": None, "max_model_len": None}]} if path == "/v1/models" else None
 
+    async def get_text(self, path: str) -> str:
+        return ""
+
     async def post(self, path: str, payload: Any = None) -> Any:
         started = time.perf_counter()
         orjson.dumps(payload)
         self.writing += (written := time.perf_counter()) - started
-        body = scores(payload) if payload.get("prompt_logprobs") is not None else self._next(len(payload["prompt"]))
+        body = self._answer(payload)
         self.pretending += (ready := time.perf_counter()) - written
         answer = orjson.loads(body)
         self.reading += time.perf_counter() - ready
+        self.answered = time.monotonic()
         return answer
 
-    def _next(self, prompts: int) -> bytes:
-        body = self._bodies[self._turn % len(self._bodies)]
-        self._turn += 1
-        choices = body.count(b'"index":')
-        if prompts == choices:
-            return body
-        answer = orjson.loads(body)  # a preflight or a warm-up asks for fewer
-        return orjson.dumps({**answer, "choices": answer["choices"][:prompts]})
+    def _answer(self, payload: dict[str, Any]) -> bytes:
+        prompts = payload["prompt"] if isinstance(payload["prompt"][0], list) else [payload["prompt"]]
+        if payload.get("prompt_logprobs") is not None:
+            body = scores(prompts[0])
+        else:
+            body = self._bodies[self._turn % len(self._bodies)]
+            self._turn += 1
+            if len(prompts) < body.count(b'"index":'):
+                answer = orjson.loads(body)  # the probe and the last rounds ask for fewer
+                body = orjson.dumps({**answer, "choices": answer["choices"][: len(prompts)]})
+        body = body.replace(b"cmpl-0", f"cmpl-{payload.get('request_id', 0)}".encode(), 1)
+        return body.replace(b'"prompt_tokens":0', b'"prompt_tokens":%d' % sum(map(len, prompts)), 1)
 
 
-def scores(payload: dict[str, Any]) -> bytes:
+class ReplayCoordinator(DualVLLMCoordinator):
+    """Its transports replay `bodies`, π_θ's server's and π_t's."""
+
+    def __init__(self, config: CoordinatorConfig, bodies: tuple[list[bytes], list[bytes]]):
+        self.replays: list[ReplayTransport] = []
+        self._bodies = bodies
+        super().__init__(config)
+
+    def _transport(self, url: str, stats: HttpStats, *, replica: bool = False) -> HttpTransport:
+        self.replays.append(ReplayTransport(self._bodies[len(self.replays)]))
+        return self.replays[-1]
+
+
+def scores(prompt: list[int]) -> bytes:
     """An answer to a request for the log-probabilities of the prompt's own tokens."""
-    rows = [None, *({str(token): {"logprob": -3.0, "rank": 9}} for token in payload["prompt"][0][1:])]
-    return orjson.dumps({"choices": [{"index": 0, "prompt_logprobs": rows}]})
+    rows = [None, *({str(token): {"logprob": -3.0, "rank": 9}} for token in prompt[1:])]
+    return orjson.dumps({"id": "cmpl-0", "choices": [{"index": 0, "prompt_logprobs": rows}]})
 
 
 def answer(logits: np.ndarray, top_k: int) -> bytes:
@@ -91,8 +112,9 @@ def answer(logits: np.ndarray, top_k: int) -> bytes:
                 "prompt_token_ids": None,
             }
         )
-    usage = {"prompt_tokens": 512 * len(choices), "completion_tokens": len(choices), "prompt_tokens_details": None}
-    return orjson.dumps({"id": "cmpl-0", "object": "text_completion", "model": "m", "choices": choices, "usage": usage})
+    usage = {"prompt_tokens": 0, "completion_tokens": len(choices), "prompt_tokens_details": None}
+    head = {"id": "cmpl-0", "object": "text_completion", "model": "replay"}
+    return orjson.dumps({**head, "choices": choices, "usage": usage})
 
 
 def make_answers(batch: int, top_k: int) -> tuple[list[bytes], list[bytes]]:
@@ -122,9 +144,8 @@ async def measure_total(
 ) -> tuple[float, list[ReplayTransport]]:
     """Seconds of `generate_batch` without the replay's own work, and both transports."""
     config = CoordinatorConfig(top_k=top_k, seed=0, max_concurrency=batch, decoding="lockstep")
-    coordinator = DualVLLMCoordinator(config)
-    transports = [ReplayTransport(url, own) for url, own in zip((config.theta_url, config.t_url), bodies, strict=True)]
-    coordinator.theta, coordinator.t = (VLLMEngine(transport) for transport in transports)
+    coordinator = ReplayCoordinator(config, bodies)
+    transports = coordinator.replays
     prompts = np.random.default_rng(1).integers(0, VOCABULARY, (batch, prompt_tokens)).tolist()
     await coordinator.generate_batch(prompts, max_tokens=2)
     for transport in transports:
@@ -158,7 +179,7 @@ def main() -> None:
     }
 
     async def lists(own: list[bytes]) -> tuple[Any, float]:
-        transport = ReplayTransport("http://replay", own)
+        transport = ReplayTransport(own)
         engine = VLLMEngine(transport)
         await engine.describe()
         prompts = [[1]] * batch
