@@ -19,7 +19,7 @@ from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.base import Engine
 from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import ROUNDING, Candidates, merge_lists
-from dual_rollout.functional.diagnostics import compute_diagnostics
+from dual_rollout.functional.diagnostics import log_diagnostics
 from dual_rollout.functional.law import Law, position_law
 from dual_rollout.types import NO_TOKEN, TopK
 
@@ -297,15 +297,9 @@ class Recorder:
     def _diagnostics(self, candidates: Candidates, law: Law) -> dict[str, list[float]]:
         if not self.with_diagnostics:
             return {}
-        rows = compute_diagnostics(
-            np.exp(candidates.logp_theta),
-            np.exp(candidates.logp_t),
-            np.exp(law.log_q),
-            law.alpha,
-            coverage_theta=candidates.coverage_theta,
-            coverage_t=candidates.coverage_t,
-        )
-        return {name: np.asarray(row).tolist() for name, row in rows.items() if name != "alpha"}
+        rows = log_diagnostics(candidates.logp_theta, candidates.logp_t, law.log_q, law.alpha)
+        rows |= {"coverage_theta": candidates.coverage_theta, "coverage_t": candidates.coverage_t}
+        return {name: row.tolist() for name, row in rows.items() if name != "alpha"}
 
     async def _score(
         self, engine: Engine, context: list[int], logprobs: list[float], tops: list[float], unknown: np.ndarray

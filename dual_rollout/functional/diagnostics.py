@@ -28,13 +28,31 @@ def compute_diagnostics(
         Floats for 1-D inputs, else `(B,)` arrays: `alpha`, `kl_theta`, `kl_t`, `kl_diff` (absolute), `ess_theta`,
         `ess_t`, `ess_ratio` (ESS_θ/ESS_t), `entropy_q`, and the coverages that were given.
     """
-    theta, t, q_ = (np.atleast_2d(np.asarray(p, dtype=np.float64)) for p in (probs_theta, probs_t, q))
+    with np.errstate(divide="ignore"):
+        logp_theta, logp_t, log_q = (
+            np.log(np.atleast_2d(np.asarray(p, dtype=np.float64))) for p in (probs_theta, probs_t, q)
+        )
+    rows = log_diagnostics(logp_theta, logp_t, log_q, alpha)
+    for name, coverage in (("coverage_theta", coverage_theta), ("coverage_t", coverage_t)):
+        if coverage is not None:
+            rows[name] = np.broadcast_to(np.asarray(coverage, dtype=np.float64), rows["alpha"].shape)
+    return {name: float(row[0]) if np.ndim(q) == 1 else row for name, row in rows.items()}
+
+
+def log_diagnostics(
+    logp_theta: np.ndarray, logp_t: np.ndarray, log_q: np.ndarray, alpha: float | np.ndarray
+) -> dict[str, np.ndarray]:
+    """`compute_diagnostics` of `(B, K)` log-probabilities, of which none is too small to be told from 0."""
+    q = np.exp(log_q)
+    possible = log_q > -np.inf
+    finite_log_q = np.where(possible, log_q, 0.0)
+    kl_theta, kl_t = (
+        np.where(possible, q * (finite_log_q - np.where(q > 0, logp, 0.0)), 0.0).sum(axis=1)
+        for logp in (logp_theta, logp_t)
+    )
+    ess_theta, ess_t = (_ess(np.where(possible, logp, -np.inf), finite_log_q) for logp in (logp_theta, logp_t))
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_q = np.where(q_ > 0, np.log(q_), 0.0)
-        kl_theta = np.where(q_ > 0, q_ * (log_q - np.log(theta)), 0.0).sum(axis=1)
-        kl_t = np.where(q_ > 0, q_ * (log_q - np.log(t)), 0.0).sum(axis=1)
-        ess_theta, ess_t = _ess(theta, q_), _ess(t, q_)
-        rows = {
+        return {
             "alpha": np.broadcast_to(np.asarray(alpha, dtype=np.float64), kl_theta.shape),
             "kl_theta": kl_theta,
             "kl_t": kl_t,
@@ -42,16 +60,16 @@ def compute_diagnostics(
             "ess_theta": ess_theta,
             "ess_t": ess_t,
             "ess_ratio": ess_theta / ess_t,
-            "entropy_q": -(q_ * log_q).sum(axis=1),
+            "entropy_q": -(q * finite_log_q).sum(axis=1),
         }
-    for name, coverage in (("coverage_theta", coverage_theta), ("coverage_t", coverage_t)):
-        if coverage is not None:
-            rows[name] = np.broadcast_to(np.asarray(coverage, dtype=np.float64), kl_theta.shape)
-    return {name: float(row[0]) for name, row in rows.items()} if np.ndim(q) == 1 else rows
 
 
-def _ess(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """(E_q w)²/E_q[w²] with w = p/q on the support of q, 0 where p has no mass there; `(B,)`."""
-    weights = np.divide(p, q, out=np.zeros_like(p), where=q > 0)
-    squares = (q * np.square(weights)).sum(axis=1)
-    return np.square((q * weights).sum(axis=1)) / np.where(squares > 0, squares, 1.0)
+def _ess(logp: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """(E_q w)²/E_q[w²] with w = p/q, 0 where p has no mass on the support of q; `(B,)`."""
+    peak = logp.max(axis=1, keepdims=True)
+    scaled = logp - np.where(peak > -np.inf, peak, 0.0)
+    exponent = 2.0 * scaled - log_q
+    peak = exponent.max(axis=1, keepdims=True)
+    peak = np.where(peak > -np.inf, peak, 0.0)
+    squares = np.exp(exponent - peak).sum(axis=1)
+    return np.square(np.exp(scaled).sum(axis=1)) * np.exp(-peak[:, 0]) / np.where(squares > 0, squares, 1.0)

@@ -21,8 +21,11 @@ def importance_weights(logprobs_theta: np.ndarray, logprobs_q: np.ndarray) -> np
 def effective_sample_size(weights: np.ndarray) -> float:
     """Kish's (Σw)²/Σw² as a fraction of the number of weights, in (0, 1]; 1 when all are equal, 0 when all are 0."""
     weights = np.asarray(weights, dtype=np.float64)
-    squares = float(np.square(weights).sum())
-    return float(weights.sum()) ** 2 / (squares * weights.size) if squares > 0 else 0.0
+    largest = weights.max(initial=0.0)
+    if largest == 0:
+        return 0.0
+    scaled = weights / largest  # no square overflows
+    return float(scaled.sum() ** 2 / (np.square(scaled).sum() * weights.size))
 
 
 def pareto_k(weights: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dual_rollout import compute_diagnostics, compute_q_star, solve_kl_symmetry
 from dual_rollout.functional import effective_sample_size, importance_weights
+from dual_rollout.functional.diagnostics import log_diagnostics
 
 NAMES = {"alpha", "kl_theta", "kl_t", "kl_diff", "ess_theta", "ess_t", "ess_ratio", "entropy_q"}
 
@@ -98,3 +99,28 @@ def test_effective_sample_size_at_its_ends():
     assert effective_sample_size(np.full(9, 0.3)) == pytest.approx(1)
     assert effective_sample_size(np.array([5.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
     assert effective_sample_size(np.zeros(4)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e200, 1e308])
+def test_effective_sample_size_of_weights_of_any_size(scale):
+    assert effective_sample_size(scale * np.array([1.0, 1.0, 0.0])) == pytest.approx(2 / 3)
+
+
+def test_a_probability_too_small_for_a_float_is_not_an_impossible_one():
+    """q gives e^-400 to a token to which π_θ gives e^-800: next to nothing, not an infinite divergence."""
+    logp_theta, logp_t = np.array([[0.0, -800.0]]), np.array([[0.0, -1e-5]])
+    log_q = np.array([[0.0, -400.0]])
+    got = log_diagnostics(logp_theta, logp_t, log_q, 0.5)
+    assert got["kl_theta"] == pytest.approx(0, abs=1e-100) and got["ess_theta"] == pytest.approx(1)
+    assert got["kl_t"] == pytest.approx(0, abs=1e-100)
+    assert got["ess_t"] == pytest.approx(4 * math.exp(-400))  # one weight of e^400
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+def test_logarithms_give_the_same_diagnostics(seed, batch):
+    theta, t = random_rows(seed, batch)
+    alpha = solve_kl_symmetry(theta, t)
+    q = compute_q_star(theta, t, alpha)
+    by_logs = log_diagnostics(np.log(theta), np.log(t), np.log(q), alpha)
+    for name, column in compute_diagnostics(theta, t, q, alpha).items():
+        np.testing.assert_array_equal(by_logs[name], column, err_msg=name)
