@@ -1,10 +1,18 @@
 """Block decoding: π_θ drafts several tokens in one request, π_t scores them in one, rejection keeps the law exact.
 
 At each drafted position the proposal is π_θ itself. A token y that π_θ's list holds, or whose π_θ(y) was asked for by
-name (missing="exact"), is kept with probability min(1, q*(y)/π_θ(y)); any other is dropped. The first dropped position
-is drawn from the residual, q* minus what was kept there: for each such y q*(y) − min(q*(y), π_θ(y)), for all others
-q*(y). Whatever the acceptance rule, kept plus residual is q*, so each token has exactly the law that lockstep gives it
-(Leviathan et al. 2023, arXiv:2211.17192, with a target between the two models).
+name (missing="exact"), is kept with probability min(1, q*(y)/π_θ(y)); so is one outside S, with the probabilities of
+the tail, where π_θ's mass there is known exactly. Any other is dropped. The first dropped position is drawn from the
+residual, q* minus what was kept there: for each such y q*(y) − min(q*(y), π_θ(y)), for all others q*(y). Whatever the
+acceptance rule, kept plus residual is q*, so each token has exactly the law that lockstep gives it (Leviathan et al.
+2023, arXiv:2211.17192, with a target between the two models).
+
+There is no bonus position after a block that is kept whole, and nothing is lost by it. A bonus token would need π_θ's
+list there, for q* lies between both, and with the forward pass that gives this list π_θ draws a token too: n passes of
+π_θ give n lists and n tokens, and n positions of π_t scored, whether the last is called a bonus and drawn from q* or,
+as here, drafted and kept or redrawn. Either way it has the law q* and costs no request, and the tokens of a round are
+1 + (those of the first n − 1 that are kept). What π_t's server computes beyond that is the last token's own forward
+pass, in the methods that score a whole text; its list, for the position after the block, is not asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from dual_rollout.engines.base import Drafts, ScoringMethod, prefixes
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
+from dual_rollout.types import NO_TOKEN
 
 
 class Block:
@@ -84,7 +93,8 @@ class Block:
         index = np.array(rows)
         redrawn = index[~kept[index]]
         columns[redrawn] = sample_rows(_residual(positions, redrawn), uniforms[redrawn, 1])
-        await self._recorder.record(owners, index, columns[index], positions)
+        drafted[redrawn] = NO_TOKEN
+        await self._recorder.record(owners, index, columns[index], positions, drafted[index])
 
     async def _positions(
         self, contexts_theta: list[list[int]], contexts_t: list[list[int]], drafts: Drafts, k: int
@@ -106,22 +116,28 @@ class Block:
 
 
 def _accept(drafted: np.ndarray, positions: Positions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which drafted tokens `(R,)` are kept, and their columns (0 where they are not)."""
+    """Which drafted tokens `(R,)` are kept, and their columns (any where they are not)."""
     candidates, rows = positions.candidates, np.arange(len(drafted))
     matches = candidates.token_ids == drafted[:, None]
-    columns = matches.argmax(axis=1)
-    log_p = np.where(matches.any(axis=1), candidates.exact_theta[rows, columns], np.nan)
-    log_q = positions.law.log_q[rows, columns]
+    inside = matches.any(axis=1)
+    columns = np.where(inside, matches.argmax(axis=1), matches.shape[1] - 1)
+    log_p, log_q = _proposal(candidates)[rows, columns], positions.law.log_q[rows, columns]
     with np.errstate(divide="ignore", invalid="ignore"):
-        kept = np.log(uniforms) < log_q - log_p  # False for NaN: not in π_θ's list
-    return kept, columns
+        kept = np.log(uniforms) < log_q - log_p  # False for NaN
+    return kept & (inside | candidates.has_tail), columns
 
 
 def _residual(positions: Positions, rows: np.ndarray) -> np.ndarray:
     """q* minus the kept mass, `(len(rows), S)`, not normalised."""
-    candidates: Candidates = positions.candidates
     q = np.exp(positions.law.log_q[rows])
-    listed = np.exp(np.nan_to_num(candidates.exact_theta[rows], nan=-np.inf))
-    residual = np.maximum(q - listed, 0.0)
+    residual = np.maximum(q - np.exp(np.nan_to_num(_proposal(positions.candidates)[rows], nan=-np.inf)), 0.0)
     # Rounding can leave nothing where q* and π_θ are alike to the last digit; then q* itself is as right.
     return np.where(residual.sum(axis=1, keepdims=True) > 0, residual, q)
+
+
+def _proposal(candidates: Candidates) -> np.ndarray:
+    """log π_θ of what a draft may be kept as, `(R, S)`; NaN where it is not known exactly."""
+    if not candidates.has_tail:
+        return candidates.exact_theta
+    tail = np.where(candidates.tail_is_exact, candidates.logp_theta[:, -1], np.nan)
+    return np.hstack([candidates.exact_theta[:, :-1], tail[:, None]])

@@ -161,19 +161,32 @@ class Recorder:
         self.stats.listed_mass += float(candidates.coverage_theta.sum() + candidates.coverage_t.sum())
 
     async def record(
-        self, sequences: Sequence[DecodingSequence], rows: np.ndarray, columns: np.ndarray, positions: Positions
+        self,
+        sequences: Sequence[DecodingSequence],
+        rows: np.ndarray,
+        columns: np.ndarray,
+        positions: Positions,
+        drafted: np.ndarray | None = None,
     ) -> None:
         """Append to `sequences[i]` the token in column `columns[i]` of row `rows[i]`.
 
-        A sequence may occur several times, its tokens in order; what comes after its end is dropped. The tail may only
-        be a sequence's last column; it is completed to a token once the tokens before it stand.
+        A sequence may occur several times, its tokens in order; what comes after its end is dropped. The tail is the
+        token `drafted[i]`; where that is `NO_TOKEN`, it may only be a sequence's last column, and is completed to a
+        token once the tokens before it stand.
         """
         candidates = positions.candidates
         self.stats.disjoint_positions += int(positions.law.disjoint[rows].sum())
         tail = columns == (candidates.token_ids.shape[1] - 1 if candidates.has_tail else -1)
-        tokens: list[int | None] = candidates.token_ids[rows, columns].tolist()
+        ids = candidates.token_ids[rows, columns]
         log_weights = np.full(len(rows), NOT_KNOWN_YET)
         log_q = positions.law.log_q[rows, columns]
+        if drafted is not None:
+            outside = tail & (drafted != NO_TOKEN)
+            tail &= ~outside
+            ids[outside] = drafted[outside]
+            log_weights[outside] = candidates.logp_theta[rows[outside], -1] - log_q[outside]
+            log_q[outside] = NOT_KNOWN_YET
+        tokens: list[int | None] = ids.tolist()
         self._append(np.flatnonzero(~tail), sequences, rows, columns, positions, tokens, log_q, log_weights)
 
         pending = [i for i in np.flatnonzero(tail) if not sequences[i].done]
@@ -223,6 +236,7 @@ class Recorder:
                 diagnostics={name: column[row] for name, column in positions.diagnostics.items()},
             )
             self.stats.tokens += 1
+            self.stats.tail_tokens += math.isnan(q)
             if self.on_token is not None:
                 self.on_token(sequence)
 
@@ -266,7 +280,6 @@ class Recorder:
         likeliest_first = candidates.token_ids[row][np.argsort(-candidates.logp_theta[row])]
         excluded = likeliest_first[likeliest_first != NO_TOKEN].tolist()
         inside = set(excluded)
-        self.stats.tail_tokens += 1
         for _ in range(_MAX_TAIL_DRAWS):
             self.stats.tail_draws += 1
             seed = int(sequence.rng.integers(2**31))

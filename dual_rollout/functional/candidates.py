@@ -52,6 +52,13 @@ class Candidates:
     coverage_t: np.ndarray
     has_tail: bool
 
+    @property
+    def tail_is_exact(self) -> np.ndarray:
+        """`(B,)` bool: whether the last column holds π_θ's exact mass outside S, none of S being floored in it."""
+        if not self.has_tail:
+            return np.zeros(len(self.token_ids), dtype=bool)
+        return ((self.token_ids == NO_TOKEN) | ~np.isnan(self.exact_theta)).all(axis=1)
+
     def missing(self, row: int, exact: np.ndarray) -> list[int]:
         """Ids of S in `row` that are not listed in `exact` (one of `exact_theta`, `exact_t`)."""
         ids = self.token_ids[row]

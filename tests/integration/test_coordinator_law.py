@@ -300,6 +300,11 @@ def test_tail_tokens_are_counted():
     assert stats.decoding.tokens == len(drawn)
 
 
+def test_a_drafted_token_outside_both_lists_is_not_drawn_again():
+    stats = rollouts(next(case for case in CASES if case.name == "block-tail-3-exact"))[1]
+    assert stats.decoding.tail_draws < 0.5 * stats.decoding.tail_tokens
+
+
 def test_without_logit_bias_the_tail_costs_more_draws():
     stats = rollouts(next(case for case in CASES if case.name == "no-logit-bias"))[1]
     assert stats.decoding.tail_draws > 1.5 * stats.decoding.tail_tokens > 0

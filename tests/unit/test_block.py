@@ -41,7 +41,6 @@ def acceptance(accept: Accept, at: Positions, count: int) -> tuple[np.ndarray, n
         middle = 0.5 * (low + high)
         kept, columns = accept(drafted, at, middle)
         low, high = np.where(kept, middle, low), np.where(kept, high, middle)
-    columns = accept(drafted, at, np.full(count, 1e-300))[1]
     return np.where(high == 1.0, 1.0, low), columns
 
 
@@ -93,6 +92,18 @@ def test_a_token_that_only_the_target_listed_is_redrawn():
     assert at.candidates.token_ids[0].tolist() == [0, 2, NO_TOKEN] and NO_TOKEN == TAIL_TOKEN
 
 
+def test_a_token_outside_both_lists_is_kept_where_the_policys_mass_there_is_known():
+    """Where π_t's list has nothing that π_θ's lacks; else floors of S stand in the way."""
+    p = np.array([0.5, 0.3, 0.1, 0.1])
+    at = positions(p, np.array([0.3, 0.5, 0.1, 0.1]), 2, "tail")
+    kept, columns = acceptance(block._accept, at, 4)
+    np.testing.assert_allclose(kept[2:], min(1.0, np.exp(at.law.log_q[0, -1]) / 0.2))
+    assert columns[2:].tolist() == [at.candidates.token_ids.shape[1] - 1] * 2
+    floored = positions(p, np.array([0.1, 0.3, 0.5, 0.1]), 2, "tail")
+    assert acceptance(block._accept, floored, 4)[0][2:].tolist() == [0.0, 0.0]
+    assert acceptance(block._accept, positions(p, p, 2, "union"), 4)[0][2:].tolist() == [0.0, 0.0]
+
+
 # ---- whether the law tests would notice a wrong rule ----------------------------------------------------------------
 
 
@@ -106,8 +117,9 @@ def keep_by_the_policy_on_s(drafted: np.ndarray, at: Positions, uniforms: np.nda
     """By q*/π_θ with π_θ renormalised on S, which is not what the draft was drawn from."""
     rows = np.arange(len(drafted))
     _, columns = block._accept(drafted, at, uniforms)
-    ratio = at.law.log_q[rows, columns] - at.candidates.logp_theta[rows, columns]
-    return (at.candidates.token_ids == drafted[:, None]).any(axis=1) & (np.log(uniforms) < ratio), columns
+    inside = (at.candidates.token_ids == drafted[:, None]).any(axis=1)
+    log_p = np.where(inside, at.candidates.logp_theta[rows, columns], np.inf)
+    return np.log(uniforms) < at.law.log_q[rows, columns] - log_p, columns
 
 
 def redraw_from_q(at: Positions, rows: np.ndarray) -> np.ndarray:
