@@ -52,7 +52,7 @@ class DecodingStats:
             named tokens.
         policy_tokens: tokens drawn from π_θ alone, because their prompt has no target or π_t's server was gone.
         lost_target_tokens: those of them for which π_t's server was gone.
-        disjoint_positions: positions where the lists shared no token; sampled from the policy there.
+        disjoint_positions: positions where complete lists shared no token; sampled from the policy there.
     """
 
     positions: int = 0
