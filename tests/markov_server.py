@@ -79,7 +79,7 @@ class MarkovServer:
             lists.append(entries)
         return {
             "index": index,
-            "logprobs": None if options.get("logprobs") is None else {"tokens": tokens, "top_logprobs": lists},
+            "logprobs": None if options.get("logprobs") is None else _logprobs(tokens, lists),
             "prompt_logprobs": self._prompt_logprobs(prompt, options),
         }
 
@@ -119,6 +119,11 @@ class MarkovServer:
             listed = [token, *np.argsort(-raw)[: options["prompt_logprobs"]].tolist()]
             rows.append({str(i): {"logprob": float(raw[i])} for i in listed})
         return rows
+
+
+def _logprobs(tokens: list[str], lists: list[Any]) -> dict[str, Any]:
+    own = [row[token] for token, row in zip(tokens, lists, strict=True)]
+    return {"tokens": tokens, "token_logprobs": own, "top_logprobs": lists}
 
 
 def random_chain(rng: np.random.Generator, vocabulary: int, sharpness: float = 1.5) -> np.ndarray:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from dual_rollout.engines.answers import asked_again, read_as
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
 
@@ -18,19 +19,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
-"""What reading an answer of another shape than promised raises."""
-
-_REPEATS = 2
-_PAUSE_S = 0.25
 _IDLE_S = 1.0  # a restart takes longer, and without an open connection nothing tells of it
 _RUN = f"dual-rollout-{secrets.token_hex(6)}-"
 _numbers = itertools.count()
 
 
 class Questions:
-    """Asks one server. The same question always has the same answer (nothing is drawn without a seed that counts), so
-    one that was answered with a 500, broken JSON or nonsense is asked again, at most twice.
+    """Asks one server; what was answered with a 500, broken JSON or nonsense is asked again, at most twice.
 
     Every question is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
     again. Where a server does not repeat the number, the count of prompt tokens must fit.
@@ -38,7 +33,7 @@ class Questions:
 
     def __init__(self, http: HttpTransport):
         self._http = http
-        self._numbered = False
+        self._numbered: set[str] = set()  # routes that repeat the number
         self._born: float | None = None  # start of the process that took the weights; None before it took any
         self._lost = False  # since then it was found to be another
         self._seen = 0  # `http.interruptions` when it was last known to be that process
@@ -56,7 +51,7 @@ class Questions:
         """What `read` makes of the answer.
 
         Args:
-            read: raises `EngineProtocolError`, or what reading an unexpected shape raises, when it is of no use.
+            read: raises `EngineProtocolError`, or one of `MALFORMED`, when it is of no use.
             models: names that the answer may give for its model.
             prompt_tokens: tokens of all prompts together.
 
@@ -66,39 +61,31 @@ class Questions:
         """
         if self._lost or time.monotonic() - self._http.answered > _IDLE_S:
             await self.confirm()
-        for repeat in itertools.count():
+
+        async def once() -> T:
             number = f"{_RUN}{next(_numbers)}"
             try:
                 answer = await self._http.post(path, {**payload, "request_id": number})
-                if self._http.interruptions != self._seen:
-                    await self.confirm()
-                return self._read(answer, read, number, models, prompt_tokens)
             except EngineRejectedError as error:
                 if error.status == 404:  # a model of that name: the adapter is lost
                     await self.confirm()
                 raise
-            except EngineProtocolError as error:
-                if repeat == _REPEATS:
-                    raise
-                self._http.stats.retries += 1
-                logger.warning("%s; asking again", error)
-                await asyncio.sleep(_PAUSE_S * 2**repeat)
-        raise AssertionError("the loop returns or raises")
+            if self._http.interruptions != self._seen:
+                await self.confirm()
+            self._check(path, answer, number, models, prompt_tokens)
+            return read_as(read, answer, self._http.url)
 
-    def _read(
-        self,
-        answer: Any,
-        read: Callable[[dict[str, Any]], T],
-        number: str,
-        models: set[str],
-        prompt_tokens: int,
-    ) -> T:
+        return await asked_again(self._http, once)
+
+    def _check(self, path: str, answer: Any, number: str, models: set[str], prompt_tokens: int) -> None:
+        """Whether it is an answer to that request."""
         if not isinstance(answer, dict):
             raise self._useless("no JSON object")
         name = answer.get("id") or answer.get("request_id")
-        if isinstance(name, str) and (self._numbered or _RUN in name) and not name.endswith(number):
-            raise self._useless(f"an answer to another request ({name:.80})")
-        self._numbered = self._numbered or (isinstance(name, str) and name.endswith(number))
+        if isinstance(name, str) and name.endswith(number):
+            self._numbered.add(path)
+        elif path in self._numbered or (isinstance(name, str) and _RUN in name):
+            raise self._useless(f"an answer to another request ({str(name)[:80]})")
         model = answer.get("model")
         if isinstance(model, str) and model not in models:
             raise self._useless(f"an answer of the model {model:.80}")
@@ -106,10 +93,6 @@ class Questions:
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(counted, int) and counted != prompt_tokens:
             raise self._useless(f"an answer to {counted} prompt tokens instead of {prompt_tokens}")
-        try:
-            return read(answer)
-        except MALFORMED as error:
-            raise self._useless(f"an answer of another shape ({type(error).__name__}: {error:.100})") from error
 
     def _useless(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._http.url)
