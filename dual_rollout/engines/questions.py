@@ -35,6 +35,7 @@ class Questions:
         self._http = http
         self._numbered: set[str] = set()  # routes that repeat the number
         self._born: float | None = None  # start of the process that took the weights; None before it took any
+        self._tells = False  # when it was started
         self._lost = False  # since then it was found to be another
         self._seen = 0  # `http.interruptions` when it was last known to be that process
         self._confirming = asyncio.Lock()
@@ -123,9 +124,18 @@ class Questions:
             self._seen = seen
 
     async def _birth(self) -> float | None:
-        try:
-            metrics = await self._http.get_text("/metrics")
-        except EngineRejectedError:
+        """When the server was started; None from one that never told."""
+
+        async def ask() -> float | None:
+            try:
+                metrics = await self._http.get_text("/metrics")
+            except EngineRejectedError:
+                metrics = ""
+            if found := re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE):
+                self._tells = True
+                return read_as(float, found[1], self._http.url)
+            if self._tells or self._born is not None:
+                raise self._useless("no process_start_time_seconds in /metrics, as it did before")
             return None
-        found = re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE)
-        return float(found[1]) if found else None
+
+        return await asked_again(self._http, ask)
