@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,10 +19,13 @@ logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
+Values = Sequence[Any] | np.ndarray
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
 """What reading an answer of another shape than promised raises."""
 
+_RUN = f"dual-rollout-{secrets.token_hex(6)}-"
+_numbers = itertools.count()
 _REPEATS = 2
 _PAUSE_S = 0.25
 _LARGEST_ID = 2**31 - 1
@@ -58,6 +62,23 @@ def read_as(read: Callable[[A], T], answer: A, url: str) -> T:
         raise EngineProtocolError(what, url=url) from error
 
 
+class Numbers:
+    """Numbers for requests, which servers repeat in their answers: a proxy may give an earlier answer again."""
+
+    def __init__(self) -> None:
+        self._repeated: set[str] = set()  # by these routes
+
+    def next(self) -> str:
+        return f"{_RUN}{next(_numbers)}"
+
+    def fit(self, route: str, name: Any, number: str) -> bool:
+        """Whether an answer of that name may be to the request of that number; one that repeats none may be to any."""
+        if isinstance(name, str) and name.endswith(number):
+            self._repeated.add(route)
+            return True
+        return route not in self._repeated and not (isinstance(name, str) and _RUN in name)
+
+
 class Answers:
     """Turns what one server says into arrays, or raises `EngineProtocolError` where that cannot be right.
 
@@ -72,34 +93,34 @@ class Answers:
     def spoilt(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._url)
 
-    def logprobs(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    def logprobs(self, values: Values) -> np.ndarray:
         """float64 of the same shape, `-inf` for what is impossible."""
         logprobs = np.array(values, dtype=np.float64)
         if np.isnan(logprobs).any() or (logprobs > _ROUNDING).any():
             raise self.spoilt("log-probabilities that are NaN or positive")
         return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
 
-    def ids(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    def ids(self, values: Values) -> np.ndarray:
         """int64 of the same shape."""
         ids = np.array(values, dtype=np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() <= (self.vocab_size or _LARGEST_ID + 1) - 1):
             raise self.spoilt(f"token ids from {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}")
         return ids
 
-    def named(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    def named(self, values: Values) -> np.ndarray:
         """Log-probabilities of different tokens of one position, or of several positions, one a row."""
         logprobs = self.logprobs(values)
         self._check_mass(logprobs)
         return logprobs
 
-    def scores(self, own: Sequence[Any], top: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, own: Values, top: Values) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the tokens of a text, and of the most likely ones there."""
         own_logprobs, top_logprobs = self.logprobs(own), self.logprobs(top)
         if not (np.isfinite(own_logprobs).all() and (own_logprobs <= top_logprobs + _ROUNDING).all()):
             raise self.spoilt("log-probabilities of a text that are -inf, or above those of the most likely tokens")
         return own_logprobs, top_logprobs
 
-    def lists(self, ids: Sequence[Any] | np.ndarray, logprobs: Sequence[Any], lengths: np.ndarray, k: int) -> TopK:
+    def lists(self, ids: Values, logprobs: Values, lengths: np.ndarray, k: int) -> TopK:
         """Lists of k tokens, one after the other in `ids` and `logprobs`, `lengths` `(R,)` says how many each.
 
         No list names a token twice or has more mass than 1. One of fewer than k possible tokens is right only if it

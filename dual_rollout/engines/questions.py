@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from dual_rollout.engines.answers import asked_again, read_as
+from dual_rollout.engines.answers import Numbers, asked_again, read_as
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
 
@@ -20,8 +18,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _IDLE_S = 1.0  # a restart takes longer, and without an open connection nothing tells of it
-_RUN = f"dual-rollout-{secrets.token_hex(6)}-"
-_numbers = itertools.count()
 
 
 class Questions:
@@ -33,7 +29,7 @@ class Questions:
 
     def __init__(self, http: HttpTransport):
         self._http = http
-        self._numbered: set[str] = set()  # routes that repeat the number
+        self._numbers = Numbers()
         self._born: float | None = None  # start of the process that took the weights; None before it took any
         self._tells = False  # when it was started
         self._lost = False  # since then it was found to be another
@@ -64,7 +60,7 @@ class Questions:
             await self.confirm()
 
         async def once() -> T:
-            number = f"{_RUN}{next(_numbers)}"
+            number = self._numbers.next()
             try:
                 answer = await self._http.post(path, {**payload, "request_id": number})
             except EngineRejectedError as error:
@@ -83,9 +79,7 @@ class Questions:
         if not isinstance(answer, dict):
             raise self._useless("no JSON object")
         name = answer.get("id") or answer.get("request_id")
-        if isinstance(name, str) and name.endswith(number):
-            self._numbered.add(path)
-        elif path in self._numbered or (isinstance(name, str) and _RUN in name):
+        if not self._numbers.fit(path, name, number):
             raise self._useless(f"an answer to another request ({str(name)[:80]})")
         model = answer.get("model")
         if isinstance(model, str) and model not in models:
