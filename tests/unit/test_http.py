@@ -313,7 +313,13 @@ def test_retry_after_may_be_a_date():
 
 @pytest.mark.parametrize(
     "header",
-    ["Fri, 31 Dec 9999 23:59:59 -9999", "Sat, 01 Jan 0001 00:00:00 +9999", "soon", "-5", "Mon, 99 Foo 20 1:1:1"],
+    [
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Sat, 01 Jan 0001 00:00:00 +9999",
+        "soon",
+        "-5",
+        "Mon, 99 Foo 20 1:1:1",
+    ],
 )
 def test_a_date_that_is_none_is_no_reason_to_wait(header: str):
     server = FaultyServer(status(429, **{"Retry-After": header}), ok)
@@ -357,7 +363,7 @@ def test_a_server_whose_certificate_nobody_vouches_for_gets_no_request(certifica
                 assert server.arrivals == [], "nor the key"
                 await transport.aclose()
 
-    with pytest.raises(EngineUnavailableError, match="(?i)certificate"):
+    with pytest.raises(EngineUnavailableError, match=r"[Cc]ertificate"):
         asyncio.run(asyncio.wait_for(run(), 20))
 
 
