@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 T = TypeVar("T")
 Values = Sequence[Any] | np.ndarray
+ScoredText = tuple[np.ndarray, np.ndarray]
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
 """What reading an answer of another shape than promised raises."""
@@ -113,12 +114,24 @@ class Answers:
         self._check_mass(logprobs)
         return logprobs
 
-    def scores(self, own: Values, top: Values) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, own: Values, top: Values) -> ScoredText:
         """Log-probabilities of the tokens of a text, and of the most likely ones there."""
         own_logprobs, top_logprobs = self.logprobs(own), self.logprobs(top)
-        if not (np.isfinite(own_logprobs).all() and (own_logprobs <= top_logprobs + _ROUNDING).all()):
-            raise self.spoilt("log-probabilities of a text that are -inf, or above those of the most likely tokens")
+        if not (np.isfinite(top_logprobs).all() and (own_logprobs <= top_logprobs + _ROUNDING).all()):
+            raise self.spoilt("log-probabilities of a text above those of the most likely tokens, which must be finite")
         return own_logprobs, top_logprobs
+
+    async def scores_twice(self, ask: Callable[[], Awaitable[ScoredText]]) -> ScoredText:
+        """What `ask` gives, as `scores`; that a token of the text is impossible is believed if it is said twice."""
+        own, top = await ask()
+        for _ in range(_REPEATS + 1):
+            possible = np.isfinite(own)
+            if possible.all():
+                return own, top
+            own, top = await ask()
+            if (np.isfinite(own) == possible).all():
+                return own, top
+        raise self.spoilt("log-probabilities of a text that are -inf at another token each time")
 
     def lists(self, ids: Values, logprobs: Values, lengths: np.ndarray, k: int) -> TopK:
         """Lists of k tokens, one after the other in `ids` and `logprobs`, `lengths` `(R,)` says how many each.

@@ -223,7 +223,9 @@ class SGLangEngine:
                 raise self._answers.spoilt("input_token_logprobs that are not those of the prompt's tokens")
             return self._answers.scores(own[0], top[:, 0])
 
-        return await self._generate([token_ids], _sampling(), read, logprob_start_len=start - 1, top_logprobs_num=1)
+        return await self._answers.scores_twice(
+            lambda: self._generate([token_ids], _sampling(), read, logprob_start_len=start - 1, top_logprobs_num=1)
+        )
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         await self.describe()

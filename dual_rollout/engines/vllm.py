@@ -204,7 +204,9 @@ class VLLMEngine:
             top = [max(entry["logprob"] for entry in row.values()) for row in rows]
             return self._answers.scores(own, top)
 
-        return await self._ask([token_ids], read, temperature=0.0, prompt_logprobs=1)
+        return await self._answers.scores_twice(
+            lambda: self._ask([token_ids], read, temperature=0.0, prompt_logprobs=1)
+        )
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}

@@ -239,6 +239,7 @@ POLICY: Run = {"targets": "none", "top_k": 5}
         ("half a document", "t", {**NAMED, **BLOCK}),
         ("NaN", "theta", {**NAMED, **BLOCK}),
         ("lists are text", "theta", {**NAMED, **BLOCK}),
+        ("minus infinity", "t", {"top_k": 3}),
         ("500", "theta", TAIL),
         ("another id", "theta", TAIL),
         ("outside the vocabulary", "theta", {**TAIL, **BLOCK}),
