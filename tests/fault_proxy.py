@@ -12,12 +12,13 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-PATH = "/v1/completions"
+ROUTES = ("/v1/completions", "/inference/v1/generate")
+"""Those that everything sampled comes from."""
 
 
 @dataclass
 class Exchange:
-    """One request to the proxy. `number` counts those to the completions route from 1; `ask` passes it on."""
+    """One request to the proxy. `number` counts those to `ROUTES` from 1; `ask` passes it on."""
 
     request: web.Request
     body: bytes
@@ -29,10 +30,10 @@ Fault = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 
 class FaultProxy:
-    """Passes everything on to `target`, but completions that `when` picks by number go to `fault`.
+    """Passes everything on to `target`, but requests to `ROUTES` that `when` picks by number go to `fault`.
 
     Attributes:
-        completions: completion requests so far.
+        completions: requests to `ROUTES` so far.
         injected: how many of them met the fault.
         open_now, most_open: requests being answered, and the most at once.
     """
@@ -84,13 +85,13 @@ class FaultProxy:
         self.open_now += 1
         self.most_open = max(self.most_open, self.open_now)
         try:
-            if request.path == PATH:
+            if request.path in ROUTES:
                 self.completions += 1
                 if self.fault is not None and self.when(self.completions):
                     self.injected += 1
                     return await self.fault(Exchange(request, body, self.completions, ask))
             status, content = await ask()
-            if request.path == PATH:
+            if request.path in ROUTES:
                 self.earlier.append(content)
         except aiohttp.ClientError:  # the server behind is gone
             request.transport.abort()  # type: ignore[union-attr]

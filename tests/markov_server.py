@@ -69,6 +69,9 @@ class MarkovServer:
         options = {key: value for key, value in payload.items() if key not in self._ignore}
         prompts = options["prompt"] if isinstance(options["prompt"][0], list) else [options["prompt"]]
         vocabulary = len(self.transitions)
+        if any(int(token) >= vocabulary for token in options.get("logit_bias", {})):
+            message = f"logit_bias contains out-of-vocab token ids. Vocabulary size: {vocabulary}"
+            return web.json_response({"error": {"message": message, "code": 400}}, status=400)
         if any(token >= vocabulary for prompt in prompts for token in prompt):
             message = "Token id is out of vocabulary"
             return web.json_response({"error": {"message": message, "code": 400}}, status=400)
@@ -94,7 +97,7 @@ class MarkovServer:
         return {
             "index": index,
             "finish_reason": "stop" if text[-1] in ends else "length",
-            "logprobs": None if options.get("logprobs") is None else {"tokens": tokens, "top_logprobs": lists},
+            "logprobs": None if options.get("logprobs") is None else _logprobs(tokens, lists),
             "prompt_logprobs": self._prompt_logprobs(prompt, options),
         }
 
@@ -134,6 +137,11 @@ class MarkovServer:
             listed = [token, *np.argsort(-raw)[: options["prompt_logprobs"]].tolist()]
             rows.append({str(i): {"logprob": float(raw[i])} for i in listed})
         return rows
+
+
+def _logprobs(tokens: list[str], lists: list[Any]) -> dict[str, Any]:
+    own = [row[token] for token, row in zip(tokens, lists, strict=True)]
+    return {"tokens": tokens, "token_logprobs": own, "top_logprobs": lists}
 
 
 def random_chain(rng: np.random.Generator, vocabulary: int, sharpness: float = 1.5) -> np.ndarray:

@@ -234,7 +234,7 @@ class SGLangStub:
         output_ids, output_rows = self._sample(law, prompt, sampling)
         stopped = output_ids[-1] in self._ends(sampling)
         meta: dict[str, Any] = {
-            "id": f"request-{len(self.requests)}",
+            "id": payload["rid"],
             "finish_reason": {"type": "stop", "matched": output_ids[-1]}
             if stopped
             else {"type": "length", "length": len(output_ids)},
@@ -312,7 +312,7 @@ def _is_list(value: Any) -> bool:
 
 def _of_one(payload: dict[str, Any], index: int) -> dict[str, Any]:
     """The payload of one request of a list: any field may have a value for each."""
-    fields = ("sampling_params", "logprob_start_len", "top_logprobs_num", "return_logprob", "lora_path")
+    fields = ("sampling_params", "logprob_start_len", "top_logprobs_num", "return_logprob", "lora_path", "rid")
     own = {name: payload[name][index] for name in fields if _is_list(payload.get(name))}
     named = payload.get("token_ids_logprob")
     if named and _is_list(named[0]):

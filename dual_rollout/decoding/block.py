@@ -24,7 +24,7 @@ import numpy as np
 
 from dual_rollout.decoding.record import Positions, Recorder, both
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.engines.base import Drafts, ScoringMethod, prefixes
+from dual_rollout.engines.base import Context, Drafts, ScoringMethod, prefixes
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
@@ -97,7 +97,7 @@ class Block:
         await self._recorder.record(owners, index, columns[index], positions, drafted[index])
 
     async def _positions(
-        self, contexts_theta: list[list[int]], contexts_t: list[list[int]], drafts: Drafts, k: int
+        self, contexts_theta: list[Context], contexts_t: list[Context], drafts: Drafts, k: int
     ) -> Positions:
         """The laws at all drafted positions; `k` tokens were asked for in the drafts' own lists."""
         recorder, tokens, temperature = self._recorder, drafts.token_ids, self._config.temperature

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from dual_rollout.decoding.outage import Outage, until_back
+from dual_rollout.decoding.outage import Outage, patiently, until_back
 from dual_rollout.decoding.record import Recorder
 from dual_rollout.decoding.scheduler import Mode
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
@@ -112,8 +112,9 @@ class Surviving:
     async def _advance_somehow(self, sequences: list[DecodingSequence]) -> None:
         if not self._outage.lasts:
             started = time.monotonic()
+            retries = self._recorder.config.max_retries if len(sequences) == 1 else 0
             try:
-                await self._mode.advance(sequences)
+                await patiently(lambda: self._mode.advance(sequences), retries)
                 return
             except (EngineUnavailableError, EngineProtocolError) as error:
                 if error.url != self._recorder.t.url:

@@ -7,17 +7,18 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.lists import Lists
-from dual_rollout.decoding.outage import until_back
+from dual_rollout.decoding.outage import patiently, until_back
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
 from dual_rollout.decoding.weights import PolicyWeights
-from dual_rollout.engines.base import Engine
-from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError, EngineRejectedError
+from dual_rollout.engines.base import Context, Engine
+from dual_rollout.exceptions import DualRolloutError, EngineError, EngineProtocolError
 from dual_rollout.functional.candidates import ROUNDING, Candidates, merge_lists
 from dual_rollout.functional.diagnostics import log_diagnostics
 from dual_rollout.functional.law import Law, position_law
@@ -249,10 +250,11 @@ class Recorder:
         in_theta, in_t = (np.isnan(values) for values in (sequence.logp_theta, sequence.logp_t))
         in_t &= ~np.array(sequence.without_target, dtype=bool)
         try:
-            await both(
-                self._score(self.theta, sequence.context_theta, sequence.logp_theta, sequence.top_theta, in_theta),
-                until_back(score_t, self.t.url) if self.config.on_target_failure == "wait" else score_t(),
-            )
+            if sequence.failure is None:  # else the same server would fail again
+                await both(
+                    self._score(self.theta, sequence.context_theta, sequence.logp_theta, sequence.top_theta, in_theta),
+                    until_back(score_t, self.t.url) if self.config.on_target_failure == "wait" else score_t(),
+                )
         except DualRolloutError as error:
             lost = isinstance(error, EngineError) and error.url == self.t.url
             if lost and self.config.on_target_failure == "policy":
@@ -283,7 +285,10 @@ class Recorder:
         for _ in range(_MAX_TAIL_DRAWS):
             self.stats.tail_draws += 1
             seed = int(sequence.rng.integers(2**31))
-            token = await self.theta.draw_excluding(sequence.context_theta, excluded, self.config.temperature, seed)
+            token = await patiently(
+                partial(self.theta.draw_excluding, sequence.context_theta, excluded, self.config.temperature, seed),
+                self.config.max_retries,
+            )
             if token not in inside:
                 return token
         raise EngineProtocolError(
@@ -297,13 +302,21 @@ class Recorder:
         missing = candidates.missing(row, candidates.exact_theta)
         if not missing:
             return float(candidates.logp_theta[row, -1])
-        try:
-            (logprobs,) = await self.theta.named_logprobs([sequence.context_theta], [missing], self.config.temperature)
-        except (EngineProtocolError, EngineRejectedError) as error:
+        temperature = self.config.temperature
+        served = await self.theta.probe(sequence.context_theta)
+        if not served.named_logprobs or (temperature != 1.0 and served.logprobs_mode == "raw"):
             if not self.stats.approximate_tail_weights:
-                logger.warning("tail weights are approximate (floors instead of exact candidates): %s", error)
+                logger.warning(
+                    "%s does not report named tokens%s: tail weights are approximate (floors for exact candidates)",
+                    self.theta.url,
+                    f" at temperature {temperature:g}" if served.named_logprobs else "",
+                )
             self.stats.approximate_tail_weights += 1
             return float(candidates.logp_theta[row, -1])
+        (logprobs,) = await patiently(
+            lambda: self.theta.named_logprobs([sequence.context_theta], [missing], temperature),
+            self.config.max_retries,
+        )
         mass = 1.0 - candidates.coverage_theta[row] - np.exp(logprobs).sum()
         return math.log(max(mass, ROUNDING))
 
@@ -315,7 +328,7 @@ class Recorder:
         return {name: row.tolist() for name, row in rows.items() if name != "alpha"}
 
     async def _score(
-        self, engine: Engine, context: list[int], logprobs: list[float], tops: list[float], unknown: np.ndarray
+        self, engine: Engine, context: Context, logprobs: list[float], tops: list[float], unknown: np.ndarray
     ) -> None:
         """Replace `logprobs` where they are `unknown` by exact values, with one request for the whole sequence.
 
@@ -327,7 +340,8 @@ class Recorder:
             return
         first = len(context) - len(logprobs)
         last = first + indices[-1] + 1
-        own, top = await engine.score(context[:last], first)
+        text = Context.like(context, context[:last])
+        own, top = await patiently(lambda: engine.score(text, first), self.config.max_retries)
         for i in indices:
             logprobs[i] = (own[i] - top[i]) / self.config.temperature + tops[i]
         self.stats.scored_tokens += len(indices)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
+from dual_rollout.decoding.outage import patience_s
 from dual_rollout.decoding.record import Recorder
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
-from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineRejectedError
+from dual_rollout.exceptions import (
+    DualRolloutError,
+    EngineProtocolError,
+    EngineRejectedError,
+    EngineUnavailableError,
+)
 
 OnFinished = Callable[[DecodingSequence], Awaitable[None]]
 """Awaited with each sequence whose record is complete; while it waits, fewer new sequences are begun."""
@@ -30,7 +37,8 @@ class Scheduler:
     the client, or the other server, is busy with another. A round waits for the slowest of its group alone.
 
     `sequences` is consumed as places become free, and nothing is kept of what has finished, so there may be any number
-    of them. One that is done before it begins, because its prompt was bad, takes no place.
+    of them. One that is done before it begins, because its prompt was bad, takes no place. Once a server is gone for
+    longer than the retries allow, no more are begun: they end with the same error.
 
     Attributes:
         tokens: sampled so far.
@@ -41,6 +49,7 @@ class Scheduler:
     ):
         self._waiting = iter(sequences)
         self._recorder = recorder
+        self._gone: EngineUnavailableError | None = None
         self._on_finished = on_finished
         self._groups: list[list[DecodingSequence]] = []
         self._settling: set[asyncio.Task[None]] = set()
@@ -87,6 +96,8 @@ class Scheduler:
             await self._round(mode, group)
             self.tokens += sum(len(sequence.tokens) for sequence in group) - before
             for sequence in group:
+                if isinstance(sequence.failure, EngineUnavailableError):
+                    self._gone = sequence.failure
                 if sequence.done:
                     self._complete(sequence)
             group[:] = [sequence for sequence in group if not sequence.done]
@@ -96,7 +107,7 @@ class Scheduler:
     async def _round(self, mode: Mode, group: list[DecodingSequence]) -> None:
         recorder = self._recorder
         async with recorder.weights.in_use(group):
-            await advance(mode, group)
+            await advance(mode, group, recorder.config.max_retries)
             if recorder.config.allow_mixed_versions:  # what no list held is asked while its weights are there
                 await asyncio.gather(*(recorder.settle(sequence) for sequence in group))
 
@@ -107,6 +118,8 @@ class Scheduler:
             sequence = next(self._waiting, None)
             if sequence is None:
                 return
+            if self._gone is not None and not sequence.done:
+                sequence.fail(self._gone)
             if sequence.done:
                 self._complete(sequence)
             else:
@@ -133,17 +146,32 @@ class Scheduler:
             task.result()
 
 
-async def advance(mode: Mode, sequences: list[DecodingSequence]) -> None:
-    """One round, with faults kept to the sequences they concern."""
+async def advance(mode: Mode, sequences: list[DecodingSequence], retries: int) -> None:
+    """One round, with faults kept to the sequences they concern.
+
+    Where all of them are answered badly, it is the server: the round is repeated up to `retries` times.
+    """
+    for attempt in itertools.count():
+        faults = await _faults(mode, sequences)
+        outage = len(faults) == len(sequences) and all(isinstance(e, EngineProtocolError) for e in faults.values())
+        if not outage or attempt == retries:
+            break
+        await asyncio.sleep(patience_s(attempt))
+    for sequence, error in faults.items():
+        sequence.fail(error)
+
+
+async def _faults(mode: Mode, sequences: list[DecodingSequence]) -> dict[DecodingSequence, DualRolloutError]:
+    """Advance those that can be; the others, and why they cannot.
+
+    One bad prompt makes a server refuse the whole list, or answer it badly: it is found by halving.
+    """
     try:
         await mode.advance(sequences)
-    except (EngineRejectedError, EngineProtocolError) as error:
-        if len(sequences) == 1:
-            sequences[0].fail(error)
-            return
-        # One bad prompt makes a server refuse the whole list, or answer it badly: find it, so that the others go on.
-        middle = len(sequences) // 2
-        await asyncio.gather(advance(mode, sequences[:middle]), advance(mode, sequences[middle:]))
+        return {}
     except DualRolloutError as error:
-        for sequence in sequences:
-            sequence.fail(error)
+        if len(sequences) == 1 or not isinstance(error, (EngineRejectedError, EngineProtocolError)):
+            return dict.fromkeys(sequences, error)
+    middle = len(sequences) // 2
+    first, second = await asyncio.gather(_faults(mode, sequences[:middle]), _faults(mode, sequences[middle:]))
+    return first | second

@@ -40,8 +40,8 @@ class DecodingSequence:
         stop_ids: Collection[int],
         key: tuple[int, int],
     ):
-        self.context_theta: list[int] = Context(prompt_theta)
-        self.context_t: list[int] = Context(prompt_t)
+        self.context_theta = Context(prompt_theta)
+        self.context_t = Context(prompt_t)
         self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
         self.rng = np.random.Generator(self._bits)
         self.tokens: list[int] = []

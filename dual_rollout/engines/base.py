@@ -18,6 +18,13 @@ class Context(list[int]):
 
     home: object = None
 
+    @classmethod
+    def like(cls, other: TokenIds, token_ids: TokenIds) -> Context:
+        """Another text with the same beginning as `other`, and so at home where that is."""
+        context = cls(token_ids)
+        context.home = getattr(other, "home", None)
+        return context
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -47,10 +54,10 @@ class Drafts:
     lists: TopK
 
 
-def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[list[int]]:
+def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[Context]:
     """What precedes each position of each draft, R texts in all."""
     return [
-        [*prompt, *draft[:end].tolist()]
+        Context.like(prompt, [*prompt, *draft[:end].tolist()])
         for prompt, draft in zip(prompts, drafts, strict=True)
         for end in range(len(draft))
     ]

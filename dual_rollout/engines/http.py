@@ -21,7 +21,7 @@ from tenacity import (
     RetryError,
     retry_if_exception_type,
     stop_after_attempt,
-    stop_after_delay,
+    stop_before_delay,
     wait_exponential_jitter,
 )
 
@@ -129,7 +129,7 @@ class HttpTransport:
         """The content of the answer and its type."""
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
-            stop=stop_after_attempt(self._max_retries + 1) | stop_after_delay(self._total_timeout),
+            stop=stop_after_attempt(self._max_retries + 1) | stop_before_delay(self._total_timeout),
             wait=_wait,
             before_sleep=self._note_retry,
         )
@@ -143,7 +143,7 @@ class HttpTransport:
             tries = error.last_attempt.attempt_number
             raise EngineUnavailableError(
                 f"{method} {path} failed {tries} times, last: {last}. Is the server up? "
-                "(max_retries and request_timeout bound the attempts)",
+                "(max_retries, request_timeout and total_timeout bound the attempts)",
                 url=self.url,
             ) from last
         except TimeoutError as error:
@@ -252,10 +252,10 @@ def _retry_after(header: str | None) -> float:
         return float(header[:9])
     try:
         until = parsedate_to_datetime(header or "")
-    except ValueError:
+        now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+        return max(0.0, (until - now).total_seconds())
+    except (ValueError, OverflowError):
         return 0.0
-    now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
-    return max(0.0, (until - now).total_seconds())
 
 
 def _redacted(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dual_rollout.engines.answers import asked_again
 from dual_rollout.engines.base import Capabilities, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.engines.npy import decoded_floats
@@ -69,9 +70,9 @@ class Probe:
             EngineError: it cannot be reached, or its answers are not usable.
         """
         version, schema, metrics = await asyncio.gather(
-            _optional(self._http.get("/version")),
-            _optional(self._http.get("/openapi.json")),
-            _optional(self._http.get_text("/metrics")),
+            self._optional(lambda: self._http.get("/version")),
+            self._optional(lambda: self._http.get("/openapi.json")),
+            self._optional(lambda: self._http.get_text("/metrics")),
         )
         routes = await self._routes(schema)
         max_logprobs, vocab_size = await self._limits()
@@ -173,7 +174,7 @@ class Probe:
             pass
         # Not asked where it can be read: in some versions it garbles what other clients ask for in the same step.
         try:
-            await self._named(self._prompt, self._prompt[:1], 1.0)
+            await self._named(self._prompt, (0, 1), 1.0)  # one of them is not the likeliest, which is listed anyway
         except (EngineRejectedError, EngineProtocolError):
             return False
         return True
@@ -214,12 +215,19 @@ class Probe:
 
     async def _complete(self, **options: Any) -> Any:
         payload = {"model": self._info.model, "prompt": self._prompt, "max_tokens": 1, "temperature": 0.0, **options}
-        return await self._http.post("/v1/completions", payload)
+        return await asked_again(self._http, lambda: self._http.post("/v1/completions", payload))
 
     async def _generate(self, prompt: TokenIds, **sampling: Any) -> Any:
         sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **sampling}
         payload = {"model": self._info.model, "token_ids": prompt, "sampling_params": sampling}
-        return await self._http.post("/inference/v1/generate", payload)
+        return await asked_again(self._http, lambda: self._http.post("/inference/v1/generate", payload))
+
+    async def _optional(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer, or None from a server that has none to this question."""
+        try:
+            return await asked_again(self._http, ask)
+        except (EngineRejectedError, EngineProtocolError):
+            return None
 
 
 def summary(capabilities: Capabilities) -> str:
@@ -264,11 +272,3 @@ def _agree(rows: Sequence[float], expected: Sequence[float]) -> bool:
     if not 0 < len(rows) <= len(expected):
         return False
     return float(np.abs(np.subtract(rows, expected[-len(rows) :])).max()) < _SAME_LOGPROB
-
-
-async def _optional(answer: Awaitable[Any]) -> Any:
-    """The answer, or None from a server that has none to this question."""
-    try:
-        return await answer
-    except (EngineRejectedError, EngineProtocolError):
-        return None

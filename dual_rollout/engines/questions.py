@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from dual_rollout.engines.answers import Numbers, asked_again, read_as
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
 
@@ -18,19 +17,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
-"""What reading an answer of another shape than promised raises."""
-
-_REPEATS = 2
-_PAUSE_S = 0.25
 _IDLE_S = 1.0  # a restart takes longer, and without an open connection nothing tells of it
-_RUN = f"dual-rollout-{secrets.token_hex(6)}-"
-_numbers = itertools.count()
 
 
 class Questions:
-    """Asks one server. The same question always has the same answer (nothing is drawn without a seed that counts), so
-    one that was answered with a 500, broken JSON or nonsense is asked again, at most twice.
+    """Asks one server; what was answered with a 500, broken JSON or nonsense is asked again, at most twice.
 
     Every question is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
     again. Where a server does not repeat the number, the count of prompt tokens must fit.
@@ -38,8 +29,9 @@ class Questions:
 
     def __init__(self, http: HttpTransport):
         self._http = http
-        self._numbered = False
+        self._numbers = Numbers()
         self._born: float | None = None  # start of the process that took the weights; None before it took any
+        self._tells = False  # when it was started
         self._lost = False  # since then it was found to be another
         self._seen = 0  # `http.interruptions` when it was last known to be that process
         self._confirming = asyncio.Lock()
@@ -56,7 +48,7 @@ class Questions:
         """What `read` makes of the answer.
 
         Args:
-            read: raises `EngineProtocolError`, or what reading an unexpected shape raises, when it is of no use.
+            read: raises `EngineProtocolError`, or one of `MALFORMED`, when it is of no use.
             models: names that the answer may give for its model.
             prompt_tokens: tokens of all prompts together.
 
@@ -66,39 +58,29 @@ class Questions:
         """
         if self._lost or time.monotonic() - self._http.answered > _IDLE_S:
             await self.confirm()
-        for repeat in itertools.count():
-            number = f"{_RUN}{next(_numbers)}"
+
+        async def once() -> T:
+            number = self._numbers.next()
             try:
                 answer = await self._http.post(path, {**payload, "request_id": number})
-                if self._http.interruptions != self._seen:
-                    await self.confirm()
-                return self._read(answer, read, number, models, prompt_tokens)
             except EngineRejectedError as error:
                 if error.status == 404:  # a model of that name: the adapter is lost
                     await self.confirm()
                 raise
-            except EngineProtocolError as error:
-                if repeat == _REPEATS:
-                    raise
-                self._http.stats.retries += 1
-                logger.warning("%s; asking again", error)
-                await asyncio.sleep(_PAUSE_S * 2**repeat)
-        raise AssertionError("the loop returns or raises")
+            if self._http.interruptions != self._seen:
+                await self.confirm()
+            self._check(path, answer, number, models, prompt_tokens)
+            return read_as(read, answer, self._http.url)
 
-    def _read(
-        self,
-        answer: Any,
-        read: Callable[[dict[str, Any]], T],
-        number: str,
-        models: set[str],
-        prompt_tokens: int,
-    ) -> T:
+        return await asked_again(self._http, once)
+
+    def _check(self, path: str, answer: Any, number: str, models: set[str], prompt_tokens: int) -> None:
+        """Whether it is an answer to that request."""
         if not isinstance(answer, dict):
             raise self._useless("no JSON object")
         name = answer.get("id") or answer.get("request_id")
-        if isinstance(name, str) and (self._numbered or _RUN in name) and not name.endswith(number):
-            raise self._useless(f"an answer to another request ({name:.80})")
-        self._numbered = self._numbered or (isinstance(name, str) and name.endswith(number))
+        if not self._numbers.fit(path, name, number):
+            raise self._useless(f"an answer to another request ({str(name)[:80]})")
         model = answer.get("model")
         if isinstance(model, str) and model not in models:
             raise self._useless(f"an answer of the model {model:.80}")
@@ -106,10 +88,6 @@ class Questions:
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(counted, int) and counted != prompt_tokens:
             raise self._useless(f"an answer to {counted} prompt tokens instead of {prompt_tokens}")
-        try:
-            return read(answer)
-        except MALFORMED as error:
-            raise self._useless(f"an answer of another shape ({type(error).__name__}: {error:.100})") from error
 
     def _useless(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._http.url)
@@ -140,9 +118,18 @@ class Questions:
             self._seen = seen
 
     async def _birth(self) -> float | None:
-        try:
-            metrics = await self._http.get_text("/metrics")
-        except EngineRejectedError:
+        """When the server was started; None from one that never told."""
+
+        async def ask() -> float | None:
+            try:
+                metrics = await self._http.get_text("/metrics")
+            except EngineRejectedError:
+                metrics = ""
+            if found := re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE):
+                self._tells = True
+                return read_as(float, found[1], self._http.url)
+            if self._tells or self._born is not None:
+                raise self._useless("no process_start_time_seconds in /metrics, as it did before")
             return None
-        found = re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE)
-        return float(found[1]) if found else None
+
+        return await asked_again(self._http, ask)

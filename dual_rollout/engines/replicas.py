@@ -16,6 +16,7 @@ from dual_rollout.engines.base import Capabilities, Context, Drafts, Engine, Eng
 from dual_rollout.exceptions import (
     EngineError,
     EngineProtocolError,
+    EngineRejectedError,
     EngineRestartedError,
     EngineUnavailableError,
 )
@@ -47,8 +48,8 @@ class Replicas:
 
     A sequence stays with its replica, so that its prefix stays cached there; a new one goes to the least loaded. A
     replica that fails is taken out and its sequences move. It is tried again after a probation that doubles from one
-    second to a minute, and comes back only when it is well, serves the newest weights (it is given them again if it has
-    lost or missed them), and agrees with another replica on a text.
+    second to a minute, until it has answered for a sequence. It comes back only when it answers, serves the newest
+    weights (it is given them again if it has lost or missed them), and agrees with another replica on a text.
 
     Args:
         max_retries: how often all are tried again, with growing pauses, when none is left.
@@ -60,6 +61,8 @@ class Replicas:
         self._max_retries = max_retries
         self._version = 0
         self._sync: Callable[[Engine], Awaitable[None]] | None = None
+        self._capabilities: Capabilities | None = None
+        self._probing = asyncio.Lock()
         self._sample: list[int] | None = None
         self._returning: dict[_Replica, asyncio.Task[None]] = {}
         self._last_error: EngineError | None = None
@@ -176,6 +179,12 @@ class Replicas:
         Raises:
             EngineProtocolError: they do not give the same log-probabilities, and so do not serve the same model.
         """
+        async with self._probing:
+            if self._capabilities is None:
+                self._capabilities = await self._probed(prompt)
+        return self._capabilities
+
+    async def _probed(self, prompt: TokenIds) -> Capabilities:
         found = await self._ask_all(lambda engine: engine.probe(prompt))
         self._sample = list(prompt[:_COMPARED_TOKENS])
         lists = await self._ask_all(self._likeliest)
@@ -236,21 +245,28 @@ class Replicas:
         ask: Callable[[Engine, list[int]], Awaitable[T]],
         indices: Sequence[int] | None = None,
         tried: Collection[_Replica] = (),
+        attempts: int | None = None,
     ) -> list[tuple[list[int], T]]:
         """The answers to parts of `prompts`, each with the numbers of its prompts.
 
         A replica that does not answer is taken out, and another one asked. One that answers nonsense is taken out
-        if the other does better; otherwise the prompts are to blame, and the error is raised.
+        if the other does better; otherwise the prompts are to blame, and the error is raised. A question that none
+        answers in `attempts` (each replica once, and `max_retries` more) is given up, however well they say they are.
         """
+        left = (self._max_retries + len(self._replicas) if attempts is None else attempts) - 1
         indices = range(len(prompts)) if indices is None else indices
         homes = await self._homes(prompts, indices, tried)
 
         async def part(home: _Replica, rows: list[int]) -> list[tuple[list[int], T]]:
             home.rows += len(rows)
             try:
-                return [(rows, await ask(home.engine, rows))]
+                answer = await ask(home.engine, rows)
+                home.probation = _FIRST_PROBATION_S
+                return [(rows, answer)]
             except (EngineUnavailableError, EngineRestartedError) as error:
                 self._take_out(home, error)
+                if left == 0:
+                    raise EngineUnavailableError(f"no replica answers, last: {error}", url=self.url) from error
                 again, blamed = tried, None
             except EngineProtocolError as error:
                 again, blamed = [*tried, home], error
@@ -258,7 +274,7 @@ class Replicas:
                     raise EngineProtocolError(str(error), url=self.url) from error
             finally:
                 home.rows -= len(rows)
-            answers = await self._ask(prompts, ask, rows, again)
+            answers = await self._ask(prompts, ask, rows, again, max(left, 1))
             if blamed is not None:
                 self._take_out(home, blamed)
             return answers
@@ -292,30 +308,33 @@ class Replicas:
 
     async def _ask_all(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         """The answers of all that are in; one that does not answer is taken out."""
-        await self._have_some()
-        inside = [replica for replica in self._replicas if replica.out_until is None]
-        answers = await asyncio.gather(*(ask(replica.engine) for replica in inside), return_exceptions=True)
-        good: list[T] = []
-        for replica, answer in zip(inside, answers, strict=True):
-            if isinstance(answer, (EngineUnavailableError, EngineRestartedError)):
-                self._take_out(replica, answer)
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                good.append(answer)
-        return good or await self._ask_all(ask)
+        for _ in range(self._max_retries + len(self._replicas)):
+            await self._have_some()
+            inside = [replica for replica in self._replicas if replica.out_until is None]
+            answers = await asyncio.gather(*(ask(replica.engine) for replica in inside), return_exceptions=True)
+            good: list[T] = []
+            for replica, answer in zip(inside, answers, strict=True):
+                if isinstance(answer, (EngineUnavailableError, EngineRestartedError)):
+                    self._take_out(replica, answer)
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    good.append(answer)
+            if good:
+                return good
+        raise EngineUnavailableError(f"no replica answers, last: {self._last_error}", url=self.url)
 
     async def _give(
         self, give: Callable[[Engine], Awaitable[None]], *, again: Callable[[Engine], Awaitable[None]]
     ) -> None:
-        """New weights for all; one that does not take them stays out until it has them."""
+        """New weights for all; one that does not take them, or does not say so, stays out until it has them."""
         self._version += 1
         self._sync = again
         await self._have_some()  # at least one will take them
         reached = [replica for replica in self._replicas if replica.out_until is None]
         answers = await asyncio.gather(*(give(replica.engine) for replica in reached), return_exceptions=True)
         for replica, answer in zip(reached, answers, strict=True):
-            if isinstance(answer, (EngineUnavailableError, EngineRestartedError)):
+            if isinstance(answer, EngineError):
                 self._take_out(replica, answer)
             elif isinstance(answer, BaseException):
                 raise answer
@@ -324,6 +343,9 @@ class Replicas:
         # Those that were out are given them too, while the folder is there.
         await asyncio.gather(*(self._try(replica) for replica in self._replicas if replica.out_until is not None))
         if all(replica.out_until is not None for replica in self._replicas):
+            for answer in answers:
+                if isinstance(answer, EngineRejectedError):
+                    raise answer
             raise EngineUnavailableError(f"no replica took the new weights, last: {self._last_error}", url=self.url)
 
     # ---- out and back -----------------------------------------------------------------------------------------------
@@ -367,10 +389,11 @@ class Replicas:
                 version = self._version
                 await self._sync(replica.engine)
                 replica.version = version
-            others = [other for other in self._replicas if other.out_until is None and other is not replica]
-            if self._sample is not None and others:
-                mine, theirs = await self._likeliest(replica.engine), await self._likeliest(others[0].engine)
-                if not _alike(mine, theirs):
+            if self._sample is not None:
+                await replica.engine.probe(self._sample)  # where it was not there to be asked
+                mine = await self._likeliest(replica.engine)  # what says that it is well may answer nothing
+                others = [other for other in self._replicas if other.out_until is None and other is not replica]
+                if others and not _alike(mine, await self._likeliest(others[0].engine)):
                     raise EngineProtocolError(
                         "does not serve the weights of the other replicas", url=replica.engine.url
                     )
@@ -381,7 +404,6 @@ class Replicas:
         if replica.out_until is not None:
             logger.warning("%s is back", replica.engine.url)
         replica.out_until = None
-        replica.probation = _FIRST_PROBATION_S
 
     async def _likeliest(self, engine: Engine) -> dict[int, float]:
         """Log-probabilities of the likeliest tokens after the sample."""

@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
 from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
-_NEVER = -9999.0  # SGLang writes log 0 as the least finite float
+T = TypeVar("T")
+
+_ROUNDING = 1e-3  # nats
 _PROBED_LENGTH = 16
 _PROBED_TOKENS = 4
 _SAME_LAW = 0.05  # probabilities of one law differ by less, whatever the kernels' rounding
@@ -54,6 +57,8 @@ class SGLangEngine:
     def __init__(self, transport: HttpTransport, model: str | None = None):
         self.url = transport.url
         self._http = transport
+        self._answers = Answers(transport.url)
+        self._numbers = Numbers()
         self._wanted = model
         self._lora: str | None = None
         self._info: EngineInfo | None = None
@@ -81,7 +86,11 @@ class SGLangEngine:
                 self._lora = self._wanted
             longest = self._server.get("max_req_input_len")  # SGLang refuses prompts from this length on
             root = model.get("tokenizer_path") or model.get("model_path")
-            self._info = EngineInfo(self._wanted or served, root, None if longest is None else int(longest) - 1)
+            if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 1)):
+                raise EngineProtocolError(
+                    f"describes itself with model_path {root!r} and max_req_input_len {longest!r}", url=self.url
+                )
+            self._info = EngineInfo(self._wanted or served, root, None if longest is None else longest - 1)
         return self._info
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
@@ -134,16 +143,22 @@ class SGLangEngine:
             _sampling(max_new_tokens=length, temperature=temperature, **ends, **self._seed(seed))
             for length, seed in zip(lengths, seeds, strict=True)
         ]
-        metas = await self._generate(prompts, sampling, top_logprobs_num=k)
-        drafts, rows = [], []
-        for meta, length in zip(metas, lengths, strict=True):
-            ids, _ = self._triples([self._output_rows(meta, "output_token_logprobs", length)])
-            drafts.append(ids[0])
-            rows += self._output_rows(meta, "output_top_logprobs", length)
-        if len(rows) != sum(map(len, drafts)):
-            raise EngineProtocolError("output_top_logprobs is not as long as the draft", url=self.url)
-        lists = self._top_k(rows, k)
-        return Drafts(drafts, at_temperature(lists, temperature) if raw else lists)
+
+        def read(metas: list[Mapping[str, Any]]) -> Drafts:
+            drafts, rows = [], []
+            for meta, length in zip(metas, lengths, strict=True):
+                ids, own = self._sampled(meta, length)
+                lists = self._output_rows(meta, "output_top_logprobs", length)
+                for token, logprob, row in zip(ids.tolist(), own.tolist(), lists, strict=True):
+                    listed = {name: value for value, name, _ in row}
+                    if abs(listed.get(token, logprob) - logprob) > _ROUNDING:
+                        raise self._answers.spoilt(f"a list that disagrees with the token sampled from it, {token}")
+                drafts.append(ids)
+                rows += lists
+            return Drafts(drafts, self._top_k(rows, k))
+
+        drafts = await self._generate(prompts, sampling, read, top_logprobs_num=k)
+        return Drafts(drafts.token_ids, at_temperature(drafts.lists, temperature)) if raw else drafts
 
     async def score_drafts(
         self,
@@ -170,15 +185,22 @@ class SGLangEngine:
         if not rows:
             return values
         names = [list(token_ids[row]) for row in rows]
-        metas = await self._generate(
-            [prompts[row] for row in rows], _sampling(temperature=temperature), token_ids_logprob=names
+
+        def read(metas: list[Mapping[str, Any]]) -> list[np.ndarray]:
+            return [self._named(meta, asked) for meta, asked in zip(metas, names, strict=True)]
+
+        found = await self._generate(
+            [prompts[row] for row in rows], _sampling(temperature=temperature), read, token_ids_logprob=names
         )
-        for row, asked, meta in zip(rows, names, metas, strict=True):
-            ids, logprobs = self._triples(self._output_rows(meta, "output_token_ids_logprobs", 1))
-            if ids[0].tolist() != asked:
-                raise EngineProtocolError("output_token_ids_logprobs are not those of the named tokens", url=self.url)
-            values[row] = logprobs[0]
+        for row, logprobs in zip(rows, found, strict=True):
+            values[row] = logprobs
         return values
+
+    def _named(self, meta: Mapping[str, Any], asked: list[int]) -> np.ndarray:
+        ids, logprobs = self._triples(self._output_rows(meta, "output_token_ids_logprobs", 1))
+        if ids[0].tolist() != asked:
+            raise self._answers.spoilt("output_token_ids_logprobs that are not those of the named tokens")
+        return self._answers.named(logprobs[0])
 
     async def score_named(
         self,
@@ -193,23 +215,26 @@ class SGLangEngine:
         count = len(token_ids) - start
         if start < 1 or count < 1:
             raise ValueError(f"start must be in 1..{len(token_ids) - 1}, got {start}")
+
         # The row at logprob_start_len itself is always null. Older versions leave it out unless it is row 0, so rows
         # are counted from the end. They are at temperature 1 whatever the request's.
-        (meta,) = await self._generate([token_ids], _sampling(), logprob_start_len=start - 1, top_logprobs_num=1)
-        ids, own = self._triples([self._input_rows(meta, "input_token_logprobs", count)])
-        _, top = self._triples(self._input_rows(meta, "input_top_logprobs", count))
-        # SGLang writes the last id of the vocabulary as 0 here.
-        if any(got not in (asked, 0) for got, asked in zip(ids[0].tolist(), token_ids[start:], strict=True)):
-            raise EngineProtocolError("input_token_logprobs are not those of the prompt's tokens", url=self.url)
-        return own[0], top[:, 0]
+        def read(metas: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+            ids, own = self._triples([self._input_rows(metas[0], "input_token_logprobs", count)])
+            _, top = self._triples(self._input_rows(metas[0], "input_top_logprobs", count))
+            # SGLang writes the last id of the vocabulary as 0 here.
+            if any(got not in (asked, 0) for got, asked in zip(ids[0].tolist(), token_ids[start:], strict=True)):
+                raise self._answers.spoilt("input_token_logprobs that are not those of the prompt's tokens")
+            return self._answers.scores(own[0], top[:, 0])
+
+        return await self._answers.scores_twice(
+            lambda: self._generate([token_ids], _sampling(), read, logprob_start_len=start - 1, top_logprobs_num=1)
+        )
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         await self.describe()
         bias = {str(token): -100.0 for token in excluded}
         sampling = _sampling(temperature=temperature, logit_bias=bias, **self._seed(seed))
-        (meta,) = await self._generate([prompt], sampling)
-        ids, _ = self._triples([self._output_rows(meta, "output_token_logprobs", 1)])
-        return int(ids[0, 0])
+        return await self._generate([prompt], sampling, lambda metas: int(self._sampled(metas[0], 1)[0][0]))
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         answer = await self._http.post("/detokenize", {"tokens": list(token_ids), "skip_special_tokens": False})
@@ -280,25 +305,31 @@ class SGLangEngine:
         )
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
-        metas = await self._generate(prompts, _sampling(temperature=temperature), top_logprobs_num=k)
-        return self._top_k(chain.from_iterable(self._output_rows(meta, "output_top_logprobs", 1) for meta in metas), k)
+        def read(metas: list[Mapping[str, Any]]) -> TopK:
+            return self._top_k([self._output_rows(meta, "output_top_logprobs", 1)[0] for meta in metas], k)
+
+        return await self._generate(prompts, _sampling(temperature=temperature), read, top_logprobs_num=k)
 
     async def _rows(self, texts: Sequence[Sequence[int]], starts: Sequence[int], k: int) -> TopK:
         """The lists at positions `starts[i]` to the last of each text, at temperature 1, in one request.
 
         The last position is that of the next token after a text without its own last.
         """
-        metas = await self._generate(
+
+        def read(metas: list[Mapping[str, Any]]) -> TopK:
+            rows = []
+            for meta, text, start in zip(metas, texts, starts, strict=True):
+                rows += self._input_rows(meta, "input_top_logprobs", len(text) - start - 1)
+                rows += self._output_rows(meta, "output_top_logprobs", 1)
+            return self._top_k(rows, k)
+
+        return await self._generate(
             [text[:-1] for text in texts],
             _sampling(),
+            read,
             top_logprobs_num=k,
             logprob_start_len=[start - 1 for start in starts],
         )
-        rows = []
-        for meta, text, start in zip(metas, texts, starts, strict=True):
-            rows += self._input_rows(meta, "input_top_logprobs", len(text) - start - 1)
-            rows += self._output_rows(meta, "output_top_logprobs", 1)
-        return self._top_k(rows, k)
 
     async def _rows_are_aligned(self, prompt: list[int], draft: np.ndarray) -> bool:
         """Whether the rows of a prompt's tokens are those of the same prefixes asked one by one."""
@@ -352,9 +383,16 @@ class SGLangEngine:
         return {}
 
     async def _generate(
-        self, prompts: Sequence[TokenIds], sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any
-    ) -> list[Mapping[str, Any]]:
-        """The `meta_info` of what is generated after each prompt, in order; `sampling` is for all or one for each."""
+        self,
+        prompts: Sequence[TokenIds],
+        sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        read: Callable[[list[Mapping[str, Any]]], T],
+        **options: Any,
+    ) -> T:
+        """What `read` makes of the `meta_info` of what is generated after each prompt, in order.
+
+        `sampling` is for all or one for each.
+        """
         await self.describe()
         payload: dict[str, Any] = {
             "input_ids": prompts,
@@ -365,19 +403,38 @@ class SGLangEngine:
         }
         if self._lora is not None:
             payload["lora_path"] = self._lora
-        answers = await self._http.post("/generate", payload)
-        if not isinstance(answers, list) or len(answers) != len(prompts):
-            raise EngineProtocolError(f"expected a list of {len(prompts)} answers", url=self.url)
-        return [self._meta_info(answer) for answer in answers]
 
-    def _meta_info(self, answer: Any) -> Mapping[str, Any]:
+        async def once() -> T:
+            numbers = [self._numbers.next() for _ in prompts]
+            answers = await self._http.post("/generate", {**payload, "rid": numbers})
+            if not isinstance(answers, list) or len(answers) != len(prompts):
+                raise EngineProtocolError(f"expected a list of {len(prompts)} answers", url=self.url)
+            metas = [self._meta_info(*item) for item in zip(answers, prompts, numbers, strict=True)]
+            return read_as(read, metas, self.url)
+
+        return await asked_again(self._http, once)
+
+    def _meta_info(self, answer: Any, prompt: TokenIds, number: str) -> Mapping[str, Any]:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
         if not isinstance(meta, dict):
             raise EngineProtocolError("an answer has no meta_info", url=self.url)
+        if not self._numbers.fit("/generate", meta.get("id"), number):
+            raise self._answers.spoilt(f"an answer to another request ({str(meta.get('id'))[:80]})")
+        counted = meta.get("prompt_tokens")
+        if isinstance(counted, int) and counted != len(prompt):
+            raise self._answers.spoilt(f"an answer to {counted} prompt tokens instead of {len(prompt)}")
         finish = meta.get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise EngineUnavailableError(f"the server aborted a request: {finish.get('message')}", url=self.url)
+            raise EngineProtocolError(f"the server aborted a request: {finish.get('message')}", url=self.url)
         return meta
+
+    def _sampled(self, meta: Mapping[str, Any], at_most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that were generated, and their log-probabilities."""
+        ids, logprobs = self._triples([self._output_rows(meta, "output_token_logprobs", at_most)])
+        finish = meta.get("finish_reason")
+        if len(ids[0]) < at_most and not (isinstance(finish, dict) and finish.get("type") == "stop"):
+            raise self._answers.spoilt(f"{len(ids[0])} tokens instead of {at_most}")
+        return ids[0], logprobs[0]
 
     def _output_rows(self, meta: Mapping[str, Any], name: str, at_most: int) -> list[Any]:
         """What `name` holds for the tokens generated."""
@@ -393,28 +450,17 @@ class SGLangEngine:
             raise EngineProtocolError(f"meta_info has no {name} for {count} prompt tokens", url=self.url)
         return rows[len(rows) - count :]
 
-    def _top_k(self, rows: Iterable[Any], k: int) -> TopK:
-        ids, logprobs = self._triples(list(rows))
+    def _top_k(self, rows: Sequence[Any], k: int) -> TopK:
+        ids, logprobs = self._triples(rows)
         if ids.shape[1] != k:
-            raise EngineProtocolError(f"a list holds {ids.shape[1]} tokens, not {k}", url=self.url)
-        # Impossible tokens are no candidates.
-        ids[logprobs == -np.inf] = NO_TOKEN
-        return TopK(ids, logprobs, complete=(ids == NO_TOKEN).any(axis=1))
+            raise self._answers.spoilt(f"a list of {ids.shape[1]} tokens, not {k}")
+        return self._answers.lists(ids.ravel(), logprobs.ravel(), np.full(len(rows), k), k)
 
     def _triples(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Lists of K triples as token ids and log-probabilities, both `(len(rows), K)`; parsed in bulk."""
-        try:
-            (width,) = {len(row) for row in rows}
-            values, tokens, _ = zip(*chain.from_iterable(rows), strict=True)
-            logprobs = np.array(values, dtype=np.float64).reshape(-1, width)
-            ids = np.array(tokens, dtype=np.int64).reshape(-1, width)
-        except (TypeError, ValueError) as error:
-            raise EngineProtocolError(
-                "log-probabilities are not lists of [log-probability, token id, text] of one length", url=self.url
-            ) from error
-        if np.isnan(logprobs).any() or (logprobs > 1e-3).any() or (ids < 0).any():
-            raise EngineProtocolError("log-probabilities are missing, NaN or positive", url=self.url)
-        return ids, np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
+        (width,) = {len(row) for row in rows}
+        values, tokens, _ = zip(*chain.from_iterable(rows), strict=True)
+        return self._answers.ids(tokens).reshape(-1, width), self._answers.logprobs(values).reshape(-1, width)
 
 
 def _sampling(**changes: Any) -> dict[str, Any]:

@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from itertools import accumulate, chain, count
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
 from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.engines.probe import Probe, summary
-from dual_rollout.engines.questions import MALFORMED, Questions
+from dual_rollout.engines.questions import Questions
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +30,13 @@ _KEY_PREFIX = "token_id:"
 _MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
 _MAX_BIASED_TOKENS = 1024  # on logit_bias: newer model runners fail on more, for everybody
 _MAX_PROMPTS = 1024  # vLLM's own cap on a list of prompts
-_SPOILT_REPEATS = 2
-_LARGEST_ID = 2**31 - 1
-_MASS_TOLERANCE = 1e-2
 _NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
 _NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 _SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
-_NEVER = -9999.0  # vLLM writes -inf as -9999
+_ROUNDING = 1e-3  # nats
 
 # vLLM fills what is not said from the model's generation_config.json, so everything is said.
 _PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-
-class _SpoiltAnswerError(EngineProtocolError):
-    """An answer that others' requests or a pause spoilt; the next one may be whole."""
 
 
 class VLLMEngine:
@@ -55,6 +50,7 @@ class VLLMEngine:
         self.url = transport.url
         self._http = transport
         self._questions = Questions(transport)
+        self._answers = Answers(transport.url)
         self._wanted = model
         self._names: set[str] = set()
         self._info: EngineInfo | None = None
@@ -66,26 +62,32 @@ class VLLMEngine:
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
-            answer = await self._http.get("/v1/models")
-            cards = answer.get("data") if isinstance(answer, dict) else None
-            if not cards:
-                raise EngineProtocolError("/v1/models lists no model", url=self.url)
-            if not isinstance(cards, list) or not all(
-                isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards
-            ):
-                raise EngineProtocolError("/v1/models lists what are no models", url=self.url)
-            served = [card["id"] for card in cards]
-            name = self._wanted or served[0]
-            if name not in served:
-                raise EngineRejectedError(
-                    f"serves {served}, not {name!r}: set theta_model/t_model to one of these",
-                    url=self.url,
-                    status=404,
-                )
-            card = cards[served.index(name)]
-            self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
-            self._info = EngineInfo(name, card.get("root"), card.get("max_model_len"))
+            self._info = await asked_again(self._http, self._described)
         return self._info
+
+    async def _described(self) -> EngineInfo:
+        answer = await self._http.get("/v1/models")
+        cards = answer.get("data") if isinstance(answer, dict) else None
+        if not cards:
+            raise EngineProtocolError("/v1/models lists no model", url=self.url)
+        if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
+            raise EngineProtocolError("/v1/models lists what are no models", url=self.url)
+        served = [card["id"] for card in cards]
+        name = self._wanted or served[0]
+        if name not in served:
+            raise EngineRejectedError(
+                f"serves {served}, not {name!r}: set theta_model/t_model to one of these",
+                url=self.url,
+                status=404,
+            )
+        card = cards[served.index(name)]
+        root, longest = card.get("root"), card.get("max_model_len")
+        if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 0)):
+            raise EngineProtocolError(
+                f"/v1/models describes {name!r} with root {root!r} and max_model_len {longest!r}", url=self.url
+            )
+        self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
+        return EngineInfo(name, root, longest)
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
@@ -104,6 +106,7 @@ class VLLMEngine:
                     raise EngineProtocolError(
                         f"answers to the probe have another shape ({type(error).__name__}: {error})", url=self.url
                     ) from error
+                self._answers.vocab_size = self._capabilities.vocab_size
                 logger.info("%s: %s", self.url, summary(self._capabilities))
         return self._capabilities
 
@@ -124,39 +127,27 @@ class VLLMEngine:
         raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
 
         # The draft ends where the sequence would. vLLM refuses stop ids that the model cannot say.
-        ends = sorted(token for token in stop_ids if self._vocab_size is None or token < self._vocab_size)
+        size = self._answers.vocab_size
+        ends = sorted(token for token in stop_ids if size is None or token < size)
 
-        async def ask() -> Drafts:
-            # One request each: in a list with one seed all sequences would get the same noise.
-            async with self._gate.shared():
-                answers = await asyncio.gather(
-                    *(
-                        self._complete(
-                            [prompt],
-                            max_tokens=length,
-                            logprobs=k,
-                            temperature=temperature,
-                            seed=seed,
-                            stop_token_ids=ends,
-                            ignore_eos=True,
-                        )
-                        for prompt, length, seed in zip(prompts, lengths, seeds, strict=True)
-                    )
-                )
-            keys = [choice["logprobs"]["tokens"] for (choice,) in answers]
-            for (choice,), tokens, length in zip(answers, keys, lengths, strict=True):
-                cut = choice.get("finish_reason") == "length" and len(tokens) < length
-                if cut or not 1 <= len(tokens) <= length:
-                    raise _SpoiltAnswerError(f"a draft of {length} tokens has {len(tokens)}", url=self.url)
-            rows = [
-                _without_sampled(row, key, k)
-                for (choice,), tokens in zip(answers, keys, strict=True)
-                for row, key in zip(choice["logprobs"]["top_logprobs"], tokens, strict=True)
-            ]
-            lists = self._pack(rows, k)
-            return Drafts([_token_ids(tokens) for tokens in keys], at_temperature(lists, temperature) if raw else lists)
+        def draft(prompt: TokenIds, length: int, seed: int) -> Awaitable[Drafts]:
+            return self._ask(
+                [prompt],
+                lambda choices: self._drafts(choices, length, k),
+                max_tokens=length,
+                logprobs=k,
+                temperature=temperature,
+                seed=seed,
+                stop_token_ids=ends,
+                ignore_eos=True,
+            )
 
-        return await self._until_whole(ask)
+        # One request each: in a list with one seed all sequences would get the same noise.
+        async with self._gate.shared():
+            drafts = await asyncio.gather(*map(draft, prompts, lengths, seeds))
+        lists = joined([draft.lists for draft in drafts])
+        token_ids = list(chain.from_iterable(draft.token_ids for draft in drafts))
+        return Drafts(token_ids, at_temperature(lists, temperature) if raw else lists)
 
     async def score_drafts(
         self,
@@ -170,15 +161,10 @@ class VLLMEngine:
             return await self.next_top_k(prefixes(prompts, drafts), k, temperature)
         # Rows of prompts are at temperature 1, whatever the request's.
         score = self._score_after_cache if method == "token_ids" else self._score_prompt
-        texts = [[*prompt, *draft.tolist()] for prompt, draft in zip(prompts, drafts, strict=True)]
-
-        async def ask() -> TopK:
-            rows = await asyncio.gather(
-                *(score(text, len(draft), k) for text, draft in zip(texts, drafts, strict=True))
-            )
-            return self._pack(list(chain.from_iterable(rows)), k)
-
-        top = await self._until_whole(ask)
+        parts = await asyncio.gather(
+            *(score([*prompt, *draft.tolist()], len(draft), k) for prompt, draft in zip(prompts, drafts, strict=True))
+        )
+        top = joined(parts)
         return top if temperature == 1.0 else at_temperature(top, temperature)
 
     async def named_logprobs(
@@ -219,32 +205,35 @@ class VLLMEngine:
         return list(chain.from_iterable(rows))
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
-        async def ask() -> tuple[np.ndarray, np.ndarray]:
-            (choice,) = await self._complete([token_ids], temperature=0.0, prompt_logprobs=1)
-            own, top = [], []
-            for token, row in zip(token_ids[start:], self._prompt_rows(choice, token_ids)[start:], strict=True):
-                values = {int(key): entry["logprob"] for key, entry in row.items()}
-                own.append(values[token])
-                top.append(max(values.values()))
-            return self._as_logprobs(own), self._as_logprobs(top)
+        def read(choices: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+            rows = self._prompt_rows(choices[0], token_ids)[start:]
+            own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
+            top = [max(entry["logprob"] for entry in row.values()) for row in rows]
+            return self._answers.scores(own, top)
 
-        return await self._until_whole(ask)
+        return await self._answers.scores_twice(
+            lambda: self._ask([token_ids], read, temperature=0.0, prompt_logprobs=1)
+        )
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}
 
-        async def ask() -> int:
-            (choice,) = await self._complete([prompt], logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
-            return int(self._checked_ids(_token_ids(choice["logprobs"]["tokens"]))[0])
+        def read(choices: list[dict[str, Any]]) -> int:
+            keys, _ = self._sampled(choices[0], 1)
+            return int(self._answers.ids(_token_ids(keys))[0])
 
-        return await self._until_whole(ask)
+        return await self._ask([prompt], read, logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         info = await self.describe()
-        answer = await self._http.post("/detokenize", {"model": info.model, "tokens": list(token_ids)})
-        if not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
-            raise EngineProtocolError("/detokenize answered without a text", url=self.url)
-        return answer["prompt"]
+
+        async def ask() -> str:
+            answer = await self._http.post("/detokenize", {"model": info.model, "tokens": list(token_ids)})
+            if not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
+                raise EngineProtocolError("/detokenize answered without a text", url=self.url)
+            return answer["prompt"]
+
+        return await asked_again(self._http, ask)
 
     async def health(self) -> None:
         await self._http.get("/health")
@@ -346,48 +335,51 @@ class VLLMEngine:
                 await self._http.post("/resume")
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
-        async def ask() -> TopK:
-            async with self._gate.shared():
-                answers = await asyncio.gather(
-                    *(
-                        self._complete(prompts[i : i + _MAX_PROMPTS], logprobs=k, temperature=_on_wire(temperature))
-                        for i in range(0, len(prompts), _MAX_PROMPTS)
+        on_wire = _on_wire(temperature)
+        async with self._gate.shared():
+            parts = await asyncio.gather(
+                *(
+                    self._ask(
+                        prompts[i : i + _MAX_PROMPTS],
+                        lambda choices: self._drafts(choices, 1, k, greedy=on_wire == 0.0).lists,
+                        logprobs=k,
+                        temperature=on_wire,
                     )
+                    for i in range(0, len(prompts), _MAX_PROMPTS)
                 )
-            rows = [
-                _without_sampled(self._top_logprobs(choice), choice["logprobs"]["tokens"][0], k)
-                for choice in chain.from_iterable(answers)
-            ]
-            return self._pack(rows, k)
-
-        return await self._until_whole(ask)
+            )
+        return joined(parts)
 
     async def _until_whole(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` makes of an answer, asked again if that was spoilt or could not be read."""
-        for repeat in count():
+
+        async def once() -> T:
             try:
                 return await ask()
-            except _SpoiltAnswerError as error:
-                spoilt = error
             except MALFORMED as error:
-                spoilt = _SpoiltAnswerError(
-                    f"an answer of another shape ({type(error).__name__}: {error})", url=self.url
-                )
-            if repeat == _SPOILT_REPEATS:
-                raise spoilt
-            self._http.stats.retries += 1
-            logger.warning("%s; asking again", spoilt)
-        raise AssertionError("the loop returns or raises")
+                raise self._answers.spoilt(f"an answer of another shape ({str(error)[:100]})") from error
 
-    async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
+        return await asked_again(self._http, once)
+
+    async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> TopK:
         """Lists for the last `count` tokens of a text, whose beginning the prefix cache may have."""
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
-        for skip in (False, True):
-            rows = await self._generate(text, {**sampling, "skip_reading_prefix_cache": skip}, "prompt_logprobs")
+
+        def whole(answer: Mapping[str, Any]) -> TopK:
+            rows = answer["prompt_logprobs"]
+            if not isinstance(rows, list) or len(rows) < count:
+                raise self._answers.spoilt(f"prompt_logprobs without rows for the last {count} tokens")
+            return self._scored(rows[-count:], text[-count:], k)
+
+        def uncached(answer: Mapping[str, Any]) -> TopK | None:
             # Rows are missing at the beginning: those of cached tokens, and in a text seen before, some of the last.
-            if isinstance(rows, list) and len(rows) >= count and all(rows[-count:]):
-                return self._rows_of(rows[-count:], text[-count:], k)
-        raise _SpoiltAnswerError(f"prompt_logprobs lack rows for the last {count} tokens", url=self.url)
+            rows = answer["prompt_logprobs"]
+            return whole(answer) if len(rows) >= count and all(rows[-count:]) else None
+
+        top = await self._generate(text, {**sampling, "skip_reading_prefix_cache": False}, uncached)
+        if top is None:
+            top = await self._generate(text, {**sampling, "skip_reading_prefix_cache": True}, whole)
+        return top
 
     async def _score_named_rows(self, text: TokenIds, start: int, token_ids: Sequence[TokenIds]) -> list[np.ndarray]:
         """Log-probabilities of the named tokens at each position of a text from `start` on, one list of names each.
@@ -422,51 +414,57 @@ class VLLMEngine:
             "prompt_logprob_start": len(text) - 1 - count,  # row i is about token i + 1
             "detokenize": False,
         }
-        fault = "not in the answer"
-        for skip in (False, True):
-            encoded = await self._generate(
-                text, {**sampling, "skip_reading_prefix_cache": skip}, "prompt_token_id_logprobs"
-            )
-            if encoded is not None:
-                try:
-                    return self._as_logprobs(decoded_floats(encoded, (count, len(names))))
-                except ValueError as error:
-                    fault = str(error)
-            # Rows may be missing where the prefix cache has the first of them: once more without it.
-        raise EngineProtocolError(f"prompt_token_id_logprobs are {fault}", url=self.url)
 
-    async def _score_prompt(self, text: TokenIds, count: int, k: int) -> list[dict[str, float]]:
+        def whole(answer: Mapping[str, Any]) -> np.ndarray:
+            return self._answers.named(decoded_floats(answer["prompt_token_id_logprobs"], (count, len(names))))
+
+        def uncached(answer: Mapping[str, Any]) -> np.ndarray | None:
+            # Rows are missing where the prefix cache has the first of them.
+            try:
+                return None if answer["prompt_token_id_logprobs"] is None else whole(answer)
+            except ValueError:
+                return None
+
+        values = await self._generate(text, {**sampling, "skip_reading_prefix_cache": False}, uncached)
+        if values is None:
+            values = await self._generate(text, {**sampling, "skip_reading_prefix_cache": True}, whole)
+        return values
+
+    async def _score_prompt(self, text: TokenIds, count: int, k: int) -> TopK:
         """Lists for the last `count` tokens of a text, computed anew."""
-        (choice,) = await self._complete([text], temperature=0.0, prompt_logprobs=k)
-        return self._rows_of(self._prompt_rows(choice, text)[-count:], text[-count:], k)
+        return await self._ask(
+            [text],
+            lambda choices: self._scored(self._prompt_rows(choices[0], text)[-count:], text[-count:], k),
+            temperature=0.0,
+            prompt_logprobs=k,
+        )
 
-    async def _generate(self, text: TokenIds, sampling: Mapping[str, Any], field: str) -> Any:
-        """One field of the answer of the token-in/token-out endpoint."""
+    async def _generate(self, text: TokenIds, sampling: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
+        """What `read` makes of the answer of the token-in/token-out endpoint."""
         payload = {
             "model": self._lora or (await self.describe()).model,
             "token_ids": text,
             "sampling_params": sampling,
         }
         return await self._questions.ask(
-            "/inference/v1/generate",
-            payload,
-            lambda answer: answer.get(field),
-            models=self._answering,
-            prompt_tokens=len(text),
+            "/inference/v1/generate", payload, read, models=self._answering, prompt_tokens=len(text)
         )
 
     def _prompt_rows(self, choice: Mapping[str, Any], text: TokenIds) -> list[Any]:
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(text):
-            raise _SpoiltAnswerError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
+            raise self._answers.spoilt("no prompt_logprobs, one row per prompt token")
         return rows
 
-    def _rows_of(self, rows: Sequence[Any], tokens: TokenIds, k: int) -> list[dict[str, float]]:
+    def _scored(self, rows: Sequence[Any], tokens: TokenIds, k: int) -> TopK:
         """Rows of prompt_logprobs as k-lists; each must hold the prompt's own token."""
+        lists = []
         for row, token in zip(rows, tokens, strict=True):
             if str(token) not in row:
-                raise _SpoiltAnswerError(f"prompt_logprobs lack the prompt's own token {token}", url=self.url)
-        return [_prompt_row(row, k) for row in rows]
+                raise self._answers.spoilt(f"prompt_logprobs without the prompt's own token {token}")
+            entries = {f"{_KEY_PREFIX}{key}": entry["logprob"] for key, entry in row.items()}
+            lists.append(_without_sampled(entries, f"{_KEY_PREFIX}{token}", k))
+        return self._pack(lists, k)
 
     @property
     def _answering(self) -> set[str]:
@@ -490,24 +488,35 @@ class VLLMEngine:
             return await self._named(prompt, token_ids, temperature)
 
     async def _named(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
-        values: list[float] = []
+        parts = [np.empty(0)]
         for first in range(0, len(token_ids), _MAX_NAMED_TOKENS):
             names = list(token_ids[first : first + _MAX_NAMED_TOKENS])
-            (choice,) = await self._complete(
-                [prompt], logprobs=0, logprob_token_ids=names, temperature=_on_wire(temperature)
+            parts.append(
+                await self._ask(
+                    [prompt],
+                    partial(self._named_values, names),
+                    logprobs=0,
+                    logprob_token_ids=names,
+                    temperature=_on_wire(temperature),
+                )
             )
-            row = self._top_logprobs(choice)
-            try:
-                values += [row[f"{_KEY_PREFIX}{token}"] for token in names]
-            except KeyError as error:
-                raise EngineProtocolError(
-                    'does not report named tokens (logprob_token_ids): set missing="floor" or use a newer vLLM',
-                    url=self.url,
-                ) from error
-        return self._as_logprobs(values)
+        return self._answers.named(np.concatenate(parts))
+
+    def _named_values(self, names: Sequence[int], choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        _, (row,) = self._sampled(choices[0], 1)
+        keys = [f"{_KEY_PREFIX}{token}" for token in names]
+        if not all(key in row for key in keys):
+            known = self._capabilities is not None and self._capabilities.named_logprobs
+            advice = "" if known else ': set missing="floor" or use a newer vLLM'
+            raise self._answers.spoilt(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
+        return self._answers.named([row[key] for key in keys])
 
     async def _complete(self, prompts: Sequence[TokenIds], **options: Any) -> list[dict[str, Any]]:
         """The choices of a completion, of one token unless said otherwise, one per prompt, in order."""
+        return await self._ask(prompts, lambda choices: choices, **options)
+
+    async def _ask(self, prompts: Sequence[TokenIds], read: Callable[[list[dict[str, Any]]], T], **options: Any) -> T:
+        """What `read` makes of the choices of a completion."""
         info = await self.describe()
         payload = {
             "model": self._lora or info.model,
@@ -520,7 +529,7 @@ class VLLMEngine:
         return await self._questions.ask(
             "/v1/completions",
             payload,
-            lambda answer: self._choices(answer, len(prompts)),
+            lambda answer: read(self._choices(answer, len(prompts))),
             models=self._answering,
             prompt_tokens=sum(map(len, prompts)),
         )
@@ -533,85 +542,50 @@ class VLLMEngine:
         if [choice["index"] for choice in choices] != list(range(count)):
             raise EngineProtocolError("the choices in the answer are not numbered 0, 1, 2, ...", url=self.url)
         if any(choice.get("finish_reason") == "abort" for choice in choices):
-            raise _SpoiltAnswerError("the server aborted a request, as it does on /pause", url=self.url)
+            raise EngineProtocolError("the server aborted a request, as it does on /pause", url=self.url)
         return choices
 
-    def _top_logprobs(self, choice: Mapping[str, Any]) -> dict[str, float]:
-        try:
-            return choice["logprobs"]["top_logprobs"][0]
-        except (KeyError, TypeError, IndexError) as error:
-            raise _SpoiltAnswerError("a choice has no logprobs.top_logprobs", url=self.url) from error
+    def _sampled(self, choice: Mapping[str, Any], at_most: int) -> tuple[list[str], list[dict[str, float]]]:
+        """The tokens of a choice, as they are written, and the list at each of them, which must hold it."""
+        logprobs = choice["logprobs"]
+        keys, rows = logprobs["tokens"], logprobs["top_logprobs"]
+        if not 1 <= len(keys) <= at_most or (len(keys) < at_most and choice.get("finish_reason") != "stop"):
+            raise self._answers.spoilt(f"{len(keys)} tokens instead of {at_most}")
+        for key, own, row in zip(keys, logprobs["token_logprobs"], rows, strict=True):
+            if row[key] != own:
+                raise self._answers.spoilt(f"a list that disagrees with the token sampled from it, {key}")
+        return keys, rows
+
+    def _drafts(self, choices: Sequence[Mapping[str, Any]], at_most: int, k: int, *, greedy: bool = False) -> Drafts:
+        """The tokens of each choice, and the lists at all of them."""
+        drafts, rows, own = [], [], []
+        for choice in choices:
+            keys, sampled_from = self._sampled(choice, at_most)
+            drafts.append(self._answers.ids(_token_ids(keys)))
+            for key, row in zip(keys, sampled_from, strict=True):
+                own.append(row[key])
+                rows.append(_without_sampled(row, key, k))
+        lists = self._pack(rows, k)
+        if greedy and (np.array(own) < lists.logprobs.max(axis=1) - _ROUNDING).any():
+            raise self._answers.spoilt("a list that holds likelier tokens than the one sampled at temperature 0")
+        return Drafts(drafts, lists)
 
     def _pack(self, rows: list[dict[str, float]], k: int) -> TopK:
         """Rows of `{"token_id:7": -0.3}` as arrays; parsed in bulk, the hot spot of the client."""
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        if not len(rows) or lengths.min() == 0:
-            raise _SpoiltAnswerError("an empty list of log-probabilities", url=self.url)
         keys = " ".join(chain.from_iterable(rows))
-        values = self._as_logprobs(list(chain.from_iterable(row.values() for row in rows)))
-        if keys.count(_KEY_PREFIX) != len(values):
+        if keys.count(_KEY_PREFIX) != lengths.sum():
             raise EngineProtocolError(
                 "tokens are not written as token_id:N; the server does not honour return_tokens_as_token_ids",
                 url=self.url,
             )
         ids = np.fromstring(keys.replace(_KEY_PREFIX, ""), dtype=np.int64, sep=" ")
-        width = int(lengths.max())
-        token_ids = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)
-        logprobs = np.full((len(rows), width), -np.inf)
-        filled = np.arange(width) < lengths[:, None]
-        token_ids[filled], logprobs[filled] = ids, values
-        # Impossible tokens are no candidates; some versions also pad rows with them.
-        token_ids[logprobs == -np.inf] = NO_TOKEN
-        self._check_complete(token_ids, logprobs, k)
-        if width > k:
-            order = np.lexsort((token_ids, -logprobs), axis=1)[:, :k]
-            token_ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (token_ids, logprobs))
-        counts = (token_ids != NO_TOKEN).sum(axis=1)
-        return TopK(token_ids, logprobs, (counts < k) | (counts == self._vocab_size), self._vocab_size)
-
-    @property
-    def _vocab_size(self) -> int | None:
-        """As the probe found it; None before."""
-        return self._capabilities.vocab_size if self._capabilities is not None else None
-
-    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
-        size = self._vocab_size
-        if len(ids) and not (ids.min() >= 0 and ids.max() <= (_LARGEST_ID if size is None else size - 1)):
-            raise _SpoiltAnswerError(f"token ids from {ids.min()} to {ids.max()}, vocabulary {size}", url=self.url)
-        return ids
-
-    def _check_complete(self, token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> None:
-        """No list names a token twice or has more mass than 1, and one of fewer than k tokens holds all there is."""
-        self._checked_ids(token_ids[logprobs > -np.inf])
-        ordered = np.sort(token_ids, axis=1)
-        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)).any():
-            raise _SpoiltAnswerError("a list names a token twice", url=self.url)
-        if (np.exp(logprobs).sum(axis=1) > 1 + _MASS_TOLERANCE).any():
-            raise _SpoiltAnswerError("the probabilities of a list add up to more than 1", url=self.url)
-        short = (token_ids != NO_TOKEN).sum(axis=1) < k
-        if short.any() and (np.exp(logprobs[short]).sum(axis=1) < 1 - _MASS_TOLERANCE).any():
-            raise _SpoiltAnswerError(
-                f"a list holds fewer than {k} tokens, yet not all the mass. Is another client using "
-                "logprob_token_ids on this server? That garbles the lists of requests in the same step.",
-                url=self.url,
-            )
-
-    def _as_logprobs(self, values: list[Any] | np.ndarray) -> np.ndarray:
-        logprobs = np.array(values, dtype=np.float64)
-        if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
-            raise _SpoiltAnswerError("log-probabilities are NaN or positive", url=self.url)
-        return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
+        return self._answers.lists(ids, list(chain.from_iterable(row.values() for row in rows)), lengths, k)
 
 
 def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, float]:
     """A list without the token that happened to be sampled, where that is not one of the k: S must not depend on it."""
     return row if len(row) <= k else {key: value for key, value in row.items() if key != sampled}
-
-
-def _prompt_row(row: Mapping[str, Mapping[str, Any]], k: int) -> dict[str, float]:
-    """A row of prompt_logprobs as a k-list; the prompt's own token comes first, whether one of them or not."""
-    entries = {f"{_KEY_PREFIX}{token}": entry["logprob"] for token, entry in row.items()}
-    return _without_sampled(entries, next(iter(entries)), k)
 
 
 def _token_ids(keys: Sequence[str]) -> np.ndarray:

@@ -304,7 +304,7 @@ def test_a_garbled_list_is_asked_for_again():
 
     async def completions(_: web.Request) -> web.Response:
         row = rows.pop(0)
-        logprobs = {"tokens": ["token_id:3"], "top_logprobs": [row]}
+        logprobs = {"tokens": ["token_id:3"], "token_logprobs": [row["token_id:3"]], "top_logprobs": [row]}
         return web.json_response({"choices": [{"index": 0, "logprobs": logprobs}]})
 
     async def run() -> tuple[Any, int]:

@@ -4,7 +4,9 @@ run gives, or reported; never a hang, never a wrong sequence."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
+import io
 import json
 import math
 import random
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -27,16 +30,34 @@ MAX_TOKENS = 8
 OPTIONS: dict[str, Any] = {"top_k": 20, "seed": 3, "max_retries": 3, "request_timeout": 20.0, "ignore_eos": True}
 
 
-async def generate(theta_url: str, t_url: str, **options: Any) -> tuple[list[GenerationOutput], DualVLLMCoordinator]:
-    config = CoordinatorConfig(theta_url=theta_url, t_url=t_url, **{"decoding": "lockstep", **OPTIONS, **options})
-    async with DualVLLMCoordinator(config) as coordinator:
-        return await coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS), coordinator
+Run = dict[str, Any]
+"""Options of the config, and `targets` of the batch."""
+
+LOCKSTEP: Run = {"decoding": "lockstep"}
+BLOCK: Run = {"decoding": "block"}
+
+
+async def generate(coordinator: DualVLLMCoordinator, run: Run) -> list[GenerationOutput]:
+    targets = [run["targets"]] * len(PROMPTS) if "targets" in run else None
+    return await coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS, targets=targets)
+
+
+def configured(theta_url: str, t_url: str, run: Run) -> CoordinatorConfig:
+    values = {**OPTIONS, **LOCKSTEP, **{name: value for name, value in run.items() if name != "targets"}}
+    return CoordinatorConfig(theta_url=theta_url, t_url=t_url, **values)
+
+
+def undisturbed(theta_url: str, t_url: str, run: Run = LOCKSTEP) -> list[list[int]]:
+    return _undisturbed(theta_url, t_url, json.dumps(run))
 
 
 @functools.cache
-def undisturbed(theta_url: str, t_url: str, decoding: str) -> list[list[int]]:
-    outputs, _ = asyncio.run(generate(theta_url, t_url, decoding=decoding))
-    return tokens(outputs)
+def _undisturbed(theta_url: str, t_url: str, run: str) -> list[list[int]]:
+    async def generated() -> list[GenerationOutput]:
+        async with DualVLLMCoordinator(configured(theta_url, t_url, json.loads(run))) as coordinator:
+            return await generate(coordinator, json.loads(run))
+
+    return tokens(asyncio.run(generated()))
 
 
 def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
@@ -45,66 +66,85 @@ def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
 
 
 def run_behind_proxies(
-    pair: TinyPair, make_fault: Callable[[FaultProxy], Fault], when: Callable[[int], bool], side: str, **options: Any
+    pair: TinyPair,
+    make_fault: Callable[[FaultProxy], Fault],
+    when: Callable[[int], bool],
+    side: str,
+    run: Run = LOCKSTEP,
+    **options: Any,
 ) -> tuple[list[GenerationOutput], DualVLLMCoordinator, FaultProxy]:
-    """A batch with the fault at one server's completions from the time that the probe is over."""
+    """A batch with the fault at one server from the time that the probe is over."""
 
-    async def run() -> tuple[list[GenerationOutput], DualVLLMCoordinator, FaultProxy]:
+    async def generated() -> tuple[list[GenerationOutput], DualVLLMCoordinator, FaultProxy]:
         proxies = [FaultProxy(pair.theta_url), FaultProxy(pair.t_url)]
         async with proxies[0].running(), proxies[1].running():
-            config = CoordinatorConfig(
-                theta_url=proxies[0].url, t_url=proxies[1].url, **{"decoding": "lockstep", **OPTIONS, **options}
-            )
+            config = configured(proxies[0].url, proxies[1].url, {**run, **options})
             async with DualVLLMCoordinator(config) as coordinator:
                 await coordinator.generate_batch(PROMPTS[:1], max_tokens=1)
                 bad = proxies[0 if side == "theta" else 1]
                 bad.fault, first = make_fault(bad), bad.completions
                 bad.when = lambda number: when(number - first)
-                return await coordinator.generate_batch(PROMPTS, max_tokens=MAX_TOKENS), coordinator, bad
+                return await generate(coordinator, run), coordinator, bad
 
-    return asyncio.run(asyncio.wait_for(run(), 100))
+    return asyncio.run(asyncio.wait_for(generated(), 100))
 
 
 # ---- changes to an answer -------------------------------------------------------------------------------------------
 
 
-def lists_of(answer: Any) -> list[dict[str, float]]:
-    """Those of a scored text are elsewhere; such an answer passes unchanged."""
-    return [row for choice in answer["choices"] for row in (choice["logprobs"] or {}).get("top_logprobs", [])]
+def lists(edit: Callable[[dict[str, float]], None]) -> Callable[[Any], None]:
+    """`edit` made to the last list of an answer, wherever it is: `{"token_id:7": -0.3}`, the token's own first."""
+
+    def change(answer: Any) -> None:
+        for choice in [*answer["choices"], answer]:
+            if choice.get("prompt_logprobs"):
+                row = choice["prompt_logprobs"][-1]
+                flat = {f"token_id:{token}": entry["logprob"] for token, entry in row.items()}
+                edit(flat)
+                row.clear()
+                row.update({key.removeprefix("token_id:"): {"logprob": value} for key, value in flat.items()})
+            elif (choice.get("logprobs") or {}).get("top_logprobs"):
+                edit(choice["logprobs"]["top_logprobs"][-1])
+        if answer.get("prompt_token_id_logprobs"):
+            array = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])))
+            named = {f"token_id:{i}": value for i, value in enumerate(array[-1].tolist())}
+            edit(named)
+            array = np.array([*array[:, : len(named)].tolist()[:-1], list(named.values())], dtype=np.float32)
+            answer["prompt_token_id_logprobs"] = encoded(array)
+
+    return change
+
+
+def encoded(array: np.ndarray) -> str:
+    content = io.BytesIO()
+    np.save(content, array)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def set_logprob(value: float) -> Callable[[Any], None]:
-    def change(answer: Any) -> None:
-        for row in lists_of(answer)[-1:]:
-            row[next(iter(row))] = value
-
-    return change
+    return lists(lambda row: row.update({next(iter(row)): value}))
 
 
-def all_impossible(answer: Any) -> None:
-    for row in lists_of(answer):
-        row.update(dict.fromkeys(row, -9999.0))
+all_impossible = lists(lambda row: row.update(dict.fromkeys(row, -9999.0)))
+more_than_all_the_mass = lists(lambda row: row.update(dict.fromkeys(row, -0.01)))
 
 
-def fewer_candidates(answer: Any) -> None:
-    for row in lists_of(answer)[:1]:
-        for key in list(row)[3:]:
-            del row[key]
+@lists
+def fewer_candidates(row: dict[str, float]) -> None:
+    for key in list(row)[1:][-3:]:
+        del row[key]
 
 
-def more_than_all_the_mass(answer: Any) -> None:
-    for row in lists_of(answer)[:1]:
-        row.update(dict.fromkeys(row, -0.5))
+def rename_first_token(name: str | None) -> Callable[[Any], None]:
+    """To one that the list does not hold where `name` is None."""
 
+    def edit(row: dict[str, float]) -> None:
+        first, *others = row.items()
+        free = next(f"token_id:{i}" for i in range(len(row) + 1) if f"token_id:{i}" not in row)
+        row.clear()
+        row.update([(name or free, first[1]), *others])
 
-def rename_first_token(name: str) -> Callable[[Any], None]:
-    def change(answer: Any) -> None:
-        for row in lists_of(answer)[:1]:
-            first, *others = row.items()
-            row.clear()
-            row.update([(name, first[1]), *others])
-
-    return change
+    return lists(edit)
 
 
 def drop_a_choice(answer: Any) -> None:
@@ -116,12 +156,13 @@ def number_twice(answer: Any) -> None:
 
 
 def no_logprobs(answer: Any) -> None:
-    answer["choices"][0]["logprobs"] = None
+    answer["prompt_logprobs"] = answer["prompt_token_id_logprobs"] = None
+    answer["choices"][0].update(logprobs=None, prompt_logprobs=None)
 
 
 def lists_are_text(answer: Any) -> None:
-    if lists_of(answer):
-        answer["choices"][0]["logprobs"]["top_logprobs"] = "none today"
+    answer["prompt_logprobs"] = answer["prompt_token_id_logprobs"] = "none today"
+    answer["choices"][0].update(logprobs={"top_logprobs": "none today"}, prompt_logprobs="none today")
 
 
 def other_model(answer: Any) -> None:
@@ -129,7 +170,7 @@ def other_model(answer: Any) -> None:
 
 
 def other_count(answer: Any) -> None:
-    answer["id"] = None
+    answer["id"] = answer["request_id"] = None
     answer["usage"]["prompt_tokens"] += 1
 
 
@@ -149,6 +190,7 @@ SURVIVED: dict[str, Callable[[FaultProxy], Fault]] = {
     "too much mass": lambda _: changed(more_than_all_the_mass),
     "outside the vocabulary": lambda _: changed(rename_first_token("token_id:100000")),
     "negative id": lambda _: changed(rename_first_token("token_id:-1")),
+    "another id": lambda _: changed(rename_first_token(None)),
     "not an id": lambda _: changed(rename_first_token("token_id:seven")),
     "a choice lost": lambda _: changed(drop_a_choice),
     "a choice twice": lambda _: changed(number_twice),
@@ -161,23 +203,54 @@ SURVIVED: dict[str, Callable[[FaultProxy], Fault]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "decoding"),
-    [(name, *(("theta", "block"), ("t", "lockstep"))[i % 2]) for i, name in enumerate(SURVIVED)],
-)
-def test_a_fault_now_and_then_changes_nothing(tiny_pair: TinyPair, name: str, side: str, decoding: str):
+def check_survived(pair: TinyPair, name: str, side: str, run: Run) -> None:
     """At every third request; each is asked again, and the tokens are those of an undisturbed run."""
     outputs, coordinator, proxy = run_behind_proxies(
-        tiny_pair,
+        pair,
         lambda proxy: fault_proxy.once_each(SURVIVED[name](proxy)),
         lambda number: number % 3 == 2,
         side,
-        decoding=decoding,
+        run,
     )
     assert proxy.injected >= 2
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, decoding)
+    assert tokens(outputs) == undisturbed(pair.theta_url, pair.t_url, run)
     assert coordinator.stats.retries >= 2
     assert all(math.isfinite(value) for output in outputs for value in output.importance_weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "run"),
+    [(name, *(("theta", BLOCK), ("t", LOCKSTEP), ("t", BLOCK))[i % 3]) for i, name in enumerate(SURVIVED)],
+    ids=str,
+)
+def test_a_fault_now_and_then_changes_nothing(tiny_pair: TinyPair, name: str, side: str, run: Run):
+    check_survived(tiny_pair, name, side, run)
+
+
+NAMED: Run = {"missing": "exact", "top_k": 5}
+TAIL: Run = {"support": "tail", "top_k": 3}
+POLICY: Run = {"targets": "none", "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "run"),
+    [
+        ("NaN", "t", NAMED),
+        ("half a document", "t", {**NAMED, **BLOCK}),
+        ("NaN", "theta", {**NAMED, **BLOCK}),
+        ("lists are text", "theta", {**NAMED, **BLOCK}),
+        ("minus infinity", "t", {"top_k": 3}),
+        ("500", "theta", TAIL),
+        ("another id", "theta", TAIL),
+        ("outside the vocabulary", "theta", {**TAIL, **BLOCK}),
+        ("negative id", "theta", POLICY),
+        ("fewer candidates", "theta", POLICY),
+        ("no logprobs", "theta", POLICY),
+    ],
+    ids=str,
+)
+def test_named_tokens_tail_draws_and_plain_generation(tiny_pair: TinyPair, name: str, side: str, run: Run):
+    check_survived(tiny_pair, name, side, run)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -196,15 +269,12 @@ def test_whatever_is_put_in_place_of_a_part_of_an_answer(tiny_pair: TinyPair, si
         container, key = rng.choice(places(answer))
         container[key] = rng.choice([None, [], {}, "junk", True, 1e300, [None], {"index": 0}])
 
+    run = (BLOCK, LOCKSTEP, {**NAMED, **BLOCK}, TAIL)[seed]
     outputs, _, proxy = run_behind_proxies(
-        tiny_pair,
-        lambda _: fault_proxy.once_each(changed(mutate)),
-        lambda number: number % 2 == 1,
-        side,
-        decoding=("block", "lockstep")[seed % 2],
+        tiny_pair, lambda _: fault_proxy.once_each(changed(mutate)), lambda number: number % 2 == 1, side, run
     )
     assert proxy.injected >= 2
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, ("block", "lockstep")[seed % 2])
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, run)
 
 
 def test_choices_out_of_order_are_put_in_order(tiny_pair: TinyPair):
@@ -212,7 +282,7 @@ def test_choices_out_of_order_are_put_in_order(tiny_pair: TinyPair):
         tiny_pair, lambda _: changed(lambda answer: answer["choices"].reverse()), lambda _: True, "theta"
     )
     assert proxy.injected >= MAX_TOKENS and coordinator.stats.retries == 0
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
 def test_a_request_that_hangs_is_given_up_and_asked_again(tiny_pair: TinyPair):
@@ -220,20 +290,45 @@ def test_a_request_that_hangs_is_given_up_and_asked_again(tiny_pair: TinyPair):
         tiny_pair, lambda _: fault_proxy.hang, lambda number: number == 3, "t", request_timeout=3.0
     )
     assert proxy.injected == 1
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
-@pytest.mark.parametrize("name", ["500", "NaN", "reset", "half a document", "an earlier answer", "no logprobs"])
-def test_a_fault_that_stays_is_reported_and_nothing_hangs(tiny_pair: TinyPair, name: str):
-    started = time.monotonic()
-    outputs, _, proxy = run_behind_proxies(tiny_pair, SURVIVED[name], lambda number: number > 3, "theta", max_retries=1)
-    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        *((name, LOCKSTEP) for name in ("500", "NaN", "reset", "half a document", "an earlier answer", "no logprobs")),
+        *((name, BLOCK) for name in ("500", "another id", "reset")),
+    ],
+    ids=str,
+)
+def test_a_fault_that_stays_is_reported_and_nothing_hangs(tiny_pair: TinyPair, name: str, run: Run):
+    started, first = time.monotonic(), 3 if run is LOCKSTEP else 10
+    outputs, _, proxy = run_behind_proxies(
+        tiny_pair, SURVIVED[name], lambda number: number > first, "theta", run, max_retries=1
+    )
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, run)
     for output, expected in zip(outputs, reference, strict=True):
         assert output.error is not None and proxy.url in output.error and output.finish_reason is None
         assert 0 < len(output.generated_tokens) < MAX_TOKENS
         assert output.generated_tokens == expected[: len(output.generated_tokens)]
         assert len(output.importance_weights) == len(output.logprobs_q) == len(output.generated_tokens)
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(("side", "run"), [("t", LOCKSTEP), ("theta", BLOCK), ("theta", TAIL)], ids=str)
+def test_a_server_that_answers_500_for_seconds_is_waited_for(tiny_pair: TinyPair, side: str, run: Run):
+    """As a proxy does while the server behind it is restarted."""
+    well_again: list[float] = []
+
+    async def fault(exchange: Exchange) -> web.StreamResponse:
+        well_again[:] = well_again or [time.monotonic() + 3]
+        status, content = await exchange.ask()
+        if time.monotonic() < well_again[0]:
+            status, content = 500, b"Internal Server Error"
+        return web.Response(body=content, status=status, content_type="application/json")
+
+    outputs, _, _ = run_behind_proxies(tiny_pair, lambda _: fault, lambda number: number > 4, side, run, max_retries=5)
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, run)
 
 
 def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):
@@ -249,7 +344,7 @@ def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):
 
     outputs, _, _ = run_behind_proxies(tiny_pair, lambda _: fault, lambda _: True, "t")
     assert [output.error is not None for output in outputs] == [i == 5 for i in range(8)]
-    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
     assert [o.generated_tokens for o in outputs[:5]] == reference[:5]
 
 
@@ -276,7 +371,7 @@ def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tup
 
     with EmbeddedServer(tiny_models[side], flags) as server:
         urls[side] = server.url
-        expected = undisturbed(*urls, "lockstep")
+        expected = undisturbed(*urls)
         outputs = asyncio.run(asyncio.wait_for(run(server), 100))
     assert tokens(outputs) == expected
 
@@ -309,7 +404,7 @@ def run_with_a_target_that_goes(
 
 def test_going_on_without_the_target(tiny_pair: TinyPair):
     outputs, coordinator = run_with_a_target_that_goes(tiny_pair, None, on_target_failure="policy")
-    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    reference = undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
     for output, expected in zip(outputs, reference, strict=True):
         assert output.error is None and len(output.generated_tokens) == MAX_TOKENS
         with_target = output.without_target.index(True)
@@ -326,7 +421,7 @@ def test_going_on_without_the_target(tiny_pair: TinyPair):
 
 def test_waiting_for_the_target(tiny_pair: TinyPair):
     outputs, _ = run_with_a_target_that_goes(tiny_pair, 3, on_target_failure="wait")
-    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, "lockstep")
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
 def test_by_default_a_target_that_goes_is_an_error(tiny_pair: TinyPair):

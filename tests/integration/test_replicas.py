@@ -149,7 +149,9 @@ def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> Non
 def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair) -> None:
     async def fault(exchange: Exchange) -> web.StreamResponse:
         status, content = await exchange.ask()
-        if any(prompt[:1] == [77] for prompt in json.loads(exchange.body)["prompt"] if isinstance(prompt, list)):
+        if any(
+            prompt[:1] == [77] for prompt in json.loads(exchange.body).get("prompt", []) if isinstance(prompt, list)
+        ):
             status, content = 500, b"{}"
         return web.Response(body=content, status=status, content_type="application/json")
 
@@ -162,6 +164,59 @@ def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair)
                 assert [output.error is None for output in outputs] == [True, False, True]
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("fault", [fault_proxy.reset, fault_proxy.error(429), fault_proxy.error(500), fault_proxy.hang])
+def test_replicas_that_say_they_are_well_and_answer_nothing_are_reported(
+    tiny_pair: TinyPair, fault: fault_proxy.Fault
+) -> None:
+    async def run() -> None:
+        async with FaultProxy(tiny_pair.t_url).running() as a, FaultProxy(tiny_pair.t_url).running() as b:
+            options = {**OPTIONS, "top_k": 20, "max_retries": 1, "request_timeout": 1.0}
+            config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=[a.url, b.url], **options)
+            async with DualVLLMCoordinator(config) as coordinator:
+                tokens(await coordinator.generate_batch([[10, 20]], max_tokens=2))
+                a.fault = b.fault = fault
+                outputs = await coordinator.generate_batch([[10 + i, 20] for i in range(4)], max_tokens=4)
+                assert all(a.url in str(output.error) and output.generated_tokens == [] for output in outputs)
+                a.fault = b.fault = None
+                tokens(await coordinator.generate_batch([[10, 20]], max_tokens=2))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_replica_that_does_not_confirm_new_weights_stays_out_until_it_does() -> None:
+    """The second of two answers nonsense to the update, once: it may have the old weights, and is given them again."""
+
+    class Server:
+        def __init__(self, url: str, nonsense: int):
+            self.url, self.nonsense, self.weights = url, nonsense, "old"
+
+        async def health(self) -> None:
+            pass
+
+        async def check_sees(self, path: str) -> None:
+            pass
+
+        async def reload_weights(self, path: str) -> None:
+            if self.nonsense:
+                self.nonsense -= 1
+                raise EngineProtocolError("HTTP 500", url=self.url)
+            self.weights = path
+
+    async def run() -> None:
+        servers = [Server("a", 0), Server("b", 1), Server("c", 2)]
+        both = Replicas(servers, max_retries=0)  # type: ignore[arg-type]
+        await both.reload_weights("new")
+        assert [server.weights for server in servers] == ["new", "new", "old"]
+        assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b"]
+        await asyncio.sleep(0.3)
+        await both.health()
+        await asyncio.sleep(0.05)
+        assert servers[2].weights == "new"
+        assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b", "c"]
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_when_all_are_gone_it_is_said() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
-from dual_rollout.engines import HttpTransport, SGLangEngine
+from dual_rollout.engines import HttpTransport, SGLangEngine, answers
 from dual_rollout.exceptions import (
     EngineError,
     EngineProtocolError,
@@ -43,6 +43,11 @@ from tests.markov_server import MarkovServer
 from tests.sglang_stub import SGLangStub, markov
 
 PROMPTS = [[1, 2], [3, 4, 5], [0]]
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_PAUSE_S", 0.01)
 
 
 def with_engine(
@@ -520,6 +525,10 @@ def without_lists(answers: list[dict[str, Any]]) -> Any:
         spoil_top(lambda row: [[entry[0], None, None] for entry in row]),
         spoil_top(lambda row: [[0.5, entry[1], None] for entry in row]),
         spoil_top(lambda row: [["-0.5x", entry[1], None] for entry in row]),
+        spoil_top(lambda row: [[entry[0], 10**30, None] for entry in row]),
+        spoil_top(lambda row: [row[0]] * len(row)),
+        spoil_top(lambda row: [[-0.1, entry[1], None] for entry in row]),
+        spoil_top(lambda row: [row[0], *([-9999.0, entry[1], None] for entry in row[1:])]),
         spoil_top(lambda row: 3),
     ],
 )
@@ -529,6 +538,40 @@ def test_answers_of_another_shape_are_protocol_errors(alter):
     with pytest.raises(EngineProtocolError) as caught:
         with_engine(stub, lambda engine: engine.next_top_k(PROMPTS, 3))
     assert str(caught.value).startswith(stub.url)
+
+
+def test_an_answer_that_is_spoilt_once_is_asked_for_again():
+    """A duplicate of the first answer, an abort, and an internal error; each time the second answer is right."""
+    stub, expected = theta_stub(), with_engine(theta_stub(), lambda engine: engine.next_top_k(PROMPTS, 3))
+    first: list[Any] = []
+
+    def alter(answers: list[dict[str, Any]]) -> Any:
+        if not first:
+            first.append(answers)
+        elif len(stub.requests) == 2:
+            return first[0]
+        elif len(stub.requests) == 4:
+            answers[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "paused"}
+        return answers
+
+    async def use(engine: SGLangEngine) -> None:
+        await engine.next_top_k([[2], [3], [4]], 3)
+        for count in (3, 5, 6):
+            if count == 6:
+                stub.failures = [(500, {"message": "crashed"})]
+            top = await engine.next_top_k(PROMPTS, 3)
+            np.testing.assert_array_equal(top.token_ids, expected.token_ids)
+            np.testing.assert_array_equal(top.logprobs, expected.logprobs)
+            assert len(stub.requests) == count + (count == 6)
+
+    stub.alter = alter
+    with_engine(stub, use)
+
+
+@pytest.mark.parametrize("limit", ["x", 1.5, -3, True, [1]])
+def test_a_limit_that_is_none_is_a_protocol_error(limit: Any):
+    with pytest.raises(EngineProtocolError, match="max_req_input_len"):
+        with_engine(theta_stub(max_req_input_len=limit), lambda engine: engine.describe())
 
 
 def test_texts_in_the_triples_do_no_harm():
@@ -558,7 +601,7 @@ def test_an_abort_is_no_answer():
         return answers
 
     stub.alter = alter
-    with pytest.raises(EngineUnavailableError, match="Abort in waiting queue"):
+    with pytest.raises(EngineProtocolError, match="Abort in waiting queue"):
         with_engine(stub, lambda engine: engine.next_top_k(PROMPTS, 3))
 
 
@@ -579,7 +622,7 @@ BAD_FIELD = {"object": "error", "message": "input_ids must be ints", "type": "Ba
 )
 def test_errors_by_class(status: int, body: Any, error: type[EngineError], says: str):
     stub = theta_stub()
-    stub.failures = [(status, body)]
+    stub.failures = [(status, body)] * 3
     with pytest.raises(error, match=says):
         with_engine(stub, lambda engine: engine.next_top_k(PROMPTS, 3))
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,13 +36,13 @@ class FaultyServer:
         self.url = ""
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[FaultyServer]:
+    async def running(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultyServer]:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
         try:
             yield self
         finally:
@@ -305,6 +309,62 @@ def test_retry_after_may_be_a_date():
     server = FaultyServer(status(429, **{"Retry-After": format_datetime(soon, usegmt=True)}), ok)
     assert post(server) == {"fine": True}
     assert server.arrivals[1] - server.arrivals[0] > 0.5
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Sat, 01 Jan 0001 00:00:00 +9999",
+        "soon",
+        "-5",
+        "Mon, 99 Foo 20 1:1:1",
+    ],
+)
+def test_a_date_that_is_none_is_no_reason_to_wait(header: str):
+    server = FaultyServer(status(429, **{"Retry-After": header}), ok)
+    assert post(server) == {"fine": True}
+    assert server.arrivals[1] - server.arrivals[0] < 1.5
+
+
+def test_a_wait_that_total_timeout_does_not_allow_is_not_begun():
+    server = FaultyServer(status(429, **{"Retry-After": "100"}), ok)
+    started = time.perf_counter()
+    with pytest.raises(EngineUnavailableError, match="total_timeout"):
+        post(server, total_timeout=15.0)
+    assert time.perf_counter() - started < 5 and len(server.arrivals) == 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate, signed by itself, of 127.0.0.1."""
+    openssl, file = shutil.which("openssl"), tmp_path_factory.mktemp("tls") / "server.pem"
+    if openssl is None:
+        pytest.skip("needs openssl to make a certificate")
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    options = ["-x509", "-nodes", "-days", "1", "-keyout", str(file), "-out", str(file) + ".crt"]
+    subprocess.run([openssl, "req", *options, *curve, *subject], check=True, capture_output=True, timeout=60)
+    return file
+
+
+def test_a_server_whose_certificate_nobody_vouches_for_gets_no_request(certificate: Path, monkeypatch):
+    monkeypatch.setenv("DUAL_ROLLOUT_API_KEY", "a-test-value")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(f"{certificate}.crt", certificate)
+
+    async def run() -> Any:
+        server = FaultyServer(ok)
+        async with server.running(context):
+            transport = HttpTransport(server.url, max_retries=0)
+            try:
+                return await transport.post("/v1/completions", {})
+            finally:
+                assert server.arrivals == [], "nor the key"
+                await transport.aclose()
+
+    with pytest.raises(EngineUnavailableError, match=r"[Cc]ertificate"):
+        asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_requests_share_a_bounded_pool():

@@ -28,6 +28,18 @@ def test_floats_come_back() -> None:
     np.testing.assert_array_equal(decoded, array)
 
 
+def with_header(header: str, length: int | None = None) -> str:
+    """A file of 48 bytes that says of itself what `header` says."""
+    size = (len(header) + 1 if length is None else length).to_bytes(2, "little")
+    return base64.b64encode(b"\x93NUMPY\x01\x00" + size + header.encode() + b"\n" + bytes(48)).decode()
+
+
+def test_what_numpy_writes_for_transposed_arrays_is_read() -> None:
+    array = np.arange(6, dtype=">f4").reshape(3, 2).T
+    np.testing.assert_array_equal(decoded_floats(encoded(np.save, array), (2, 3)), array)
+    assert decoded_floats(with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }"), (2, 3)).sum() == 0
+
+
 class Exploding:
     def __reduce__(self) -> Any:
         return (pytest.fail, ("a pickle was loaded",))
@@ -45,9 +57,30 @@ class Exploding:
         encoded(np.save, np.zeros((3, 2))),
         encoded(np.save, np.zeros((2, 3), dtype=np.int64)),
         encoded(np.savez, np.zeros((2, 3))),
+        base64.b64encode(b"PK\x03\x04 no archive").decode(),
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000, 1000000000), }"),
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }", length=60000),
+        with_header("(" * 2000),
+        with_header("{'descr': '"),
         encoded(np.save, np.array([[Exploding()] * 3] * 2, dtype=object), allow_pickle=True),
     ],
-    ids=["null", "number", "empty", "text", "bytes", "cut off", "shape", "integers", "archive", "pickle"],
+    ids=[
+        "null",
+        "number",
+        "empty",
+        "text",
+        "bytes",
+        "cut off",
+        "shape",
+        "integers",
+        "archive",
+        "no archive",
+        "absurd",
+        "long header",
+        "nested",
+        "open",
+        "pickle",
+    ],
 )
 def test_anything_else_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"not base64|instead of floats"):

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding import outage
 from dual_rollout.decoding.record import DecodingStats, Recorder
 from dual_rollout.decoding.scheduler import Scheduler, advance
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Choice, Load, Tuner
-from dual_rollout.exceptions import EngineRejectedError, EngineUnavailableError
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 
 
 def sequences(count: int, max_tokens: int = 4) -> list[DecodingSequence]:
@@ -26,18 +27,22 @@ def add_token(sequence: DecodingSequence) -> None:
 
 
 class OneToken:
-    """A mode that gives every sequence a token, and refuses a round with one of `bad` prompts in it."""
+    """A mode that gives every sequence a token, and refuses a round with one of `bad` prompts in it. Until its
+    `well_from`-th round the server answers nonsense."""
 
-    def __init__(self, bad: set[int] | None = None, down: bool = False):
+    def __init__(self, bad: set[int] | None = None, down: bool = False, well_from: int = 0):
         self.rounds: list[int] = []
         self._bad = bad or set()
         self._down = down
+        self._well_from = well_from
 
     async def advance(self, batch: list[DecodingSequence]) -> None:
         self.rounds.append(len(batch))
         await asyncio.sleep(0)
         if self._down:
             raise EngineUnavailableError("gone", url="http://nowhere")
+        if len(self.rounds) < self._well_from:
+            raise EngineProtocolError("HTTP 500", url="http://nowhere")
         if any(sequence.context_theta[0] in self._bad for sequence in batch):
             raise EngineRejectedError("bad prompt", url="http://nowhere", status=400)
         for sequence in batch:
@@ -82,7 +87,7 @@ def test_rounds_can_be_counted_and_resumed() -> None:
 
 def test_a_bad_prompt_is_found_and_fails_alone() -> None:
     batch = sequences(9)
-    asyncio.run(advance(OneToken(bad={4}), batch))
+    asyncio.run(advance(OneToken(bad={4}), batch, retries=5))
     assert [sequence.failure is not None for sequence in batch] == [i == 4 for i in range(9)]
     assert [len(sequence.tokens) for sequence in batch] == [0 if i == 4 else 1 for i in range(9)]
 
@@ -90,9 +95,34 @@ def test_a_bad_prompt_is_found_and_fails_alone() -> None:
 def test_a_server_that_is_gone_fails_the_round() -> None:
     batch = sequences(3)
     mode = OneToken(down=True)
-    asyncio.run(advance(mode, batch))
+    asyncio.run(advance(mode, batch, retries=5))
     assert all(isinstance(sequence.failure, EngineUnavailableError) for sequence in batch)
     assert mode.rounds == [3], "a dead server is not asked again for every sequence"
+
+
+def test_a_server_that_answers_everything_badly_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "_FIRST_PATIENCE_S", 0.001)
+    batch = sequences(4)
+    asyncio.run(advance(OneToken(bad={2}, well_from=7 + 7 + 1), batch, retries=2))  # two rounds with all their halves
+    assert [sequence.failure is not None for sequence in batch] == [i == 2 for i in range(4)]
+    assert [len(sequence.tokens) for sequence in batch] == [0 if i == 2 else 1 for i in range(4)]
+    batch = sequences(4)
+    asyncio.run(advance(OneToken(well_from=7 + 7 + 1), batch, retries=1))
+    assert all(isinstance(sequence.failure, EngineProtocolError) for sequence in batch)
+
+
+def test_no_sequence_begins_once_a_server_is_gone() -> None:
+    all_of_them = sequences(50)
+    mode = OneToken(down=True)
+    scheduler = Scheduler(all_of_them, recorder(4))
+
+    async def run() -> None:
+        await scheduler.run(mode, groups=2)
+        await scheduler.finish()
+
+    asyncio.run(run())
+    assert all(isinstance(sequence.failure, EngineUnavailableError) for sequence in all_of_them)
+    assert len(mode.rounds) == 2, "each group finds it out once"
 
 
 def test_the_random_stream_of_a_position_can_be_asked_twice() -> None:
