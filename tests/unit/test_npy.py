@@ -115,5 +115,5 @@ def test_named_rows_that_the_cache_holds_are_asked_for_without_it(uncached: int 
 
 
 def test_named_rows_that_are_not_there_at_all_are_a_fault() -> None:
-    with pytest.raises(EngineProtocolError, match=r"\(2, 2\) instead of floats \(3, 2\)"):
+    with pytest.raises(EngineProtocolError, match=r"\(2, 2\) floats in 16 bytes instead of floats \(3, 2\)"):
         asyncio.run(VLLMEngine(FewRows(2, whole=2))._named_rows([1, 2, 3, 4, 5], 3, [7, 9]))
