@@ -67,6 +67,7 @@ class DualTrainerMixin(_Trainer):
     """
 
     _train_sampler: Any = None
+    _scoring_seconds = 0.0  # since the optimisation step began
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class DualTrainerMixin(_Trainer):
         return super().train(*args, **kwargs)
 
     def remove_sent_weights(self) -> None:
-        """Remove what was written for π_θ's server, which holds it by now: of an adapter the last version is kept."""
+        """Remove what was written for π_θ's server: of a run that was killed, or the last adapter, which is kept for it."""
         if self.is_world_process_zero():
             shutil.rmtree(self._weight_folder, ignore_errors=True)
 
