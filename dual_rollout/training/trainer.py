@@ -133,7 +133,7 @@ class DualTrainerMixin(_Trainer):
         return super().train(*args, **kwargs)
 
     def remove_sent_weights(self) -> None:
-        """Remove what was written for π_θ's server: of a run that was killed, or the last adapter, which is kept for it."""
+        """Remove what was written for π_θ's server and is still there: of a killed run, or a run's last adapter."""
         if self.is_world_process_zero():
             shutil.rmtree(self._weight_folder, ignore_errors=True)
 
