@@ -29,12 +29,6 @@ def recorded(completions: list[Any], trainer_state: Any, weight_version: list[in
     return [float(sum(ids) % 7) for ids in columns["completion_ids"]]
 
 
-def closeness(completions: list[Any], solution: list[str], **_: Any) -> list[float]:
-    """In place of a checker of answers that is not installed: needs the same columns, differs between completions."""
-    texts = [completion[0]["content"] for completion in completions]
-    return [float(len(set(text) & set(answer))) + len(text) % 3 for text, answer in zip(texts, solution, strict=True)]
-
-
 def read_records(folder: Path, process: int) -> list[dict[str, Any]]:
     """What process `process` recorded, in order."""
     return [json.loads(line) for line in (folder / f"{process}.jsonl").read_text().splitlines()]

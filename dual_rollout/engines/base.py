@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -235,6 +235,14 @@ class Engine(Protocol):
 
     def use_lora(self, name: str) -> None:
         """From now on ask for the model with this adapter."""
+        ...
+
+    def weights_given(self) -> Any:
+        """What another process must know to notice when the server loses the weights given here; picklable."""
+        ...
+
+    def adopt_weights(self, given: Any) -> None:
+        """From now on take the server to have the weights that another process gave it, whose `weights_given` it is."""
         ...
 
     async def loads_lora(self) -> bool:

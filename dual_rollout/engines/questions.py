@@ -106,6 +106,16 @@ class Questions:
                 logger.warning("%s does not tell when it was started: a restart would go unnoticed", self._http.url)
             self._born, self._seen, self._lost = born, seen, False
 
+    @property
+    def born(self) -> float | None:
+        """When the server process that took the weights was started; None where it does not say, or took none."""
+        return self._born
+
+    def adopt(self, born: float | None) -> None:
+        """Notice a restart as if the weights that the process of that birth took had been given from here."""
+        self._born, self._lost = born, False
+        self._seen = -1  # the first answer is confirmed: it may have been restarted since
+
     async def confirm(self) -> None:
         """Raise if the server is another process than the one that took the weights, if it took any."""
         if self._born is None:

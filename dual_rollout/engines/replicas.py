@@ -221,6 +221,20 @@ class Replicas:
         for replica in self._replicas:
             replica.engine.use_lora(name)
 
+    def weights_given(self) -> tuple[int, list[tuple[bool, Any]]]:
+        """The newest version, and of each replica whether it took it, with its own `weights_given`."""
+        return self._version, [(r.version == self._version, r.engine.weights_given()) for r in self._replicas]
+
+    def adopt_weights(self, given: tuple[int, list[tuple[bool, Any]]]) -> None:
+        """A replica that did not take them stays out until the next ones: the folder is the other process's."""
+        self._version, taken = given
+        for replica, (took, birth) in zip(self._replicas, taken, strict=True):
+            replica.version = self._version if took else -1
+            replica.engine.adopt_weights(birth)
+            if not took:
+                error = EngineUnavailableError("did not take the newest weights", url=replica.engine.url)
+                self._take_out(replica, error)
+
     async def reload_weights(self, path: str) -> None:
         async def sync(engine: Engine) -> None:
             await engine.check_sees(path)  # a server may die of a folder that is not there, and it goes after the sync
@@ -397,6 +411,8 @@ class Replicas:
                     raise EngineProtocolError(
                         "does not serve the weights of the other replicas", url=replica.engine.url
                     )
+            if replica.version != self._version:  # nothing to give it here, or newer ones came meanwhile
+                raise EngineUnavailableError("does not have the newest weights", url=replica.engine.url)
         except EngineError as error:
             if replica.out_until is not None:  # others may have tried it at the same time
                 self._take_out(replica, error)

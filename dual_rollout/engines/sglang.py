@@ -276,6 +276,12 @@ class SGLangEngine:
     def use_lora(self, name: str) -> None:
         self._lora = name
 
+    def weights_given(self) -> None:
+        return None
+
+    def adopt_weights(self, given: None) -> None:
+        pass  # a restart of SGLang's server goes unnoticed in any process
+
     async def loads_lora(self) -> bool:
         await self.describe()
         return bool(self._server.get("enable_lora"))

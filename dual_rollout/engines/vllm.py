@@ -283,6 +283,12 @@ class VLLMEngine:
     def use_lora(self, name: str) -> None:
         self._lora = name
 
+    def weights_given(self) -> float | None:
+        return self._questions.born
+
+    def adopt_weights(self, given: float | None) -> None:
+        self._questions.adopt(given)
+
     async def loads_lora(self) -> bool:
         # An adapter that cannot exist is refused for that reason only by a server that could load one.
         try:

@@ -60,11 +60,13 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
     dual_importance_sampling_clip_min: float = field(default=0.0, metadata={"help": "Lower bound on a weight."})
     dual_importance_sampling_clip_max: float = field(default=3.0, metadata={"help": "Upper bound on a weight."})
     dual_alpha_schedule: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "How bounds on α move over the training steps to their dual_*_end."}
+        default="constant", metadata={"help": "How what has a dual_*_end moves there over the training steps."}
     )
     dual_kl_budget_end: float | None = field(
         default=None, metadata={"help": "dual_kl_budget at the last step, in nats; 0 ends on-policy."}
     )
+    dual_fixed_alpha_end: float | None = field(default=None, metadata={"help": "dual_fixed_alpha at the last step."})
+    dual_alpha_min_end: float | None = field(default=None, metadata={"help": "dual_alpha_min at the last step."})
     dual_alpha_max_end: float | None = field(default=None, metadata={"help": "dual_alpha_max at the last step."})
     dual_weight_sync: Literal["auto", "disk", "lora"] = field(
         default="auto",
@@ -123,6 +125,8 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
         return AlphaSchedule(
             shape=self.dual_alpha_schedule,
             kl_budget_end=self.dual_kl_budget_end,
+            fixed_alpha_end=self.dual_fixed_alpha_end,
+            alpha_min_end=self.dual_alpha_min_end,
             alpha_max_end=self.dual_alpha_max_end,
         )
 
@@ -151,18 +155,6 @@ class Recipe:
     script: TrainScriptArguments
     training: GRPOConfig
     model: ModelConfig
-
-
-def _check_save_steps(training: GRPOConfig) -> None:
-    """A checkpoint between two uses of one rollout could not be resumed: the rollout is not in it."""
-    uses = (training.steps_per_generation or 1) * training.num_iterations
-    every = training.save_steps * training.gradient_accumulation_steps
-    if training.save_strategy == "steps" and training.save_steps >= 1 and every % uses:
-        raise ValueError(
-            f"save_steps={training.save_steps:g} would save in the middle of a rollout, which a resumed run could not "
-            f"continue: one serves steps_per_generation x num_iterations = {uses} batches, "
-            f"and a step takes gradient_accumulation_steps = {training.gradient_accumulation_steps} of them"
-        )
 
 
 def _check_rollouts(dual: DualArguments, training: GRPOConfig) -> None:
@@ -208,7 +200,6 @@ def parse_recipe(argv: list[str]) -> Recipe:
         raise ValueError(f"TRL does not take the recipe's values: {error}") from error
     if model.model_name_or_path is None:
         raise ValueError("set model_name_or_path to the policy")
-    _check_save_steps(training)
     try:
         _check_rollouts(dual, training)
     except ValueError as error:

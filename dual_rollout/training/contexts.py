@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +47,20 @@ class Contexts:
 
 
 class ContextsByPrompt:
-    """Finds the contexts of prompts in a trainer's datasets, for a rollout function, which is given prompts alone."""
+    """Finds the contexts of prompts in a trainer's dataset, for a rollout function, which is given prompts alone."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, dict[bytes, dict[str, Any]]]] = {}
+        self._known: tuple[Any, dict[bytes, dict[str, Any]]] = (None, {})
 
     def find(self, prompts: Sequence[Prompt], trainer: Any) -> Contexts:
-        """The contexts of `prompts`, rows of the training or the evaluation dataset.
+        """The contexts of `prompts`, rows of the training dataset.
 
         Raises:
             ValueError: the dataset cannot be looked up, or has two contexts for one prompt, or a prompt is not in it.
         """
-        mode = "train" if trainer.model.training else "eval"
-        by_prompt = self._of(trainer, mode)
-        if mode == "eval" and trainer.eval_dataset is None:
-            by_prompt = self._of(
-                trainer, "train"
-            )  # if that one has contexts, the one given to `evaluate` must be known
+        if self._known[0] is not trainer.train_dataset:
+            self._known = (trainer.train_dataset, _by_prompt(trainer.train_dataset))
+        by_prompt = self._known[1]
         if not by_prompt:
             return Contexts()
         rows = []
@@ -69,18 +68,11 @@ class ContextsByPrompt:
             context = by_prompt.get(_key(prompt))
             if context is None:
                 raise ValueError(
-                    f"a prompt is not in the trainer's {mode}_dataset, where its {' and '.join(CONTEXT_COLUMNS)} would "
+                    f"a prompt is not in the trainer's train_dataset, where its {' and '.join(CONTEXT_COLUMNS)} would "
                     f"be looked up: use DualGRPOTrainer, which sees the rows themselves. It begins {str(prompt)[:80]!r}"
                 )
             rows.append({"prompt": prompt, **context})
         return Contexts.from_rows(rows)
-
-    def _of(self, trainer: Any, mode: str) -> dict[bytes, dict[str, Any]]:
-        dataset = getattr(trainer, f"{mode}_dataset")
-        if mode not in self._known or self._known[mode][0] is not dataset:
-            parts = dataset.values() if isinstance(dataset, Mapping) else [] if dataset is None else [dataset]
-            self._known[mode] = (dataset, _by_prompt(parts))
-        return self._known[mode][1]
 
 
 def target_prompt(row: Mapping[str, Any], *, template: str | None = None, system_prompt: str | None = None) -> Prompt:
@@ -92,7 +84,8 @@ def target_prompt(row: Mapping[str, Any], *, template: str | None = None, system
         system_prompt: the system turn, in place of the prompt's own if it has one; the row's columns in braces.
 
     Raises:
-        ValueError: a template that names a column the row lacks, or a system turn for a prompt that is a string.
+        ValueError: a template whose braces hold no column of the row, or one that is null there; a system turn for a
+            prompt that is a string.
     """
     prompt = row["prompt"] if row.get(T_PROMPT_COLUMN) is None else row[T_PROMPT_COLUMN]
     if template is not None:
@@ -115,32 +108,38 @@ def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str
 
 def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
     try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        for column in (re.split(r"[.[]", field)[0] for field in fields):
+            if column not in row:
+                raise ValueError(f"{column!r} is none of the dataset's columns {', '.join(row)}")
+            if row[column] is None:
+                raise ValueError(f"the column {column!r} is null in a row: fill it, or leave the row out")
         return template.format(**row)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{name} names {error}, but the dataset has the columns {', '.join(row)}") from error
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{name} {template!r}: {error}. Columns stand in braces; write {{{{ and }}}} for braces themselves"
+        ) from error
 
 
-def _by_prompt(datasets: Iterable[Any]) -> dict[bytes, dict[str, Any]]:
-    """The context of every prompt; empty where no dataset has one of the columns."""
-    datasets = list(datasets)
-    names = [set(dataset.column_names or next(iter(dataset))) for dataset in datasets]
-    if not any(columns & set(CONTEXT_COLUMNS) for columns in names):
+def _by_prompt(dataset: Any) -> dict[bytes, dict[str, Any]]:
+    """The context of every prompt; empty where the dataset has none of the columns."""
+    named = {*(dataset.column_names or next(iter(dataset)))} & {*CONTEXT_COLUMNS}
+    if not named:
         return {}
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{' and '.join(sorted(named))} cannot be looked up in a streamed dataset: use DualGRPOTrainer, which sees "
+            "the rows themselves"
+        )
     found: dict[bytes, dict[str, Any]] = {}
-    for dataset, columns in zip(datasets, names, strict=True):
-        if not isinstance(dataset, Dataset):
+    for row in dataset.select_columns(["prompt", *sorted(named)]):
+        context = {name: row.get(name) for name in CONTEXT_COLUMNS}
+        if found.setdefault(_key(row["prompt"]), context) != context:
             raise ValueError(
-                f"{' and '.join(sorted(columns & set(CONTEXT_COLUMNS)))} cannot be looked up in a streamed dataset: "
-                "use DualGRPOTrainer, which sees the rows themselves"
+                "two rows have one prompt, but not one t_prompt and t_target, and a rollout function is given the "
+                "prompt alone: use DualGRPOTrainer, which sees the rows themselves. The prompt begins "
+                f"{str(row['prompt'])[:80]!r}"
             )
-        for row in dataset.select_columns(sorted(columns & {"prompt", *CONTEXT_COLUMNS})):
-            context = {name: row.get(name) for name in CONTEXT_COLUMNS}
-            if found.setdefault(_key(row["prompt"]), context) != context:
-                raise ValueError(
-                    "two rows have one prompt, but not one t_prompt and t_target, and a rollout function is given the "
-                    "prompt alone: use DualGRPOTrainer, which sees the rows themselves. The prompt begins "
-                    f"{str(row['prompt'])[:80]!r}"
-                )
     return found
 
 

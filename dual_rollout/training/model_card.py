@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from dual_rollout import __version__
-from dual_rollout.training.contexts import T_PROMPT_COLUMN
+from dual_rollout.config import NO_TARGET
+from dual_rollout.training.contexts import T_PROMPT_COLUMN, T_TARGET_COLUMN
 
 _BEFORE = "### Framework versions"
 """The heading of TRL's card in front of which the section stands."""
@@ -20,20 +23,23 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
     """Markdown: what q* was, between which models, and how its weights entered the loss. Names no server.
 
     Args:
-        trainer: a `DualTrainerMixin`, whose servers are asked for their models' names unless they have been before.
+        trainer: a `DualTrainerMixin`, whose servers are asked for their models' names unless they have been before. A
+            name is "unknown" while its server does not answer.
         mode, clip: how it applies importance weights.
     """
     config, schedule = trainer.rollout.config, trainer.rollout.schedule
-    policy, target = map(_without_folders, trainer.rollout.served_models())
+    routes = _routes(trainer)
+    named = sorted(name for name in routes if name not in (None, NO_TARGET))
     names = [*_ALPHA, *(() if config.engine == "native" else _LISTS)]
     settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     settings["temperature"] = trainer.temperature
     for name, end in schedule.ends.items():
         settings[name] = f"{settings[name]} to {end}, {schedule.shape} over the training steps"
     rows = {
-        "policy π_θ": policy,
-        "target π_t": target + (", which saw prompts of its own" if _has_t_prompts(trainer) else ""),
-        **({"further targets": ", ".join(config.targets)} if config.targets else {}),
+        "policy π_θ": _without_folders(trainer.rollout.served_model("theta")),
+        "target π_t": _target(trainer, routes),
+        **({"further targets": ", ".join(named)} if named else {}),
+        **({"rows without a target": "drawn from π_θ"} if NO_TARGET in routes else {}),
         "servers": "one native server" if config.engine == "native" else f"{config.theta_engine}, {config.t_engine}",
         **{f"`{name}`": value for name, value in settings.items()},
         "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
@@ -57,8 +63,20 @@ def _correction(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
     return mode if mode == "none" else f"{mode}, bounds {clip['clip_min']:g} and {clip['clip_max']:g}"
 
 
-def _has_t_prompts(trainer: Any) -> bool:
-    return T_PROMPT_COLUMN in (getattr(trainer.train_dataset, "column_names", None) or [])
+def _routes(trainer: Any) -> set[Any]:
+    """The targets that rows of the training dataset name, None for the one at `t_url`; of a stream, all there are."""
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset):
+        return {None, *(trainer.rollout.config.targets or {})}
+    return set(dataset.unique(T_TARGET_COLUMN)) if T_TARGET_COLUMN in dataset.column_names else {None}
+
+
+def _target(trainer: Any, routes: set[Any]) -> str:
+    if None not in routes:
+        return "none but those that rows name"
+    columns = getattr(trainer.train_dataset, "column_names", None) or []
+    name = _without_folders(trainer.rollout.served_model("t"))
+    return f"{name}, which saw prompts of its own" if T_PROMPT_COLUMN in columns else name
 
 
 def _without_folders(model: str) -> str:

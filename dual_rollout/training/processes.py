@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dual_rollout.exceptions import DualRolloutError
+
+
+def process_index() -> int:
+    """The number of this process among those of its run; 0 for the main one, and for the only one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 @contextlib.contextmanager

@@ -22,8 +22,11 @@ _ROWS = (
     ("update, s", "perf/update_s", "{:.1f}"),
 )
 
-_OF_A_STEP = ("loss", "eval_loss")
-"""Keys of a log entry that is about a training step or an evaluation, not about the whole run."""
+
+def _is_of_a_step(logs: dict[str, Any]) -> bool:
+    """Whether a log entry is about a training step or an evaluation (of one of several datasets, `eval_<name>_loss`),
+    not about the whole run."""
+    return any(name == "loss" or (name.startswith("eval_") and name.endswith("_loss")) for name in logs)
 
 
 class RunReport(TrainerCallback):
@@ -45,8 +48,9 @@ class RunReport(TrainerCallback):
             rewritten.replace(self._path)  # whole or not at all, for this run may be killed too
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or logs.keys().isdisjoint(_OF_A_STEP):
+        if not state.is_world_process_zero or not logs or not _is_of_a_step(logs):
             return
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # an evaluation may come before any training
         entry = {"step": state.global_step, **logs}
         self._entries.append(entry)
         with self._path.open("a") as file:

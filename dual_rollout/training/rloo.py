@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from trl import RLOOTrainer
 
+from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import check_training_args
 from dual_rollout.training.trainer import DualTrainerMixin
 
@@ -40,6 +41,9 @@ class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any
     ) -> list[list[int]]:
+        with fail_together():
+            if images is not None:
+                raise ValueError("a prompt has an image, and rollouts from q* are of text alone")
         self._rollout_rows = self.rollout(prompt_ids, self)
         return self._rollout_rows["completion_ids"]
 

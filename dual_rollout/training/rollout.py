@@ -9,26 +9,29 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import NO_TARGET, CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
-from dual_rollout.exceptions import RolloutError
-from dual_rollout.functional.weights import effective_sample_size, pareto_k
-from dual_rollout.training.contexts import ContextsByPrompt
-from dual_rollout.training.processes import fail_together
+from dual_rollout.exceptions import EngineError, RolloutError
+from dual_rollout.functional.weights import pareto_k
+from dual_rollout.training.contexts import Contexts, ContextsByPrompt
+from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import GenerationOutput, Prompt
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_NAME_WITHIN_S = 5.0  # for a model card, which no run should wait for long
 
 ADAPTER_NAME = "dual-rollout-policy"
 """The policy's adapter on its server."""
@@ -98,6 +101,9 @@ class DualRollout:
     or evaluates, and the number of the rollout within that step, and on nothing else: a resumed run goes on with the
     same ones, and evaluation does not change them.
 
+    A trainer that evaluates (its model is not in training mode) gets completions of π_θ alone, α = 0 and weight 1, for
+    it is the policy that is evaluated. With engine "native", whose server has q* alone, they are of q*, with a warning.
+
     Args:
         config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
@@ -114,8 +120,8 @@ class DualRollout:
         self.schedule.at(config, 1.0)
         self._streams: dict[str, tuple[int, int]] = {}
         self._contexts = ContextsByPrompt()
-        self._warned = False
-        self._served_models: tuple[str, str] | None = None
+        self._warned: set[str] = set()
+        self._served_models: dict[str, str] = {}
         self._loop: _LoopThread | None = None
         self._coordinator: DualVLLMCoordinator | None = None
 
@@ -123,8 +129,7 @@ class DualRollout:
         """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
 
         What π_t sees (`t_prompt`) and which target it is (`t_target`) come from the rows that `DualGRPOTrainer` knows;
-        under another trainer, which passes prompts alone, they are looked up by the prompt in `trainer.train_dataset`
-        or `trainer.eval_dataset`.
+        under another trainer, which passes prompts alone, they are looked up by the prompt in `trainer.train_dataset`.
 
         Returns:
             `prompt_ids`, `completion_ids` and `logprobs` (log q*) as TRL requires, and per row the lists `alpha`,
@@ -140,18 +145,21 @@ class DualRollout:
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
             self.tokenizer = with_template_options(tokenizer, trainer.chat_template_kwargs)
         corrects = getattr(trainer, "rollout", None) is self
-        if not (self._warned or corrects or trainer.use_vllm):
-            self._warned = True
-            logger.warning(
+        if not (corrects or trainer.use_vllm):
+            self._warn_once(
                 "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
                 "policy's server: use DualGRPOTrainer, or use_vllm=True"
             )
+        self._warn_of_settings(trainer)
         state = trainer.state
         config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
         before, started = self._counts(), time.perf_counter()
         with fail_together():
             check_rollout_is_all(trainer, prompts)
-            contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
+            if _mode(trainer) == "eval" and config.engine != "native":
+                contexts = Contexts(targets=[NO_TARGET] * len(prompts))
+            else:
+                contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
             outputs = self._generate(
                 prompts,
                 config=config,
@@ -190,7 +198,7 @@ class DualRollout:
     ) -> RolloutBatch:
         """`num_generations` sequences per prompt, those of one prompt next to each other.
 
-        Successive calls draw from successive random streams of `config.seed`.
+        Successive calls draw from successive random streams of `config.seed`, in each process from its own.
 
         Args:
             prompts: strings, chat message lists or token-id lists, as π_θ sees them.
@@ -204,18 +212,25 @@ class DualRollout:
             RolloutError: a sequence failed.
             ValueError: wrong arguments.
         """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
+            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+        if not isinstance(num_generations, int) or num_generations < 1:
+            raise ValueError(f"num_generations must be a whole number >= 1, got {num_generations!r}")
+        for name, given in (("t_prompts", t_prompts), ("targets", targets)):
+            if given is not None and (isinstance(given, (str, bytes)) or len(given) != len(prompts)):
+                raise ValueError(f"{name} must have one entry per prompt: got {given!r} for {len(prompts)} prompts")
 
         def repeat(rows: Sequence[T] | None) -> list[T] | None:
             return None if rows is None else [row for row in rows for _ in range(num_generations)]
 
         outputs = self._generate(
-            repeat(prompts) or [],
+            [prompt for prompt in prompts for _ in range(num_generations)],
             config=self.config,
             t_prompts=repeat(t_prompts),
             targets=repeat(targets),
             max_tokens=max_tokens,
             temperature=temperature,
-            stream=("loop", 0, 0),
+            stream=("loop", 0, process_index()),
         )
         tokenizer = self._open().tokenizer
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
@@ -242,13 +257,28 @@ class DualRollout:
         """Raise `EngineError` unless π_θ's server reads the safetensors in `folder`, which must hold no tensors."""
         self._run(self._open().theta.check_sees(folder))
 
-    def served_models(self) -> tuple[str, str]:
-        """The names of π_θ's and π_t's model on their servers; asked once."""
-        if self._served_models is None:
-            coordinator = self._open()
-            theta, t = self._run(coordinator.theta.describe()), self._run(coordinator.t.describe())
-            self._served_models = (theta.model, t.model)
-        return self._served_models
+    def share_policy_weights(self, version: int) -> None:
+        """Tell all processes that π_θ's servers have the weights of `version`, which the main process gave them.
+
+        Every process calls it. Those that did not give the weights learn which servers took them: they then use no
+        other, and notice as well when one is restarted and so has lost them.
+        """
+        engine = self._open().theta
+        given = [engine.weights_given()]
+        broadcast_object_list(given)
+        if process_index() != 0:
+            engine.adopt_weights(given[0])
+        self.weight_version = version
+
+    def served_model(self, which: Literal["theta", "t"]) -> str:
+        """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
+        if which not in self._served_models:
+            describe = getattr(self._open(), which).describe
+            try:
+                self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S)).model
+            except (EngineError, TimeoutError) as error:
+                logger.warning("the name of the model that serves as %s is not known: %s", which, error)
+        return self._served_models.get(which, "unknown")
 
     @property
     def weight_version(self) -> int | None:
@@ -305,6 +335,26 @@ class DualRollout:
             i, error = failed[0]
             raise RolloutError(f"{len(failed)} of {len(outputs)} sequences failed; the first is number {i}: {error}")
         return outputs
+
+    def _warn_of_settings(self, trainer: Any) -> None:
+        config = self.config
+        if _mode(trainer) == "eval" and config.engine == "native":
+            self._warn_once(
+                "evaluation measures q*, not the policy: a native server samples from q* alone. Evaluate checkpoints "
+                "on a server of their own"
+            )
+        named = config.support == "tail" or config.missing == "exact"
+        if named and config.engine != "native" and trainer.accelerator.num_processes > 1:
+            self._warn_once(
+                'support "tail" and missing "exact" ask for tokens by name, and some vLLM versions then garble the '
+                "lists of other requests in the same step, here those of other trainer processes. Lists that cannot be "
+                'right are asked for again; to be safe, use support "union" with missing "floor", or one process'
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def _counts(self) -> np.ndarray:
         """Tokens so far, in the order of `_COUNTS`."""
@@ -433,39 +483,66 @@ def pad_rows(
 
 
 def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int, seconds: float) -> None:
-    """Add this rollout's figures to the trainer's metrics, over all processes.
+    """Add this rollout's figures to the trainer's metrics, over all tokens of all processes.
 
     Tokens without a target count with α = 0 and the weight 1, and not at all where π_t is needed.
     """
-    alpha = np.concatenate([output.alpha_history for output in outputs])
     weights = np.concatenate([output.importance_weights for output in outputs])
-    residual = np.concatenate([output.diagnostics["kl_diff"] for output in outputs])
-    mass = np.concatenate(
-        [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
+    mass = [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
+    residual = [output.diagnostics["kl_diff"] for output in outputs]
+    log_over_processes(trainer, "sampling/rollout_weight", weights)
+    log_over_processes(trainer, "sampling/alpha", np.concatenate([output.alpha_history for output in outputs]))
+    log_over_processes(trainer, "sampling/kl_residual", np.concatenate(residual), ("max",))
+    log_over_processes(trainer, "sampling/top_k_mass", np.concatenate(mass), ("min", "mean"))
+    first, second, tail, called, timed = (
+        over_processes(trainer.accelerator, values)
+        for values in (weights, weights**2, [pareto_k(weights)], [retries], [seconds])
     )
-    residual, mass = (x if np.isnan(x).all() else x[~np.isnan(x)] for x in (residual, mass))
-    local = {
-        "sampling/rollout_weight/min": weights.min(),
-        "sampling/rollout_weight/mean": weights.mean(),
-        "sampling/rollout_weight/max": weights.max(),
-        "sampling/pareto_k": pareto_k(weights),
-        "sampling/alpha/min": alpha.min(),
-        "sampling/alpha/mean": alpha.mean(),
-        "sampling/alpha/max": alpha.max(),
-        "sampling/kl_residual/max": np.max(residual),
-        "sampling/top_k_mass/min": np.min(mass),
-        "sampling/top_k_mass/mean": np.mean(mass),
-        "sampling/effective_sample_size_ratio": effective_sample_size(weights),
-        "rollout/tokens_per_second": len(alpha) / seconds,
-        "rollout/seconds": seconds,
-        "rollout/retry_total": float(retries),
+    metrics = trainer._metrics[_mode(trainer)]
+    metrics["sampling/effective_sample_size_ratio"].append(first["mean"] ** 2 / max(second["mean"], _TINY))
+    if tail:  # of the process with the heaviest
+        metrics["sampling/pareto_k"].append(tail["max"])
+    metrics["rollout/tokens_per_second"].append(first["count"] / timed["max"])
+    metrics["rollout/seconds"].append(timed["max"])
+    metrics["rollout/retry_total"].append(called["mean"] * called["count"])
+
+
+_TINY = 1e-37  # in place of a sum of squares that float32 has rounded to 0
+
+
+def log_over_processes(
+    trainer: Any, name: str, values: Any, reductions: Sequence[str] = ("min", "mean", "max")
+) -> None:
+    """Add `<name>/<reduction>` of all processes' values to the trainer's metrics, where any process has some.
+
+    All processes must call it.
+    """
+    found = over_processes(trainer.accelerator, values)
+    for reduce in reductions if found else ():
+        trainer._metrics[_mode(trainer)][f"{name}/{reduce}"].append(found[reduce])
+
+
+def over_processes(accelerator: Any, values: Any) -> dict[str, float]:
+    """`count`, `min`, `mean` and `max` of all processes' values, each of which counts once, but for NaN; {} for none.
+
+    All processes must call it.
+
+    Args:
+        values: 1-D, a tensor or what makes one; as many as this process has.
+    """
+    values = torch.as_tensor(values, dtype=torch.float32).to(accelerator.device)
+    values = values[~values.isnan()]
+    edges = (values.min(), values.max()) if len(values) else (values.new_tensor(math.inf), values.new_tensor(-math.inf))
+    own = torch.stack([values.new_tensor(float(len(values))), values.sum(), *edges])
+    count, total, low, high = accelerator.gather(own).view(-1, 4).T
+    if count.sum() == 0:
+        return {}
+    return {
+        "count": count.sum().item(),
+        "min": low.min().item(),
+        "mean": (total.sum() / count.sum()).item(),
+        "max": high.max().item(),
     }
-    values = torch.tensor(list(local.values()), dtype=torch.float32, device=trainer.accelerator.device)
-    gathered = trainer.accelerator.gather(values).view(-1, len(local)).cpu()
-    for name, column in zip(local, gathered.T, strict=True):
-        reduce = _REDUCTIONS.get(name.rsplit("/", 1)[-1], torch.Tensor.mean)
-        known = column[~column.isnan()]
-        trainer._metrics[_mode(trainer)][name].append(reduce(known).item() if len(known) else math.nan)
 
 
 _COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens")
@@ -498,12 +575,3 @@ def _log_completions(trainer: Any, outputs: Sequence[GenerationOutput]) -> None:
 
 def _mode(trainer: Any) -> str:
     return "train" if trainer.model.training else "eval"
-
-
-_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "min": torch.Tensor.min,
-    "max": torch.Tensor.max,
-    "pareto_k": torch.Tensor.max,
-    "tokens_per_second": torch.Tensor.sum,
-    "retry_total": torch.Tensor.sum,
-}

@@ -9,11 +9,13 @@ from typing import Literal, get_args
 from dual_rollout.config import CoordinatorConfig
 
 ScheduleShape = Literal["constant", "linear", "cosine"]
+_SCHEDULED = ("kl_budget", "fixed_alpha", "alpha_min", "alpha_max")
+"""The fields of `CoordinatorConfig` that may move."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaSchedule:
-    """Bounds on α that move from what `CoordinatorConfig` says to what is said here.
+    """What chooses or bounds α, moving from what `CoordinatorConfig` says to what is said here.
 
     Over training progress p in [0, 1], a value v becomes v + (end − v)·s with s = p for "linear" and
     s = (1 − cos πp)/2 for "cosine"; "constant" leaves all as it is. `kl_budget_end=0` ends on-policy.
@@ -21,7 +23,8 @@ class AlphaSchedule:
     Args:
         shape: "constant", "linear" or "cosine".
         kl_budget_end: the last `kl_budget`, nats; needs `alpha_method="kl_budget"`.
-        alpha_max_end: the last `alpha_max`; not below `alpha_min`.
+        fixed_alpha_end: the last `fixed_alpha`; needs `alpha_method="fixed"`.
+        alpha_min_end, alpha_max_end: the last bounds on α; at no step may the lower exceed the upper one.
 
     Raises:
         ValueError: an unknown shape, or ends without a schedule, or a schedule without an end.
@@ -29,6 +32,8 @@ class AlphaSchedule:
 
     shape: ScheduleShape = "constant"
     kl_budget_end: float | None = None
+    fixed_alpha_end: float | None = None
+    alpha_min_end: float | None = None
     alpha_max_end: float | None = None
 
     def __post_init__(self) -> None:
@@ -36,14 +41,14 @@ class AlphaSchedule:
             raise ValueError(f"alpha_schedule must be one of {', '.join(get_args(ScheduleShape))}; got {self.shape!r}")
         if (self.shape == "constant") != (not self.ends):
             raise ValueError(
-                f"alpha_schedule is {self.shape!r}: a schedule needs kl_budget_end or alpha_max_end, and these need "
-                '"linear" or "cosine"'
+                f"alpha_schedule is {self.shape!r}: a schedule needs one of {'_end, '.join(_SCHEDULED)}_end, and these "
+                'need "linear" or "cosine"'
             )
 
     @property
     def ends(self) -> dict[str, float]:
         """The last value of every scheduled field of `CoordinatorConfig`."""
-        ends = {"kl_budget": self.kl_budget_end, "alpha_max": self.alpha_max_end}
+        ends = {name: getattr(self, f"{name}_end") for name in _SCHEDULED}
         return {name: end for name, end in ends.items() if end is not None}
 
     def at(self, config: CoordinatorConfig, progress: float) -> CoordinatorConfig:
@@ -52,8 +57,9 @@ class AlphaSchedule:
         Raises:
             ValueError: an end that does not fit `config`.
         """
-        if self.kl_budget_end is not None and config.alpha_method != "kl_budget":
-            raise ValueError('kl_budget_end needs alpha_method "kl_budget"')
+        for name, method in (("kl_budget", "kl_budget"), ("fixed_alpha", "fixed")):
+            if name in self.ends and config.alpha_method != method:
+                raise ValueError(f'{name}_end needs alpha_method "{method}"')
         if self.ends and config.engine == "native":
             raise ValueError('alpha_schedule needs engine "dual": a native server has its own, fixed rule for α')
         share = progress if self.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * progress))

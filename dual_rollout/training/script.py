@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.contexts import with_t_prompts
 from dual_rollout.training.processes import fail_together
-from dual_rollout.training.report import RunReport
 from dual_rollout.training.tasks import load_rows, load_task, task_options
 from dual_rollout.training.trainer import DualGRPOTrainer
 
@@ -44,8 +42,6 @@ def main(argv: list[str] | None = None) -> None:
         if PartialState().is_main_process:
             check_output_dir(recipe)
     checkpoint = checkpoint_to_resume(recipe.training)
-    if PartialState().is_main_process:  # weights that a killed run was sending
-        shutil.rmtree(output_dir / "theta_weights", ignore_errors=True)
     dataset, reward_funcs = load_data(recipe)
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
     recipe.training.model_init_kwargs = {
@@ -71,14 +67,13 @@ def main(argv: list[str] | None = None) -> None:
             weight_sync=recipe.dual.dual_weight_sync,
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
         )
-        report = RunReport(output_dir)
-        trainer.add_callback(report)
         with trainer.rollout:
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model(str(output_dir))
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
+            trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
-        print(report.table())
+        print(trainer.report.table())
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl, the servers' logs.")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
@@ -265,7 +260,7 @@ def reward_function(name: str) -> Callable[..., Any]:
     finally:
         sys.path.remove(os.getcwd())
     if function.__module__ == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
-        raise ValueError(f"reward_funcs: {name} needs the package math-verify: pip install math-verify")
+        raise ValueError(f"reward_funcs: {name} needs the package math-verify: pip install 'dual_rollout[math]'")
     if name == "get_soft_overlong_punishment":  # not a reward but what makes one, here with the values of TRL's script
         return function(max_completion_len=1280, soft_punish_cache=256)
     return function

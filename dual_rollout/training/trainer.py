@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from dual_rollout.config import CoordinatorConfig
@@ -17,7 +20,8 @@ from dual_rollout.training.correction import (
     corrected_weights,
 )
 from dual_rollout.training.model_card import add_to_card, rollout_section
-from dual_rollout.training.rollout import DualRollout, check_training_args, pad_rows
+from dual_rollout.training.report import RunReport
+from dual_rollout.training.rollout import DualRollout, check_training_args, log_over_processes, pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.weight_sync import WeightSyncMethod, choose_weight_sync, weight_folder
 from dual_rollout.types import Prompt
@@ -29,7 +33,7 @@ _Trainer: Any = object  # a mixin over any TRL trainer, whose attributes it uses
 
 
 class DualTrainerMixin(_Trainer):
-    """Rollouts from q* for a TRL trainer with a `rollout_func`. Put it before the trainer's class.
+    """Rollouts from q* for TRL's `GRPOTrainer`, or a subclass of it. Put it before the trainer's class.
 
     Before each rollout the policy's server gets the new weights; after it, α, the log-probabilities and the
     importance weights stand in the batch as `(B, T)` tensors, and the weights multiply the advantages. With
@@ -40,6 +44,13 @@ class DualTrainerMixin(_Trainer):
     steps that share a rollout), and else with the server's, which has the same weights. `sampling/policy_drift` logs
     how far the two are apart: the numerics of two implementations, or weights that did not arrive.
 
+    Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
+    step and evaluation are also written to `metrics.jsonl` in the output folder (`report`).
+
+    A resumed run goes on in the order of the data that it began with, in any epoch (TRL's sampler by itself would give
+    the first epoch's order again). A checkpoint between two uses of one rollout does not hold that rollout: it is drawn
+    anew, from the checkpoint's weights.
+
     A dataset column `t_prompt` (a string or chat messages) is what π_t sees instead of `prompt`, and a column
     `t_target` names a π_t of `CoordinatorConfig.targets`; see `dual_rollout.training.contexts`.
 
@@ -47,13 +58,16 @@ class DualTrainerMixin(_Trainer):
         dual_config: the servers and the law of the rollouts.
         importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max: how the weights enter
             the loss, see `corrected_weights`.
-        alpha_schedule: how the bounds on α move over the training steps.
+        alpha_schedule: how settings of the law move over the training steps.
         weight_sync: "disk" (all weights), "lora" (the adapter alone), or "auto"; see `choose_weight_sync`.
         weight_sync_dir: a folder that π_θ's server sees under the same path; inside `output_dir` when None.
 
     Raises:
-        ValueError: settings of TRL that are wrong for samples from q*.
+        ValueError: settings of TRL that are wrong for samples from q*, or a dataset whose columns would be overwritten.
     """
+
+    _train_sampler: Any = None
+    _scoring_seconds = 0.0  # since the optimisation step began
 
     def __init__(
         self,
@@ -83,14 +97,26 @@ class DualTrainerMixin(_Trainer):
             self._check_args(kwargs["args"])  # before the model is loaded
         super().__init__(*args, **self._rollout_arguments(), **kwargs)
         self._check_args(self.args)
-        folder = weight_folder(self.args.output_dir, weight_sync_dir)
-        self._weight_sync = choose_weight_sync(self, self.rollout, weight_sync, folder)
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        for dataset in (self.train_dataset, *held_out):
+            check_columns(dataset)
+        self.report = RunReport(Path(self.args.output_dir))
+        self.add_callback(self.report)
+        self.add_callback(_UpdateTimer(self))
+        self._weight_folder = weight_folder(self.args.output_dir, weight_sync_dir)
+        self._weight_sync = choose_weight_sync(self, self.rollout, weight_sync, self._weight_folder)
 
     def _rollout_arguments(self) -> dict[str, Any]:
         return {"rollout_func": self.rollout}
 
     def _check_args(self, args: Any) -> None:
         check_training_args(args)
+        ours = (self._mode, self._clip["clip_min"], self._clip["clip_max"])
+        if args.use_vllm and args.vllm_importance_sampling_correction and ours != _DEFAULT_CORRECTION:
+            raise ValueError(
+                "with use_vllm TRL applies the weights, and importance_sampling_mode and its bounds do nothing: set "
+                "vllm_importance_sampling_mode, vllm_importance_sampling_clip_min and _clip_max instead"
+            )
         if args.off_policy_mask_threshold is not None:
             raise ValueError(
                 "off_policy_mask_threshold compares the policy with log q*, from which it is far by design: unset it"
@@ -103,17 +129,44 @@ class DualTrainerMixin(_Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._synced_step = None  # steps may count from 0 again
+        self.remove_sent_weights()  # of a run that was killed
         return super().train(*args, **kwargs)
+
+    def remove_sent_weights(self) -> None:
+        """Remove what was written for π_θ's server and is still there: of a killed run, or a run's last adapter."""
+        if self.is_world_process_zero():
+            shutil.rmtree(self._weight_folder, ignore_errors=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Every process writes its own, then the main one the trainer's state, which says that a checkpoint is whole.
+        self.accelerator.wait_for_everyone()
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Whole epochs trained, and batches of the next one; both 0 but for a resumed run."""
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        for _ in range(epochs if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)  # each beginning draws an epoch's order
+        self._step, self._buffered_inputs = batches, None  # where TRL is in the uses of a rollout
+        return epochs, batches
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._synced_step = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.args.device.type == "cpu":
+        device = self.args.device
+        if device.type == "cpu":
             # With several processes accelerate numbers it, and torch.load does not know a "cpu:0".
             self.args._setup_devices = torch.device("cpu")
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            self.args._setup_devices = device
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # what `remove_unused_columns` leaves of a dataset
@@ -136,12 +189,6 @@ class DualTrainerMixin(_Trainer):
                 metrics["perf/weight_sync_s"].append(time.perf_counter() - started)
         return super()._generate(prompts)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._scoring_seconds, started = 0.0, time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self._metrics["train"]["perf/update_s"].append(time.perf_counter() - started - self._scoring_seconds)
-        return loss
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
         self.contexts = Contexts.from_rows(inputs)
@@ -158,7 +205,7 @@ class DualTrainerMixin(_Trainer):
             self._apply_weights(output, weights)
         if old_logps is not None:
             self._log_drift(old_logps, output)
-        self._scoring_seconds = time.perf_counter() - started
+        self._scoring_seconds += time.perf_counter() - started
         return output
 
     def _old_per_token_logps(self, output: dict[str, Any]) -> torch.Tensor | None:
@@ -168,8 +215,7 @@ class DualTrainerMixin(_Trainer):
     def _weights(self, log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights = corrected_weights(log_weights, mask, self._mode, **self._clip)
         used = weights[mask.bool()] if weights.shape == mask.shape else weights[mask.any(dim=1)]
-        for reduce in ("min", "mean", "max"):
-            self._log_reduced("sampling/importance_sampling_ratio", reduce, used)
+        log_over_processes(self, "sampling/importance_sampling_ratio", used)
         return weights
 
     def _apply_weights(self, output: dict[str, Any], weights: torch.Tensor) -> None:
@@ -192,19 +238,35 @@ class DualTrainerMixin(_Trainer):
     def _log_drift(self, policy_logps: torch.Tensor, batch: dict[str, Any]) -> None:
         """|log π_θ of the trainer − log π_θ of the server|, nats."""
         drift = (policy_logps - batch["logprobs_theta"]).abs()[batch["completion_mask"].bool()]
-        for reduce in ("mean", "max"):
-            self._log_reduced("sampling/policy_drift", reduce, drift)
+        log_over_processes(self, "sampling/policy_drift", drift, ("mean", "max"))
 
-    def _log_reduced(self, name: str, reduce: Literal["min", "mean", "max"], values: torch.Tensor) -> None:
-        """Log a reduction over all processes' values; a process may have none (all its completions masked)."""
-        function = getattr(torch, reduce)
-        local = function(values) if values.numel() else torch.tensor(float("nan"), device=values.device)
-        gathered = self.accelerator.gather(local)
-        gathered = gathered[~gathered.isnan()]
-        if gathered.numel():
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode][f"{name}/{reduce}"].append(function(gathered).item())
 
+class _UpdateTimer(TrainerCallback):
+    """Seconds of an optimisation step, all its batches and the optimizer's step, without rollouts and their scoring."""
+
+    def __init__(self, trainer: DualTrainerMixin):
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._scoring_seconds, self._started = 0.0, time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = time.perf_counter() - self._started - self._trainer._scoring_seconds
+        self._trainer._metrics["train"]["perf/update_s"].append(seconds)
+
+
+def check_columns(dataset: Any) -> None:
+    """Refuse a dataset with columns of the names under which the rollout gives its own to the reward functions.
+
+    Raises:
+        ValueError: names them.
+    """
+    taken = sorted({*(getattr(dataset, "column_names", None) or [])} & {*_TENSORS, "weight_version"})
+    if taken:
+        raise ValueError(f"the dataset's columns {', '.join(taken)} would be overwritten by the rollout's: rename them")
+
+
+_DEFAULT_CORRECTION = ("token_truncate", 0.0, 3.0)
 
 _TENSORS = {
     "alpha": "alpha",

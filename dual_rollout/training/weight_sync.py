@@ -8,6 +8,7 @@ with each version; π_t's server is never touched.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import secrets
@@ -75,15 +76,20 @@ def choose_weight_sync(trainer: Any, rollout: DualRollout, method: WeightSyncMet
 
 
 def weight_folder(output_dir: str | Path, chosen: str | Path | None) -> Path:
-    """Where versions are written: the folder that was chosen, or else one inside the run's.
+    """Where a run writes versions, and nobody else anything: inside the chosen folder, or else inside the run's.
+
+    A run has the same one when it is started again, so that it can remove what it left.
 
     Raises:
-        ValueError: the one inside the run's folder is a symbolic link out of it.
+        ValueError: it is a symbolic link to elsewhere.
     """
-    if chosen is not None:
-        return Path(chosen)
-    folder = Path(output_dir) / "theta_weights"
-    if not folder.resolve().is_relative_to(Path(output_dir).resolve()):
+    if chosen is None:
+        parent, name = Path(output_dir), "theta_weights"
+    else:  # where other runs may have theirs
+        run = hashlib.sha256(str(Path(output_dir).resolve()).encode()).hexdigest()[:12]
+        parent, name = Path(chosen), f"run-{run}"
+    folder = parent / name
+    if not folder.resolve().is_relative_to(parent.resolve()):
         raise ValueError(f"{folder} leads to {folder.resolve()}: remove the link, or set dual_weight_sync_dir to there")
     return folder
 
@@ -147,7 +153,7 @@ class DiskWeightSync:
                 if accelerator.is_main_process:
                     named = base_names(tensors) if is_peft_model(model) else tensors
                     self._send(base, named, _version_folder(self._folder, version), rollout)
-        rollout.weight_version = version
+        rollout.share_policy_weights(version)
 
     def _send(self, model: Any, tensors: Mapping[str, torch.Tensor], path: Path, rollout: DualRollout) -> None:
         if not self._checked:
@@ -187,7 +193,7 @@ class LoraWeightSync:
                     shutil.rmtree(self._served, ignore_errors=True)
                 self._served = path
         rollout.use_policy_adapter()
-        rollout.weight_version = version
+        rollout.share_policy_weights(version)
 
 
 class TrlWeightSync:

@@ -1,6 +1,7 @@
 """PPO in plain PyTorch and accelerate, with rollouts from q*: value head, GAE, clipped objective, importance weights.
 
 The task: answer with as many of the wanted letters as possible. π_t is told which they are, π_θ has to find out.
+Where the weights are worth too little, the next rollouts stay closer to the policy: α is bounded below what it was.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_rollout import CoordinatorConfig, DualRollout, RolloutBatch
 from dual_rollout.training.correction import corrected_weights
+from dual_rollout.training.processes import fail_together
 
 QUESTIONS = ("What is that?", "Name a colour.", "Say something.", "How are you?")
 
@@ -94,13 +96,27 @@ def send_weights(accelerator: Accelerator, model: Any, rollout: DualRollout, fol
     """π_θ's server gets the policy's weights through a folder that both see; a new one each time."""
     path = folder / f"weights-{version}"
     state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-        accelerator.unwrap_model(model).policy.save_pretrained(path, state_dict=policy)
-        rollout.reload_policy_weights(str(path))
-        shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-    rollout.weight_version = version
+    with fail_together():  # what fails in the main process must not leave the others waiting
+        if accelerator.is_main_process:
+            policy = {name.removeprefix("policy."): x for name, x in state.items() if name.startswith("policy.")}
+            accelerator.unwrap_model(model).policy.save_pretrained(path, state_dict=policy)
+            rollout.reload_policy_weights(str(path))
+            shutil.rmtree(path)
+    rollout.share_policy_weights(version)
+
+
+def means(accelerator: Accelerator, batch: RolloutBatch) -> tuple[float, float]:
+    """Mean α, and the effective share of samples (Σw)²/(nΣw²), over the tokens of all processes."""
+    real = batch.completion_mask.bool()
+    alpha, w = batch.alpha[real], batch.importance_weights[real]
+    sums = accelerator.reduce(torch.stack([real.sum().float(), alpha.sum(), w.sum(), w.square().sum()]), "sum")
+    n, alphas, first, second = sums.tolist()
+    return alphas / n, first**2 / (n * second)
+
+
+def next_alpha_max(alpha_max: float, alpha: float, ess: float, min_ess: float) -> float:
+    """A tenth below the α that cost too much, or else a tenth more room than before."""
+    return 0.9 * min(alpha_max, alpha) if ess < min_ess else min(1.0, alpha_max / 0.9)
 
 
 def train(args: argparse.Namespace, theta_url: str, t_url: str, folder: Path) -> None:
@@ -115,8 +131,7 @@ def train(args: argparse.Namespace, theta_url: str, t_url: str, folder: Path) ->
     model, optimizer = accelerator.prepare(model, optimizer)
     questions = [[{"role": "user", "content": question}] for question in QUESTIONS]
     hints = [[{"role": "user", "content": f"{question} Only use {args.letters}."}] for question in QUESTIONS]
-    seed = args.seed + 1000 * accelerator.process_index  # each process has streams of its own
-    config = CoordinatorConfig(theta_url=theta_url, t_url=t_url, top_k=args.top_k, seed=seed, support="tail")
+    config = CoordinatorConfig(theta_url=theta_url, t_url=t_url, top_k=args.top_k, seed=args.seed, support="tail")
     shape = {"num_generations": args.num_generations, "max_tokens": args.max_tokens}
 
     def rewards_of(batch: RolloutBatch) -> torch.Tensor:
@@ -124,15 +139,19 @@ def train(args: argparse.Namespace, theta_url: str, t_url: str, folder: Path) ->
         return reward(texts, args.letters).to(accelerator.device)
 
     def show_policy() -> None:
-        with DualRollout(replace(config, alpha_method="fixed", fixed_alpha=0.0), tokenizer) as alone:
-            rewards = rewards_of(alone.generate(questions, **shape))
+        with DualRollout(config, tokenizer) as alone, fail_together():
+            rewards = rewards_of(alone.generate(questions, targets=["none"] * len(questions), **shape))
         accelerator.print(f"reward of the policy by itself: {accelerator.gather(rewards).mean():.3f}", flush=True)
 
     with DualRollout(config, tokenizer) as rollout:
         send_weights(accelerator, model, rollout, folder, version=0)
         show_policy()
         for iteration in range(args.iterations):
-            batch = rollout.generate(questions, t_prompts=hints, **shape).to(accelerator.device)
+            with fail_together():
+                batch = rollout.generate(questions, t_prompts=hints, **shape).to(accelerator.device)
+            alpha, ess = means(accelerator, batch)
+            alpha_max = next_alpha_max(rollout.config.alpha_max, alpha, ess, args.min_ess)
+            rollout.config = replace(rollout.config, alpha_max=alpha_max)  # for the next rollout
             rewards = rewards_of(batch)
             old = prepare(model, batch, rewards, args)
             for _, first in itertools.product(range(args.epochs), range(args.minibatches)):
@@ -143,10 +162,10 @@ def train(args: argparse.Namespace, theta_url: str, t_url: str, folder: Path) ->
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
             send_weights(accelerator, model, rollout, folder, version=iteration + 1)
-            alpha, weight = (x[batch.completion_mask.bool()].mean() for x in (batch.alpha, old["weights"]))
-            under_q = accelerator.gather(rewards).mean()
+            under_q, weight = accelerator.gather(rewards).mean(), old["weights"][batch.completion_mask.bool()].mean()
             accelerator.print(
-                f"{iteration:3d}  reward under q* {under_q:.3f}  α {alpha:.2f}  weight {weight:.2f}  loss {loss:+.3f}",
+                f"{iteration:3d}  reward under q* {under_q:.3f}  α {alpha:.2f}  weight {weight:.2f}  ESS {ess:.2f}  "
+                f"next α ≤ {alpha_max:.2f}  loss {loss:+.3f}",
                 flush=True,
             )
         show_policy()
@@ -163,6 +182,7 @@ def main() -> None:
     options.add_argument("--top-k", type=int, default=100)
     options.add_argument("--clip", type=float, default=0.2, help="ε of the ratio to the policy before the update")
     options.add_argument("--weight-max", type=float, default=3.0, help="bound on the weights π_θ/q*")
+    options.add_argument("--min-ess", type=float, default=0.5, help="below this effective share of samples α goes down")
     options.add_argument("--value-coef", type=float, default=0.5)
     options.add_argument("--gamma", type=float, default=1.0)
     options.add_argument("--lam", type=float, default=0.95)

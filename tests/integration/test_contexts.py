@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
+from dual_rollout.exceptions import RolloutError
 from dual_rollout.training.contexts import ContextsByPrompt, target_prompt, with_t_prompts
 from dual_rollout.training.rollout import check_rollout_is_all
+from dual_rollout.training.trainer import check_columns
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import ObservedGRPO, ObservedRLOO, check_target, rloo_config, row_key, rows, run
 from tests.integration.test_training import count_of_the, dual_config, grpo_config
@@ -71,16 +74,20 @@ def test_a_plain_trainer_finds_the_contexts_of_its_prompts(tiny_pair: TinyPair, 
     options = {"eval_dataset": {"held_out": Dataset.from_list(rows()[4:])}, "eval_strategy": "steps", "eval_steps": 1}
     seen = plain_run(tiny_pair, tmp_path, Dataset.from_list(rows()), per_device_eval_batch_size=4, **options)
     assert len(seen) == 2 + 2 * 2, "two rollouts, and after each an evaluation in two batches"
-    for columns in seen:
-        check_rows(tiny_pair, columns)
+    for i, columns in enumerate(seen):
+        if i % 3 == 0:
+            check_rows(tiny_pair, columns)
+        else:  # an evaluation is of the policy alone
+            assert {alpha for row in columns["alpha"] for alpha in row} == {0.0}
+            assert {weight for row in columns["importance_weights"] for weight in row} == {1.0}
+            assert all(math.isnan(value) for row in columns["logprobs_t"] for value in row)
 
 
 class Looked:
     """Just what a lookup reads of a trainer."""
 
-    def __init__(self, train_dataset: Any, eval_dataset: Any = None, training: bool = True):
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.model = torch.nn.Linear(1, 1).train(training)
+    def __init__(self, train_dataset: Any):
+        self.train_dataset = train_dataset
 
 
 def test_what_a_lookup_cannot_tell_is_refused() -> None:
@@ -94,8 +101,6 @@ def test_what_a_lookup_cannot_tell_is_refused() -> None:
         ContextsByPrompt().find([prompt], Looked(IterableDataset.from_generator(rows)))
     with pytest.raises(ValueError, match="not in the trainer's train_dataset"):
         ContextsByPrompt().find([SECRET], Looked(Dataset.from_list(rows())))
-    with pytest.raises(ValueError, match="not in the trainer's eval_dataset"):
-        ContextsByPrompt().find([SECRET], Looked(Dataset.from_list(rows()), training=False))
     without = Dataset.from_list([{"prompt": prompt}])
     assert ContextsByPrompt().find([SECRET], Looked(without)).t_prompts is None, "no columns, nothing to look up"
 
@@ -192,10 +197,20 @@ def test_templates() -> None:
     assert both == [system, {"role": "user", "content": "2+2? (4)"}]
     assert target_prompt({"prompt": "2+2?", "answer": "4"}, template="2+2={answer}") == "2+2=4"
     assert target_prompt({**chat, "t_prompt": SECRET}) == SECRET
-    with pytest.raises(ValueError, match=r"t_system_prompt names 'key'.*prompt, answer"):
+    with pytest.raises(ValueError, match=r"t_system_prompt .*'key' is none of the dataset's columns prompt, answer"):
         target_prompt(chat, system_prompt="{key}")
     with pytest.raises(ValueError, match="chat messages"):
         target_prompt({"prompt": "2+2?"}, system_prompt="no")
+    nested = {"prompt": "2+2?", "reward_model": {"truth": "4"}}
+    assert target_prompt(nested, template="{reward_model[truth]} in {{braces}}") == "4 in {braces}"
+    for template, named in (
+        ("{answer", "expected '}'"),
+        (r"\boxed{}", "'' is none of the dataset's columns"),
+        ("{reward_model[lie]}", "lie"),
+        ("{empty}", "'empty' is null in a row"),
+    ):
+        with pytest.raises(ValueError, match=f"t_prompt_template .*{named}.*write {{{{ and }}}} for braces"):
+            target_prompt({**nested, "empty": None}, template=template)
     dataset = Dataset.from_list([chat])
     assert with_t_prompts(dataset) is dataset
     assert with_t_prompts(dataset, system_prompt="{answer}")[0]["t_prompt"][0]["content"] == "4"
@@ -304,6 +319,11 @@ def test_acceptance_is_logged_where_tokens_were_drafted(tiny_pair: TinyPair, tmp
     [
         (DualGRPOTrainer, {"generation_kwargs": {"length_penalty": 2.0}}, "generation_kwargs"),
         (DualGRPOTrainer, {"loss_type": "sft"}, "loss_type"),
+        (
+            DualGRPOTrainer,
+            {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "token_truncate"},
+            "importance_sampling_mode and its bounds do nothing",
+        ),
         (DualRLOOTrainer, {"use_vllm": True, "vllm_mode": "server"}, "use_vllm"),
         (DualRLOOTrainer, {"top_p": 0.5}, "top_p"),
     ],
@@ -319,6 +339,7 @@ def test_what_a_trainer_may_not_ask_is_refused_before_a_model_is_loaded(
             reward_funcs=count_of_the,
             train_dataset=Dataset.from_list(rows()),
             dual_config=CoordinatorConfig(),
+            importance_sampling_mode="token_mask",
         )
 
 
@@ -331,6 +352,73 @@ def test_images_and_tools_are_refused() -> None:
     trainer.tools = [print]
     with pytest.raises(ValueError, match="tools"):
         check_rollout_is_all(trainer, ["the user"])
+
+
+def test_images_are_refused_in_rloo() -> None:
+    trainer = DualRLOOTrainer.__new__(DualRLOOTrainer)
+    with pytest.raises(ValueError, match="image"):
+        trainer._generate_single_turn([[1, 2]], [["a picture"]], {})
+
+
+def test_columns_that_the_rollout_would_overwrite_are_refused() -> None:
+    check_columns(Dataset.from_list(rows()))
+    check_columns(None)
+    with pytest.raises(ValueError, match="alpha, logprobs_t would be overwritten"):
+        check_columns(Dataset.from_list([{**row, "logprobs_t": 0.0, "alpha": 1.0} for row in rows()]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompts": "hello"}, "prompts must be a list"),
+        ({"prompts": []}, "prompts must be a list of at least one"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"t_prompts": ["one"]}, "t_prompts must have one entry per prompt"),
+        ({"targets": "no"}, "targets must have one entry per prompt"),
+    ],
+)
+def test_generate_names_wrong_arguments(arguments: dict[str, Any], named: str) -> None:
+    with DualRollout(CoordinatorConfig()) as rollout, pytest.raises(ValueError, match=named):
+        rollout.generate(**{"prompts": ["a", "b"], **arguments})
+
+
+def test_generate_has_a_stream_for_each_process_and_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    for process in (0, 1):
+        monkeypatch.setattr("dual_rollout.training.rollout.process_index", lambda process=process: process)
+        rollout = DualRollout(CoordinatorConfig(seed=3))
+
+        def generated(*args: Any, stream: tuple[str, int, int], rollout: DualRollout = rollout, **_: Any) -> Any:
+            seeds.append(rollout._seed(*stream))
+            raise RolloutError("enough")
+
+        monkeypatch.setattr(rollout, "_generate", generated)
+        for _ in range(2):
+            with pytest.raises(RolloutError):
+                rollout.generate(["a"])
+    assert len(set(seeds)) == 4
+
+
+def test_what_several_processes_should_know_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Looked(None)
+    trainer.model, trainer.accelerator = torch.nn.Linear(1, 1), SimpleNamespace(num_processes=2)
+    for config, named in (
+        (CoordinatorConfig(support="tail"), "garble"),
+        (CoordinatorConfig(missing="exact"), "garble"),
+        (CoordinatorConfig(engine="native"), "evaluation measures q"),
+    ):
+        caplog.clear()
+        trainer.model.train(config.engine != "native")
+        rollout = DualRollout(config)
+        for _ in range(2):
+            rollout._warn_of_settings(trainer)
+        assert [named in record.message for record in caplog.records] == [True]
+    caplog.clear()
+    trainer.model.train()
+    DualRollout(CoordinatorConfig())._warn_of_settings(trainer)
+    trainer.accelerator.num_processes = 1
+    DualRollout(CoordinatorConfig(support="tail"))._warn_of_settings(trainer)
+    assert not caplog.records
 
 
 def test_a_plain_trainer_is_warned_once(tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import torch
 from trl import GRPOTrainer
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRollout
+from dual_rollout.functional.weights import effective_sample_size, pareto_k
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.correction import corrected_weights
 from dual_rollout.training.schedules import AlphaSchedule
@@ -204,7 +205,7 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
         trainer = trainer_class(
             model=str(tiny_pair.theta_model),
             reward_funcs=reward,
-            args=grpo_config(tmp_path, max_steps=1, log_completions=True),
+            args=grpo_config(tmp_path, max_steps=1, log_completions=True, per_device_train_batch_size=8),
             train_dataset=chat_dataset(),
             **ours,
         )
@@ -212,7 +213,7 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
         if trainer_class is DualGRPOTrainer:
             trainer.rollout.close()
     names = ("alpha", "importance_weights", "logprobs_theta", "logprobs_t", "logprobs_q")
-    assert all(len(seen[name]) == 4 for name in names)
+    assert all(len(seen[name]) == 8 for name in names)
     record = (seen[name] for name in ("logprobs_theta", "logprobs_q", "importance_weights"))
     for theta, q, weights in zip(*record, strict=True):
         np.testing.assert_allclose(np.exp(np.array(theta) - q), weights)
@@ -225,6 +226,11 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
     every = [weight for row in seen["importance_weights"] for weight in row]
     assert logs["sampling/rollout_weight/mean"] == pytest.approx(sum(every) / len(every), rel=1e-5)
     assert logs["sampling/rollout_weight/max"] == pytest.approx(max(every), rel=1e-5)
+    assert len(every) >= 25, "the test needs enough weights for a fit"
+    assert logs["sampling/pareto_k"] == pytest.approx(pareto_k(np.array(every)), rel=1e-5)
+    assert logs["sampling/effective_sample_size_ratio"] == pytest.approx(
+        effective_sample_size(np.array(every)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

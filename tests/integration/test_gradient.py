@@ -6,7 +6,7 @@ batch from the same q* and gives one independent gradient, whose mean has an exp
 
 That expectation is the on-policy gradient when the weights multiply whole sequences ("sequence" modes, here without a
 bound that acts) or when a completion has one token. Weights per token, the default, are the usual approximation for
-longer ones: they leave out how q* chose the other tokens of the completion. It is not tested here, being no equality.
+longer ones: they leave out how q* chose the other tokens of the completion.
 """
 
 from __future__ import annotations
@@ -165,9 +165,14 @@ def test_the_corrected_gradient_is_the_on_policy_gradient(
     assert np.abs(z_scores(tmp_path, urls, length, mode)).max() < LIMIT
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_the_uncorrected_gradient_is_not(tmp_path: Path, urls: tuple[str, str], length: int) -> None:
-    assert np.abs(z_scores(tmp_path, urls, length, "none")).max() > 3 * LIMIT
+def test_weights_per_token_are_an_approximation_better_than_none(tmp_path: Path, urls: tuple[str, str]) -> None:
+    """Of three tokens, with an unrelated target: biased, as docs/mathematics.md says, yet less than without weights."""
+    per_token, without = (np.abs(z_scores(tmp_path / mode, urls, 3, mode)).max() for mode in ("token_truncate", "none"))
+    assert LIMIT < per_token < without and without > 3 * LIMIT
+
+
+def test_the_uncorrected_gradient_is_not(tmp_path: Path, urls: tuple[str, str]) -> None:
+    assert np.abs(z_scores(tmp_path, urls, 1, "none")).max() > 3 * LIMIT
 
 
 @pytest.mark.parametrize("length", [1, 3])

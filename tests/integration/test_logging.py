@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from dual_rollout import DualGRPOTrainer
+from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.training.report import RunReport
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.integration.conftest import TinyPair
@@ -53,6 +54,11 @@ class Run:
     report: RunReport
 
 
+class SlowOptimizer(TrainerCallback):
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+
+
 @pytest.fixture(scope="module")
 def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two steps with an evaluation after the second."""
@@ -68,7 +74,7 @@ def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
         eval_steps=2,
         per_device_eval_batch_size=4,
         log_completions=True,
-        report_to=["tensorboard"] if find_spec("tensorboard") else "none",
+        report_to=["tensorboard"],
     )
     config = dual_config(tiny_pair, decoding="block", alpha_method="kl_budget", kl_budget=0.1)
     trainer = DualGRPOTrainer(
@@ -82,15 +88,15 @@ def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
         importance_sampling_clip_min=0.1,
         alpha_schedule=AlphaSchedule(shape="linear", kl_budget_end=0.02),
     )
-    reporter, report = Reporter(), RunReport(folder)
+    reporter = Reporter()
     trainer.add_callback(reporter)
-    trainer.add_callback(report)
+    trainer.add_callback(SlowOptimizer())
     with pytest.MonkeyPatch.context() as patch, trainer.rollout:
         patch.setenv("DUAL_ROLLOUT_API_KEY", SECRET)
         trainer.train()
         trainer.create_model_card(model_name="a-model")
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(folder, reporter, entries, columns, report)
+    return Run(folder, reporter, entries, columns, trainer.report)
 
 
 def test_every_name_reaches_the_reporters_at_every_step(run: Run) -> None:
@@ -101,13 +107,17 @@ def test_every_name_reaches_the_reporters_at_every_step(run: Run) -> None:
         assert all(math.isfinite(logs[name]) for name in NAMES)
         assert 0 < logs["spec_decode/acceptance_rate"] <= 1
         assert logs["rollout/retry_total"] == 0
+        assert logs["perf/update_s"] > 0.3, "the optimizer's step is part of an update"
     assert [logs["sampling/kl_budget"] for logs in steps] == pytest.approx([0.1, 0.02])
 
 
 def test_an_evaluation_logs_its_own(run: Run) -> None:
     (evaluation,) = [logs for _, logs in run.reporter.logs if "eval_loss" in logs]
-    synced = {"perf/weight_sync_s"}  # before the evaluation's rollout, for the weights have changed
-    assert evaluation.keys() >= {f"eval_{name}" for name in NAMES - synced}
+    # It is of the policy alone, so that nothing is known of a target, and nothing drafted for one.
+    absent = {"sampling/kl_residual/max", "sampling/top_k_mass/min", "sampling/top_k_mass/mean"}
+    absent |= {"spec_decode/acceptance_rate", "perf/weight_sync_s"}
+    assert evaluation.keys() >= {f"eval_{name}" for name in NAMES - absent}
+    assert evaluation["eval_sampling/alpha/max"] == 0
     assert not evaluation.keys() & NAMES
 
 
@@ -120,7 +130,6 @@ def test_metrics_jsonl_has_all_of_it(run: Run) -> None:
     assert "reward" in run.report.table()
 
 
-@pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")
 def test_tensorboard_gets_them(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -167,6 +176,40 @@ def test_the_model_card_names_method_and_settings(run: Run, tiny_pair: TinyPair)
     assert "dual_rollout" in card.split("---")[1], "a tag"
     for secret in (SECRET, tiny_pair.theta_url, tiny_pair.t_url, "127.0.0.1", str(tiny_pair.theta_model.parent)):
         assert secret not in card
+
+
+def test_a_card_is_written_when_servers_do_not_answer(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+    """And it names the targets that rows name, not those that could be named."""
+
+    def section(targets: list[str | None] | None) -> str:
+        rows: dict[str, Any] = {"prompt": ["a", "b", "c"], **({} if targets is None else {"t_target": targets})}
+        nobody = {f"x{i}": f"http://127.0.0.1:{i}" for i in (3, 4)}
+        config = CoordinatorConfig(
+            theta_url="http://127.0.0.1:1", t_url="http://127.0.0.1:2", targets=nobody, max_retries=0
+        )
+        trainer = DualGRPOTrainer(
+            model=str(tiny_models[0]),
+            reward_funcs=count_of_the,
+            args=grpo_config(tmp_path),
+            train_dataset=Dataset.from_dict(rows),
+            dual_config=config,
+        )
+        with trainer.rollout:
+            trainer.create_model_card(model_name="a-model")
+        return (tmp_path / "README.md").read_text()
+
+    assert "| policy π_θ | unknown |\n| target π_t | unknown |\n| servers" in section(None)
+    routed = section(["x4", "none", "x4"])
+    assert "| target π_t | none but those that rows name |" in routed
+    assert "| further targets | x4 |" in routed and "| rows without a target | drawn from π_θ |" in routed
+
+
+def test_evaluations_of_several_datasets_are_kept(tmp_path: Path) -> None:
+    report = RunReport(tmp_path / "out")
+    report.on_log(None, State(step=0), None, {"eval_first_loss": 0.5, "eval_reward": 1.0})  # before any training
+    report.on_log(None, State(step=0), None, {"eval_second_loss": 0.25, "eval_reward": 2.0})
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["eval_reward"] for line in lines] == [1.0, 2.0]
 
 
 def test_the_table_and_file_of_steps_without_a_rollout(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from dual_rollout import RolloutBatch
 from tests.integration.conftest import TinyPair
 
 EXAMPLE = Path(__file__).parents[2] / "recipes/examples/ppo_loop.py"
@@ -45,6 +47,18 @@ def test_advantages_by_their_definition(example: ModuleType, gamma: float, lam: 
     torch.testing.assert_close(returns, (expected + values) * mask)
 
 
+def test_alpha_is_bounded_where_the_weights_are_worth_too_little(example: ModuleType) -> None:
+    """(Σw)²/(nΣw²) of the weights 1 and 3 is 0.8."""
+    rows = {name: torch.zeros(1, 3) for name in ("prompt_ids", "prompt_mask", "completion_ids", "logprobs_q")}
+    rows |= {name: torch.zeros(1, 3) for name in ("logprobs_theta", "logprobs_t", "weight_version")}
+    mask, alpha = torch.tensor([[1, 1, 0]]), torch.tensor([[0.4, 0.6, 0.0]])
+    batch = RolloutBatch(**rows, completion_mask=mask, alpha=alpha, importance_weights=torch.tensor([[1.0, 3.0, 0.0]]))
+    assert example.means(Accelerator(cpu=True), batch) == pytest.approx((0.5, 0.8))
+    assert example.next_alpha_max(1.0, 0.5, 0.8, min_ess=0.9) == pytest.approx(0.45)
+    assert example.next_alpha_max(0.45, 0.4, 0.95, min_ess=0.9) == pytest.approx(0.5)
+    assert example.next_alpha_max(0.95, 0.4, 0.95, min_ess=0.9) == 1.0
+
+
 def test_it_learns_and_the_policy_itself_gets_better(tiny_pair: TinyPair, tmp_path: Path) -> None:
     """Of 64 completions each with a deviation of about 0.17, a mean errs by 0.02: a gain of 0.2 is no chance."""
     flags = {
@@ -68,7 +82,8 @@ def test_it_learns_and_the_policy_itself_gets_better(tiny_pair: TinyPair, tmp_pa
     before, after = map(float, re.findall(r"by itself: ([0-9.]+)", done.stdout))
     assert after > before + 0.2, done.stdout
     rows = re.findall(r"α ([0-9.]+)  weight ([0-9.]+)", done.stdout)
-    assert len(rows) == 10 and all(0.3 < float(alpha) < 0.7 and 0.5 < float(weight) < 1.5 for alpha, weight in rows)
+    assert len(rows) == len(re.findall(r"ESS [01]\.[0-9]+  next α ≤ [0-9.]+", done.stdout)) == 10
+    assert all(0.3 < float(alpha) < 0.7 and 0.5 < float(weight) < 1.5 for alpha, weight in rows)
 
 
 def test_it_is_short() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from dual_rollout.functional.weights import effective_sample_size
 from dual_rollout.server.launch import EmbeddedServer
+from dual_rollout.training.rollout import over_processes
 from dual_rollout.training.script import check_processes
 from tests.integration.conftest import TinyPair
 from tests.recording_reward import read_records
@@ -59,11 +64,39 @@ def test_metrics_are_those_of_both_processes(run_of_two: Path) -> None:
     entries = metrics(run_of_two / "recipe.yaml")
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     for entry, *records in zip(entries, read_records(run_of_two, 0), read_records(run_of_two, 1), strict=True):
-        alpha = [[a for row in record["alpha"] for a in row] for record in records]
-        assert entry["sampling/alpha/min"] == pytest.approx(min(map(min, alpha)))
-        assert entry["sampling/alpha/max"] == pytest.approx(max(map(max, alpha)))
+        alpha, weights = (
+            np.array([value for record in records for row in record[name] for value in row])
+            for name in ("alpha", "importance_weights")
+        )
+        for name, values in (("alpha", alpha), ("rollout_weight", weights)):
+            for reduce in ("min", "mean", "max"):
+                expected = getattr(values, reduce)()
+                assert entry[f"sampling/{name}/{reduce}"] == pytest.approx(expected, rel=1e-5)
+        assert entry["sampling/effective_sample_size_ratio"] == pytest.approx(effective_sample_size(weights), rel=1e-5)
         rewards = [float(sum(ids) % 7) for record in records for ids in record["completion_ids"]]
         assert entry["rewards/recorded/mean"] == pytest.approx(sum(rewards) / 8)
+
+
+class Gathering:
+    """An accelerator of the last of several processes, which is given what the others gave before."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *others: torch.Tensor):
+        self.given = list(others)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        self.given.append(values)
+        return torch.cat(self.given)
+
+
+def test_each_value_counts_once_however_many_a_process_has() -> None:
+    first = Gathering()
+    assert over_processes(first, []) == {}
+    second = Gathering(*first.given)
+    assert over_processes(second, [1.0, 7.0]) == {"count": 2, "min": 1, "mean": 4, "max": 7}
+    third = Gathering(*second.given)
+    assert over_processes(third, [math.nan, 0.5, 0.5, 1.0]) == {"count": 5, "min": 0.5, "mean": 2, "max": 7}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +314,62 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
 
     with EmbeddedServer(tiny_models[0], FLAGS) as a, EmbeddedServer(tiny_models[0], FLAGS) as b:
         asyncio.run(asyncio.wait_for(run(a, b), 120))
+
+
+def test_another_process_uses_only_what_took_the_weights_and_notices_restarts(
+    tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """One client gives the weights, as the main process does, another one is told. Both weights are so alike that the
+    comparison of replicas lets either pass."""
+    new, newer = (perturbed_copy(tiny_models[0], tmp_path / str(i), noise=0.02, seed=i) for i in (7, 8))
+
+    async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
+        assert server.process is not None
+        server.process.kill()
+        await asyncio.to_thread(server.process.wait)
+        if meanwhile is not None:
+            await meanwhile
+        await asyncio.to_thread(server.start)
+
+    async def run(a: EmbeddedServer, b: EmbeddedServer) -> None:
+        giver, told = ([VLLMEngine(HttpTransport(s.url, max_retries=0)) for s in (a, b)] for _ in range(2))
+        main, other = Replicas(giver, max_retries=1), Replicas(told, max_retries=1)
+        alone = VLLMEngine(HttpTransport(b.url, max_retries=0))
+
+        def tell(to: Any, what: Any) -> None:
+            to.adopt_weights(pickle.loads(pickle.dumps(what)))
+
+        async def check(expected: float) -> None:
+            for _ in range(4):  # of two prompts each replica that is in gets one
+                top = await other.next_top_k([[10, 20, 30], [10, 20, 30]], 1)
+                assert top.logprobs.max(axis=1) == pytest.approx([expected, expected], abs=1e-4)
+                await asyncio.sleep(0.2)
+
+        try:
+            old = await best(other)
+            await check(old)
+            await restart(b, meanwhile=main.reload_weights(str(new)))  # back with the old weights
+            value = await best(giver[0])
+            assert 1e-3 < abs(value - old) < 0.3
+            tell(other, main.weights_given())
+            await check(value)
+
+            await main.reload_weights(str(newer))
+            value = await best(giver[1])
+            assert 1e-3 < abs(value - old) < 0.3 and value == pytest.approx(await best(giver[0]), abs=1e-4)
+            tell(other, main.weights_given())
+            tell(alone, giver[1].weights_given())
+            await check(value)
+            assert await best(told[1]) == pytest.approx(await best(alone), abs=1e-4)
+
+            await restart(a)
+            await check(value)  # b alone goes on
+            await restart(b)
+            with pytest.raises(EngineRestartedError, match="restarted"):
+                await best(alone)
+        finally:
+            for client in (main, other, *giver, *told, alone):
+                await client.aclose()
+
+    with EmbeddedServer(tiny_models[0], FLAGS) as a, EmbeddedServer(tiny_models[0], FLAGS) as b:
+        asyncio.run(asyncio.wait_for(run(a, b), 240))

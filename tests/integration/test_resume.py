@@ -12,14 +12,19 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from trl import GRPOConfig
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from trl import GRPOConfig, RLOOConfig
 
-from dual_rollout.training.arguments import parse_recipe
+from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer
 from dual_rollout.training.script import checkpoint_to_resume
 from tests.recording_reward import read_records
 from tests.runs import finish, metrics, one_process, start, two_processes, wait_until, write_recipe
 
 OPTIONS = {
+    "dual_task_size": 2,  # an epoch has two steps, or one of two processes
+    "seed": 2,  # with which the first two epochs have unlike orders
     "max_steps": 4,
     "save_strategy": "steps",
     "save_steps": 1,
@@ -93,6 +98,8 @@ def test_it_goes_on_with_the_same_data_tokens_and_weights(runs: Runs) -> None:
             for row, other in zip(record[name], same[name], strict=True):
                 assert row == pytest.approx(other, abs=1e-4)
     assert expected[2]["completion_ids"] != expected[3]["completion_ids"]
+    first, second = (expected[step]["questions"] for step in (0, 2))
+    assert first != second, "the test needs epochs of unlike order: the killed run was in the second one"
 
 
 def test_its_metrics_go_on_without_gap_or_repeat(runs: Runs) -> None:
@@ -129,6 +136,7 @@ def test_a_run_of_two_processes_goes_on_too(tiny_models: tuple[Path, Path], tmp_
             assert record["questions"] == same["questions"]
             assert record["completion_ids"] == same["completion_ids"]
             assert record["weight_version"] == [record["step"]] * 4
+        assert len({str(record["questions"]) for record in expected}) > 1, "the test needs epochs of unlike order"
     assert [entry["step"] for entry in metrics(recipe)] == [1, 2, 3]
 
 
@@ -169,8 +177,86 @@ def test_another_number_of_processes_is_refused(runs: Runs, tmp_path: Path) -> N
         checkpoint_to_resume(grpo_config(tmp_path, True))
 
 
-def test_checkpoints_in_mid_rollout_are_refused(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tiny_models, save_strategy="steps", save_steps=3, num_iterations=2)
-    with pytest.raises(ValueError, match="save_steps=3 would save in the middle of a rollout"):
-        parse_recipe(["--config", str(recipe)])
-    parse_recipe(["--config", str(recipe), "--save_steps", "4"])
+class Prompts:
+    """Keeps the prompts of every batch, and trains on nothing: a step needs no server. Two steps make an epoch."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen: list[tuple[int, list[str]]] = []
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.seen.append((self.state.global_step, [row["prompt"] for row in inputs]))
+        return {"rows": torch.arange(len(inputs))}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return sum(0.0 * parameter.sum() for parameter in model.parameters())
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class GRPOPrompts(Prompts, DualGRPOTrainer):
+    pass
+
+
+class RLOOPrompts(Prompts, DualRLOOTrainer):
+    pass
+
+
+def prompts_of(kind: type, model: Path, folder: Path, checkpoint: Path | None, **options: Any) -> list[Any]:
+    shape = {"per_device_train_batch_size": 4, "max_completion_length": 4, "save_strategy": "steps", "save_steps": 1}
+    shape |= {"num_generations": 2, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    trainer = kind(
+        model=str(model),
+        args=(GRPOConfig if kind is GRPOPrompts else RLOOConfig)(output_dir=str(folder), **{**shape, **options}),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_list([{"prompt": f"p{i}"} for i in range(4)]),
+        dual_config=CoordinatorConfig(theta_url="http://127.0.0.1:1", t_url="http://127.0.0.1:2"),
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer.seen
+
+
+@pytest.mark.parametrize("kind", [GRPOPrompts, RLOOPrompts])
+def test_later_epochs_are_resumed_in_their_own_order(
+    kind: type, tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = prompts_of(kind, tiny_models[0], tmp_path, None, max_steps=7)
+    assert [step for step, _ in whole] == list(range(7))
+    epochs = [tuple(prompt for _, prompts in whole[i : i + 2] for prompt in prompts) for i in (0, 2, 4)]
+    assert len({*epochs}) == 3, "the test needs epochs of unlike order"
+    for step in (1, 2, 5):
+        resumed = prompts_of(kind, tiny_models[0], tmp_path / str(step), tmp_path / f"checkpoint-{step}", max_steps=7)
+        assert resumed == whole[step:]
+
+
+@pytest.mark.parametrize("kind", [GRPOPrompts, RLOOPrompts])
+def test_a_checkpoint_between_two_uses_of_a_rollout_is_resumed(
+    kind: type, tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A rollout serves three steps; the resumed run draws it anew, and the next ones when the other run did."""
+    options = {"num_iterations": 3, "max_steps": 13}  # six steps make an epoch
+    whole = dict(prompts_of(kind, tiny_models[0], tmp_path, None, **options))
+    assert list(whole) == [0, 3, 6, 9, 12]
+    for step in (4, 8):
+        resumed = prompts_of(kind, tiny_models[0], tmp_path / str(step), tmp_path / f"checkpoint-{step}", **options)
+        later = [(number, prompts) for number, prompts in whole.items() if number > step]
+        assert resumed == [(step, whole[3 * (step // 3)]), *later]
+
+
+def test_a_checkpoint_is_whole_only_when_every_process_has_written(
+    tiny_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process waits before it writes the trainer's state, by which `checkpoint_to_resume` judges."""
+    waited: list[bool] = []
+
+    def wait(accelerator: Any) -> None:
+        folder = tmp_path / "checkpoint-1"
+        waited.append((folder / "rng_state.pth").exists() and not (folder / "trainer_state.json").exists())
+
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", wait)
+    prompts_of(GRPOPrompts, tiny_models[0], tmp_path, None, max_steps=1)
+    assert True in waited

@@ -315,7 +315,8 @@ def test_the_trainers_weights_stay_in_the_runs_folder(tmp_path: Path) -> None:
     run.mkdir()
     elsewhere.mkdir()
     assert weight_folder(run, None) == run / "theta_weights"
-    assert weight_folder(run, elsewhere) == elsewhere  # asked for by name
+    assert weight_folder(run, elsewhere).parent == elsewhere  # asked for by name
+    assert weight_folder(run, elsewhere) != weight_folder(run.parent / "another", elsewhere)
     (run / "theta_weights").symlink_to(elsewhere)
     with pytest.raises(ValueError, match=r"theta_weights leads to .*elsewhere"):
         weight_folder(run, None)

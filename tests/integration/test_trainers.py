@@ -150,7 +150,8 @@ def check(trainer: Any, pair: TinyPair) -> None:
             torch.testing.assert_close(ratio[real], weights.clamp(max=CLIP), atol=5e-3, rtol=5e-3)
             assert (ratio[~real] == 1).all()
             for name in ("alpha", "logprobs_theta", "logprobs_t", "sampling_per_token_logps"):
-                assert torch.equal(inputs[name][i], rollout.batch[name][j])
+                same = {"rtol": 0, "atol": 0, "equal_nan": True}  # log π_t is NaN where there is no target
+                torch.testing.assert_close(inputs[name][i], rollout.batch[name][j], **same)
             if inputs["advantages"].dim() == 2:  # GRPO: one advantage per row, times a weight per token
                 base = inputs["advantages"][i] / ratio
                 torch.testing.assert_close(base, base[:1].expand_as(base), atol=1e-4, rtol=1e-4)
@@ -166,7 +167,8 @@ def check(trainer: Any, pair: TinyPair) -> None:
 def check_target(trainer: Any, pair: TinyPair) -> None:
     """π_t saw each row's own `t_prompt`, seen in its log-probabilities."""
     model = AutoModelForCausalLM.from_pretrained(pair.t_model)
-    shown = [(rollout, row, j) for rollout in trainer.rollouts[:2] for j, row in enumerate(rollout.rows)]
+    trained = [rollout for rollout in trainer.rollouts if rollout.mode == "train"]
+    shown = [(rollout, row, j) for rollout in trained[:2] for j, row in enumerate(rollout.rows)]
     for rollout, row, j in shown:
         prompt = row["t_prompt"]
         if isinstance(prompt, str):
@@ -293,7 +295,14 @@ def test_evaluation_has_current_weights_and_changes_nothing(tiny_pair: TinyPair,
     assert [(r.mode, r.step) for r in trainer.rollouts] == [
         (mode, step) for step in range(4) for mode in ("eval", "train") if (mode, step) != ("train", 3)
     ]
-    assert any("eval_sampling/alpha/mean" in entry for entry in trainer.state.log_history)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_sampling/alpha/max"] for entry in evaluations] == [0.0] * 4
+    for rollout in (r for r in trainer.rollouts if r.mode == "eval"):  # of the policy, not of q*
+        real = rollout.batch["completion_mask"].bool()
+        for name in ("sampling_per_token_logps", "logprobs_theta"):
+            torch.testing.assert_close(rollout.batch[name][real], rollout.policy[real], atol=1e-3, rtol=0)
+        assert (rollout.batch["alpha"] == 0).all() and (rollout.batch["importance_weights"][real] == 1).all()
+        assert rollout.batch["logprobs_t"][real].isnan().all()
     alone = run(tiny_pair, tmp_path / "b", kind)
     trained = [r for r in trainer.rollouts if r.mode == "train"]
     for with_evaluation, without in zip(trained, alone.rollouts, strict=True):

@@ -23,6 +23,7 @@ from dual_rollout.training.weight_sync import (
     base_names,
     choose_weight_sync,
     merged,
+    weight_folder,
     why_not_lora,
 )
 from tests.integration.conftest import TinyPair
@@ -52,7 +53,11 @@ def lora_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "merged adapter"])
 def test_full_weights_reach_the_server(tiny_pair: TinyPair, tmp_path: Path, peft: bool) -> None:
     before = served(tiny_pair.theta_url), served(tiny_pair.t_url)
-    trainer = train(tiny_pair, tmp_path, lora_config() if peft else None)
+    left_by_a_killed_run = weight_folder(tmp_path, tmp_path / "shared") / "step-7-abc"
+    left_by_another_run = weight_folder(tmp_path / "another", tmp_path / "shared") / "step-7-abc"
+    for folder in (left_by_a_killed_run, left_by_another_run):
+        folder.mkdir(parents=True)
+    trainer = train(tiny_pair, tmp_path, lora_config() if peft else None, weight_sync_dir=tmp_path / "shared")
     assert max(trainer.errors) < 1e-3
     assert served_models(tiny_pair.theta_url) == [str(tiny_pair.theta_model)]
     after = served(tiny_pair.theta_url), served(tiny_pair.t_url)
@@ -61,7 +66,7 @@ def test_full_weights_reach_the_server(tiny_pair: TinyPair, tmp_path: Path, peft
     # The last sync was before the last step: the server has that step's weights, not the final ones.
     assert largest_error(after[0], trainer.model.eval()) > 0.05
     assert trainer.versions == [[0] * 4, [1] * 4, [2] * 4]
-    assert list((tmp_path / "theta_weights").iterdir()) == []
+    assert list(left_by_a_killed_run.parent.iterdir()) == [] and left_by_another_run.exists()
     assert all(log["perf/weight_sync_s"] > 0 for log in trainer.state.log_history if "loss" in log)
 
 

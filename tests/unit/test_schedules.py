@@ -41,11 +41,22 @@ def test_other_fields_are_left_alone():
     assert moved.alpha_max == pytest.approx(0.5)
 
 
+def test_a_fixed_alpha_and_the_lower_bound_move_too():
+    fixed = CoordinatorConfig(alpha_method="fixed", fixed_alpha=0.8)
+    assert AlphaSchedule(shape="linear", fixed_alpha_end=0.0).at(fixed, 0.75).fixed_alpha == pytest.approx(0.2)
+    both = AlphaSchedule(shape="cosine", alpha_min_end=0.4, alpha_max_end=0.4)
+    assert set(both.ends) == {"alpha_min", "alpha_max"}
+    for progress in (0.0, 0.3, 0.999, 1.0):
+        moved = both.at(BUDGETED, progress)
+        assert 0 <= moved.alpha_min <= 0.4 <= moved.alpha_max <= 0.9
+    assert moved.alpha_min == moved.alpha_max == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"shape": "exponential"}, "alpha_schedule must be one of"),
-        ({"shape": "linear"}, "needs kl_budget_end or alpha_max_end"),
+        ({"shape": "linear"}, "needs one of kl_budget_end, fixed_alpha_end"),
         ({"kl_budget_end": 0.0}, "alpha_schedule is 'constant'"),
     ],
 )
@@ -58,6 +69,8 @@ def test_a_schedule_that_says_nothing_is_refused(options, named):
     ("schedule", "config", "named"),
     [
         ({"kl_budget_end": 0.0}, {}, "kl_budget_end needs alpha_method"),
+        ({"fixed_alpha_end": 0.0}, {}, "fixed_alpha_end needs alpha_method"),
+        ({"alpha_min_end": 0.5}, {"alpha_max": 0.4}, "alpha_min"),
         ({"kl_budget_end": -1.0}, {"alpha_method": "kl_budget", "kl_budget": 0.1}, "^kl_budget must be"),
         ({"alpha_max_end": 0.2}, {"alpha_min": 0.3}, "alpha_min"),
         ({"alpha_max_end": 1.2}, {}, "alpha_max"),
