@@ -26,7 +26,7 @@ from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import PreflightError
 from dual_rollout.functional.kl_symmetry import solve_alpha
-from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
+from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, SCALES
 from tests.chi_square import chi_square_p_value
 from tests.integration.test_doctor import failed, report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
@@ -215,7 +215,7 @@ def test_whole_laws_are_served(native: Native) -> None:
         logp_theta, logp_t = (
             logprobs_of(model, [*prompt, *tokens], len(prompt), 1.0) for model in (native.theta, native.t)
         )
-        alpha = (served[:, [VOCAB_SIZE]] - served[:, [VOCAB_SIZE + 1]]) / 16
+        alpha = (served[:, [VOCAB_SIZE]] - served[:, [VOCAB_SIZE + 1]]) / SCALES[1]
         path = (1 - alpha) * logp_theta + alpha * logp_t
         expected = path - np.log(np.exp(path).sum(1, keepdims=True))
         assert np.abs(served[:, :VOCAB_SIZE] - expected).max() < TOLERANCE
