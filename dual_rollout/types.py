@@ -60,7 +60,7 @@ class GenerationOutput:
         logprobs_q: log q*(y), nats. This is the law y was really drawn from.
         logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
         logprobs_t: log π_t(y), nats; exact (never floored), at the requested temperature.
-        importance_weights: π_θ(y) / q*(y).
+        importance_weights: π_θ(y) / q*(y). These three are NaN where `policy_logprobs` is False.
         without_target: whether a token was drawn from π_θ alone, because its prompt has no target, or because π_t's
             server was gone and `on_target_failure` is "policy". Then α = 0, log q* = log π_θ, the weight is exactly 1,
             and log π_t is NaN, as are the diagnostics that need it.
@@ -91,7 +91,8 @@ class StreamChunk:
     """One token of a streamed generation.
 
     `text` may be empty: bytes of a character that is not complete yet are held back until it is.
-    `importance_weight` is NaN in the rare case that log π_θ of the token has to be fetched afterwards.
+    `importance_weight` is NaN in the rare case that log π_θ of the token has to be fetched afterwards, and always where
+    `policy_logprobs` is False.
     """
 
     token_id: int

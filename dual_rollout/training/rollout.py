@@ -43,7 +43,8 @@ class RolloutBatch:
         completion_ids, completion_mask: `(B, T)` long.
         alpha: `(B, T)` float32; 0 at padding, like all of the following.
         importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
-        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target.
+        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target. All but log q*
+            are NaN where `policy_logprobs` is False.
         weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
     """
 
@@ -445,17 +446,13 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
     )
     residual, mass = (x if np.isnan(x).all() else x[~np.isnan(x)] for x in (residual, mass))
     local = {
-        "sampling/rollout_weight/min": weights.min(),
-        "sampling/rollout_weight/mean": weights.mean(),
-        "sampling/rollout_weight/max": weights.max(),
-        "sampling/pareto_k": pareto_k(weights),
+        **({} if np.isnan(weights).all() else _weight_metrics(weights)),  # without policy_logprobs the trainer has them
         "sampling/alpha/min": alpha.min(),
         "sampling/alpha/mean": alpha.mean(),
         "sampling/alpha/max": alpha.max(),
         "sampling/kl_residual/max": np.max(residual),
         "sampling/top_k_mass/min": np.min(mass),
         "sampling/top_k_mass/mean": np.mean(mass),
-        "sampling/effective_sample_size_ratio": effective_sample_size(weights),
         "rollout/tokens_per_second": len(alpha) / seconds,
         "rollout/seconds": seconds,
         "rollout/retry_total": float(retries),
@@ -466,6 +463,16 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
         reduce = _REDUCTIONS.get(name.rsplit("/", 1)[-1], torch.Tensor.mean)
         known = column[~column.isnan()]
         trainer._metrics[_mode(trainer)][name].append(reduce(known).item() if len(known) else math.nan)
+
+
+def _weight_metrics(weights: np.ndarray) -> dict[str, float]:
+    return {
+        "sampling/rollout_weight/min": weights.min(),
+        "sampling/rollout_weight/mean": weights.mean(),
+        "sampling/rollout_weight/max": weights.max(),
+        "sampling/pareto_k": pareto_k(weights),
+        "sampling/effective_sample_size_ratio": effective_sample_size(weights),
+    }
 
 
 _COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens")
