@@ -12,10 +12,10 @@ A server that has them serves V + 5 tokens. Before vLLM divides by the temperatu
 
 where τ is the temperature that α is solved at, and those of the vocabulary are τ log q*. What vLLM does afterwards to a
 whole row, dividing by the temperature and normalising, cancels in the differences to token V. α is on a grid of 2^-20,
-whose half is more than float32 loses on the way (three roundings by 2^-24 of 1.4, its largest logit over the factor), so
-that the client gets the very number that was used; the divergences come within 2e-6 of theirs. At temperatures up to 2
-these tokens have a probability below e^-50 = 2e-22 each: they are never sampled. vLLM's API writes what is below −9999
-as that: at temperatures of at least 0.05 never α, but divergences above (9999 T − 100)/16 nats.
+whose half is more than float32 loses on the way (three roundings by 2^-24 of 1.4, its largest logit over the factor),
+so that the client gets the very number that was used. At temperatures up to 2 these tokens have a probability below
+e^-50 = 2e-22 each: they are never sampled. vLLM's API writes what is below −9999 as that: at temperatures of at least
+0.05 never α, but divergences above (9999 T − 100)/16 nats.
 
 A prompt's rows (`prompt_logprobs`) hold log π_θ instead, and −200 at all five.
 """

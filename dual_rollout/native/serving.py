@@ -109,6 +109,12 @@ def _check_same_tokens(settings: NativeSettings, vocab_size: int) -> None:
         print(f"dual-rollout: warning: tokenizers not compared: {error}", file=sys.stderr)
         return
     tokens_theta, tokens_t = ({token_id: token for token, token_id in vocab.items()} for vocab in (theta, t))
+    if beyond := {token for token, token_id in (theta | t).items() if token_id >= vocab_size}:
+        print(
+            f"dual-rollout: warning: {len(beyond)} tokens ({', '.join(sorted(beyond)[:3])}) are beyond the "
+            f"{vocab_size} ids that both models know: they are never sampled, and our client refuses them in prompts",
+            file=sys.stderr,
+        )
     common = [token_id for token_id in tokens_theta if token_id in tokens_t and token_id < vocab_size]
     differing = [token_id for token_id in common if tokens_theta[token_id] != tokens_t[token_id]]
     if not differing:
