@@ -60,13 +60,18 @@ def vllm_command(settings: NativeSettings, flags: Sequence[str]) -> list[str]:
     that was sampled from.
 
     Raises:
-        ValueError: the two models do not fit together, or are no plain decoder models.
+        ValueError: the two models do not fit together, or are no plain decoder models; or `flags` name a model.
         OSError: a model cannot be found.
     """
+    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if taken := names & {"--model", "--hf-overrides"}:
+        raise ValueError(
+            f"{' and '.join(sorted(taken))} would replace π_θ or q* itself: write it into THETA's config.json"
+        )
     # -P: a checkout in the current folder must not hide the installed package, by which vLLM finds the model class.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", settings.theta]
     command += ["--hf-overrides", json.dumps(config_overrides(settings))]
-    if not any(flag.startswith("--logprobs-mode") for flag in flags):
+    if "--logprobs-mode" not in names:
         command += ["--logprobs-mode", "processed_logprobs"]
     return [*command, *flags]
 

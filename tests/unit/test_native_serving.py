@@ -71,6 +71,9 @@ def test_vllms_own_flags_win(theta: Path, t: Path, capsys: pytest.CaptureFixture
         (["--fixed-alpha", "0.3"], "--alpha-method"),
         (["--alpha-method", "fixed", "--fixed-alpha", "1.3"], "--fixed-alpha"),
         (["--temperature", "0"], "--temperature"),
+        (["--hf-overrides", "{}"], "--hf-overrides"),
+        (["--hf_overrides.vocab_size=7"], "--hf-overrides"),
+        (["--model=other"], "--model"),
     ],
 )
 def test_bad_settings_are_refused(
