@@ -98,6 +98,11 @@ class CoordinatorConfig:
         "(weight_versions). Otherwise it ends with an error.",
     )
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.")
+    policy_logprobs: bool = _option(
+        True,
+        'Engine "native": fetch log π_θ of each token by a second request. False leaves logprobs_theta, logprobs_t and '
+        "importance_weights NaN, for a trainer that computes log π_θ itself, as DualGRPOTrainer does.",
+    )
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.")
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
     max_concurrency: int = _option(64, "Sequences in flight at once.")
@@ -119,7 +124,7 @@ class CoordinatorConfig:
                 )
         for name in ("theta_model", "t_model", "tokenizer"):
             self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
-        for name in ("parse_special_tokens", "allow_mixed_versions", "ignore_eos", "show_progress"):
+        for name in ("parse_special_tokens", "allow_mixed_versions", "policy_logprobs", "ignore_eos", "show_progress"):
             self._check(name, lambda v: isinstance(v, bool), "True or False")
         for name in ("max_concurrency", "connection_pool_size"):
             self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")
@@ -151,6 +156,8 @@ class CoordinatorConfig:
             raise ValueError('engine "native" has one server, which holds its target: give one theta_url, no targets')
         if self.engine == "native" and not 0.05 <= self.temperature <= 2:
             raise ValueError(f'engine "native" needs a temperature in [0.05, 2], got {self.temperature}')
+        if self.engine != "native" and not self.policy_logprobs:
+            raise ValueError('policy_logprobs=False needs engine "native": with another, log π_θ costs no request')
         if self.num_draft_tokens is not None:
             self._check("num_draft_tokens", lambda v: _is_int(v) and v >= 1, "a whole number >= 1, or None")
         if self.seed is not None:

@@ -64,7 +64,7 @@ class GenerationOutput:
         logprobs_q: log q*(y), nats. This is the law y was really drawn from.
         logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
         logprobs_t: log π_t(y), nats; exact (never floored), at the requested temperature.
-        importance_weights: π_θ(y) / q*(y).
+        importance_weights: π_θ(y) / q*(y). These three are NaN where `policy_logprobs` is False.
         without_target: whether a token was drawn from π_θ alone, because its prompt has no target, or because π_t's
             server was gone and `on_target_failure` is "policy". Then α = 0, log q* = log π_θ, the weight is exactly 1,
             and log π_t is NaN, as are the diagnostics that need it.
@@ -102,7 +102,8 @@ class StreamChunk:
 
     `text` may be empty: bytes of a character that is not complete yet are held back until it is.
     `importance_weight` is NaN where log π_θ of the token has to be fetched afterwards, because only π_t listed it, and
-    `logprob_q` where it lies outside both lists; the finished output has both.
+    `logprob_q` where it lies outside both lists; the finished output has both. Without `policy_logprobs` no weight is
+    known.
     """
 
     token_id: int

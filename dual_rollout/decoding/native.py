@@ -1,4 +1,5 @@
-"""Decoding where the server samples from q* itself: whole sequences per request, and a second one for log π_θ."""
+"""Decoding where the server samples from q* itself: whole sequences per request, and a second one for log π_θ, where
+that is wanted."""
 
 from __future__ import annotations
 
@@ -72,7 +73,10 @@ class NativeDecoder:
             seed=None if config.seed is None else int(sequence.rewind().integers(2**31)),
         )
         self._check_alpha(sample)
-        logp_theta = await self.engine.policy_logprobs([*prompt, *sample.token_ids], len(prompt), config.temperature)
+        logp_theta = np.full(len(sample.token_ids), np.nan)
+        if config.policy_logprobs:
+            text = [*prompt, *sample.token_ids]
+            logp_theta = await self.engine.policy_logprobs(text, len(prompt), config.temperature)
         self._record(sequence, sample, logp_theta)
 
     def _record(self, sequence: DecodingSequence, sample: NativeSample, logp_theta: np.ndarray) -> None:
@@ -100,7 +104,7 @@ class NativeDecoder:
                 sequence.finish_reason = "stop"  # also at a stop token that only the server knows
             self.stats.positions += 1
             self.stats.tokens += 1
-            self.stats.scored_tokens += 1
+            self.stats.scored_tokens += self.config.policy_logprobs
             if self.on_token is not None:
                 self.on_token(sequence)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dual_rollout.engines.base import TokenIds
-from dual_rollout.engines.vllm import VLLMEngine
+from dual_rollout.engines.vllm import VLLMEngine, _token_ids
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
 from dual_rollout.types import FinishReason
@@ -82,10 +82,13 @@ class NativeEngine(VLLMEngine):
         if self._vocab_size is None:
             self._vocab_size = await self._find_vocab_size()
         names = self._pseudo_tokens(NUM_PSEUDO_TOKENS)
-        (choice,) = await self._complete(
-            [_PROBE], temperature=temperature, logprobs=len(names), logprob_token_ids=names
+        carried = await self._ask(
+            [_PROBE],
+            lambda choices: self._rows(choices[0], names)[0, 1:],
+            temperature=temperature,
+            logprobs=len(names),
+            logprob_token_ids=names,
         )
-        carried = self._rows(choice, NUM_PSEUDO_TOKENS)[0, 1:]
         if abs(carried[0] * temperature - FLOOR) > _LOOSE * temperature or carried.max() > carried[0]:
             raise PreflightError(f"{self.url} is no native q* server: start it with dual-rollout serve-native")
         solved_at = decode(carried.tolist(), temperature)[-1]
@@ -139,23 +142,18 @@ class NativeEngine(VLLMEngine):
         seed: int | None = None,
     ) -> NativeSample:
         """Draw up to `max_tokens` tokens after `prompt` in one request. `attach` comes first."""
-        return await self._until_whole(
-            lambda: self._sample(prompt, max_tokens, temperature, stop_token_ids, ignore_eos, seed)
-        )
-
-    async def _sample(
-        self,
-        prompt: TokenIds,
-        max_tokens: int,
-        temperature: float,
-        stop_token_ids: Collection[int],
-        ignore_eos: bool,
-        seed: int | None,
-    ) -> NativeSample:
+        size = self._pseudo_tokens(1)[0]
+        if max(prompt) >= size:
+            raise EngineRejectedError(
+                f"the prompt has token {max(prompt)}, and the two models have {size} in common",
+                url=self.url,
+                status=400,
+            )
         names = self._pseudo_tokens(4)
         options: dict[str, Any] = {} if seed is None else {"seed": seed}
-        (choice,) = await self._complete(
+        return await self._ask(
             [prompt],
+            lambda choices: self._sample(choices[0], names, max_tokens, temperature),
             max_tokens=max_tokens,
             temperature=temperature,
             logprobs=len(names),
@@ -164,33 +162,34 @@ class NativeEngine(VLLMEngine):
             ignore_eos=ignore_eos,
             **options,
         )
-        rows = self._rows(choice, len(names))
-        carried = np.array([decode(row, temperature) for row in rows[:, 1:].tolist()])
-        return NativeSample(
-            token_ids=[int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]],
-            log_q=rows[:, 0],
-            alpha=carried[:, 0],
-            kl_theta=carried[:, 1],
-            kl_t=carried[:, 2],
-            finish_reason="stop" if choice["finish_reason"] == "stop" else "length",
-        )
+
+    def _sample(self, choice: dict[str, Any], names: list[int], max_tokens: int, temperature: float) -> NativeSample:
+        rows, token_ids = self._rows(choice, names), _token_ids(choice["logprobs"]["tokens"])
+        stopped = choice["finish_reason"] == "stop"
+        if not 1 <= len(rows) <= max_tokens or (len(rows) < max_tokens and not stopped):
+            raise self._answers.spoilt(f"{len(rows)} tokens of {max_tokens}, and no stop")
+        if token_ids.min() < 0 or token_ids.max() >= names[0] or np.isinf(rows[:, 0]).any():
+            raise self._answers.spoilt("tokens that q* cannot draw")
+        alpha, kl_theta, kl_t = np.array([decode(row, temperature) for row in rows[:, 1:].tolist()]).T
+        # A divergence may be NaN: vLLM cuts large ones off.
+        if (alpha < 0.0).any() or (alpha > 1.0).any() or (kl_theta < 0.0).any() or (kl_t < 0.0).any():
+            raise self._answers.spoilt("α outside [0, 1], or a negative divergence")
+        return NativeSample(token_ids.tolist(), rows[:, 0], alpha, kl_theta, kl_t, "stop" if stopped else "length")
 
     async def policy_logprobs(self, token_ids: TokenIds, start: int, temperature: float = 1.0) -> np.ndarray:
         """log π_θ, at the server's temperature, of the tokens of one text from `start` >= 1 on; computed anew."""
-        (choice,) = await self._complete([token_ids], temperature=temperature, prompt_logprobs=0)
-        rows = choice.get("prompt_logprobs")
-        if not isinstance(rows, list) or len(rows) != len(token_ids):
-            raise EngineProtocolError("the answer has no prompt_logprobs, one row per prompt token", url=self.url)
-        try:
-            values = [row[str(token)]["logprob"] for row, token in zip(rows[start:], token_ids[start:], strict=True)]
-        except (KeyError, TypeError) as error:
-            raise EngineProtocolError("prompt_logprobs lack the prompt's own tokens", url=self.url) from error
-        return np.array(values, dtype=np.float64)
+
+        def read(choices: list[dict[str, Any]]) -> np.ndarray:
+            rows = self._prompt_rows(choices[0], token_ids)[start:]
+            own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
+            return self._answers.logprobs(own)
+
+        return await self._ask([token_ids], read, temperature=temperature, prompt_logprobs=0)
 
     async def _find_vocab_size(self) -> int:
         """From the refusal of a token that cannot be; vLLM says it nowhere else."""
         try:
-            await self._complete([_PROBE], logprobs=1, logprob_token_ids=[_NO_VOCABULARY_HAS])
+            await self._ask([_PROBE], len, logprobs=1, logprob_token_ids=[_NO_VOCABULARY_HAS])
         except EngineRejectedError as error:
             if found := re.search(r"Vocabulary size: (\d+)", str(error)):
                 return int(found[1]) - NUM_PSEUDO_TOKENS
@@ -202,16 +201,17 @@ class NativeEngine(VLLMEngine):
             raise RuntimeError("attach() has not been called")
         return list(range(self._vocab_size, self._vocab_size + count))
 
-    def _rows(self, choice: dict[str, Any], count: int) -> np.ndarray:
-        """`(T, 1 + count)` log-probabilities: the sampled token's, then the pseudo-tokens'."""
+    def _rows(self, choice: dict[str, Any], names: list[int]) -> np.ndarray:
+        """`(T, 1 + len(names))` log-probabilities: the sampled token's, then those of the pseudo-tokens `names`."""
+        logprobs, keys = choice["logprobs"], [f"token_id:{name}" for name in names]
         try:
-            rows = [list(row.values()) for row in choice["logprobs"]["top_logprobs"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EngineProtocolError("a choice has no logprobs.top_logprobs", url=self.url) from error
-        if not rows or any(len(row) != 1 + count for row in rows):
-            raise EngineProtocolError(
-                "log-probabilities of the pseudo-tokens are missing; is another client asking this server for top-k "
-                "lists? That garbles requests in the same step",
-                url=self.url,
-            )
-        return np.array(rows, dtype=np.float64)
+            rows = [
+                [row[key] for key in (sampled, *keys)]
+                for row, sampled in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True)
+            ]
+        except KeyError as error:
+            raise self._answers.spoilt(
+                f"no log-probability of {error}; is another client asking this server for top-k lists? That garbles "
+                "requests in the same step"
+            ) from error
+        return self._answers.logprobs(rows).reshape(-1, 1 + len(names))

@@ -356,17 +356,6 @@ class VLLMEngine:
             )
         return joined(parts)
 
-    async def _until_whole(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` makes of an answer, asked again if that was spoilt or could not be read."""
-
-        async def once() -> T:
-            try:
-                return await ask()
-            except MALFORMED as error:
-                raise self._answers.spoilt(f"an answer of another shape ({str(error)[:100]})") from error
-
-        return await asked_again(self._http, once)
-
     async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> TopK:
         """Lists for the last `count` tokens of a text, whose beginning the prefix cache may have."""
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
@@ -516,10 +505,6 @@ class VLLMEngine:
             advice = "" if known else ': set missing="floor" or use a newer vLLM'
             raise self._answers.spoilt(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
         return self._answers.named([row[key] for key in keys])
-
-    async def _complete(self, prompts: Sequence[TokenIds], **options: Any) -> list[dict[str, Any]]:
-        """The choices of a completion, of one token unless said otherwise, one per prompt, in order."""
-        return await self._ask(prompts, lambda choices: choices, **options)
 
     async def _ask(self, prompts: Sequence[TokenIds], read: Callable[[list[dict[str, Any]]], T], **options: Any) -> T:
         """What `read` makes of the choices of a completion."""

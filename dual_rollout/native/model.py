@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from vllm.config import VllmConfig
+from vllm.compilation.backends import set_model_tag
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.interfaces import has_inner_state
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
@@ -21,6 +24,15 @@ from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
 from dual_rollout.native.solver import AlphaRule, log_softmax, q_star_logits
 
 _T_PREFIX = "dual_rollout_t."
+_PROMPT_ROWS = 256  # of a prompt at a time
+_LAYER_LISTS = (
+    "ignore",
+    "ignored_layers",
+    "exclude",
+    "exclude_modules",
+    "modules_to_not_convert",
+    "modules_in_block_to_quantize",
+)
 
 _compiled_logits = torch.compile(q_star_logits, dynamic=True, backend=current_platform.simple_compile_backend)
 
@@ -40,16 +52,20 @@ class DualRolloutForCausalLM(nn.Module):
         config_theta.vocab_size = settings["vocab_size_theta"]
         model_config = vllm_config.model_config
         config_t = get_config(settings["t"], model_config.trust_remote_code)
-        _refuse_what_does_not_work(vllm_config, config_theta, config_t)
+        architectures = settings["architectures"], config_t.architectures
+        _refuse_what_does_not_work(vllm_config, (config_theta, config_t), architectures)
 
         self.theta: Any
         self.t: Any
         self.vocab_size = min(config_theta.vocab_size, config_t.vocab_size)
         self.temperature = float(settings["temperature"])
         self.rule = AlphaRule(settings["fixed_alpha"], settings["alpha_min"], settings["alpha_max"])
-        self.theta = _submodel(vllm_config, config_theta, settings["architectures"], maybe_prefix(prefix, "theta"))
-        self.t = _submodel(vllm_config, config_t, config_t.architectures, maybe_prefix(prefix, "t"))
+        self.theta = _submodel(vllm_config, config_theta, architectures[0], maybe_prefix(prefix, "theta"))
+        with set_model_tag("dual_rollout_t"):  # or it would find π_θ's graphs in the cache of compiled ones
+            self.t = _submodel(vllm_config, config_t, architectures[1], maybe_prefix(prefix, "t"))
         self._hidden_size_theta = config_theta.hidden_size
+        self._hidden_size_t = config_t.hidden_size
+        self._dtype = model_config.dtype
         self.secondary_weights: tuple[Any, ...] = (
             DefaultModelLoader.Source(settings["t"], revision=None, prefix=_T_PREFIX),
         )
@@ -112,15 +128,18 @@ class DualRolloutForCausalLM(nn.Module):
         self._warm_up()
 
     def _policy_rows(self, logits_theta: Tensor) -> Tensor:
-        logp = log_softmax(logits_theta, self.temperature)[:, : self.vocab_size]
-        return torch.cat((logp, logp.new_full((len(logp), NUM_PSEUDO_TOKENS), POLICY_ROW)), dim=1)
+        size = self.vocab_size + NUM_PSEUDO_TOKENS
+        served = logits_theta.new_full((len(logits_theta), size), POLICY_ROW, dtype=torch.float32)
+        for some, logits in zip(served.split(_PROMPT_ROWS), logits_theta.split(_PROMPT_ROWS), strict=True):
+            some[:, : self.vocab_size] = log_softmax(logits, self.temperature)[:, : self.vocab_size]
+        return served
 
+    @torch.inference_mode()
     def _warm_up(self) -> None:
         """Compile the solver now, for one row and for several, and not during the first requests."""
-        device = next(self.theta.parameters()).device
+        device, size = next(self.theta.parameters()).device, self._hidden_size_theta + self._hidden_size_t
         for rows in (1, 2):
-            row = torch.zeros(rows, self.vocab_size, device=device)
-            _compiled_logits(row, row, self.rule, self.temperature)
+            self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
 
 
 def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: list[str], prefix: str) -> Any:
@@ -130,10 +149,15 @@ def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: 
     return initialize_model(vllm_config=sub, prefix=prefix)
 
 
-def _refuse_what_does_not_work(vllm_config: VllmConfig, theta: PretrainedConfig, t: PretrainedConfig) -> None:
+def _refuse_what_does_not_work(
+    vllm_config: VllmConfig, configs: tuple[PretrainedConfig, PretrainedConfig], architectures: tuple[list[str], ...]
+) -> None:
     """Raise `ValueError` for what two models in one engine cannot do."""
+    theta, t = configs
     limit = getattr(t, "max_position_embeddings", None)
-    max_model_len = vllm_config.model_config.max_model_len
+    model_config = vllm_config.model_config
+    max_model_len = model_config.max_model_len
+    classes = [model_config.registry.resolve_model_cls(names, model_config)[0] for names in architectures]
     reasons = {
         "pipeline parallelism (--pipeline-parallel-size): both models must be on every rank": (
             vllm_config.parallel_config.pipeline_parallel_size > 1
@@ -141,10 +165,18 @@ def _refuse_what_does_not_work(vllm_config: VllmConfig, theta: PretrainedConfig,
         "expert parallelism (--enable-expert-parallel)": vllm_config.parallel_config.enable_expert_parallel,
         "LoRA (--enable-lora): sync full or merged weights": vllm_config.lora_config is not None,
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
-        "prompt embeddings (--enable-prompt-embeds)": vllm_config.model_config.enable_prompt_embeds,
+        "prompt embeddings (--enable-prompt-embeds)": model_config.enable_prompt_embeds,
+        f"--load-format {vllm_config.load_config.load_format}: it does not read the target's weights": (
+            not isinstance(get_model_loader(vllm_config.load_config), DefaultModelLoader)
+        ),
+        "full CUDA graphs for prompts: set cudagraph_mode to FULL_AND_PIECEWISE, vLLM's default, or PIECEWISE": (
+            vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL
+        ),
+        "models with a recurrent state (Mamba and hybrids)": any(map(has_inner_state, classes)),
         "quantisation of one model only: give both the same quantization_config, or none": (
             _quantization(theta) != _quantization(t)
         ),
+        "quantisation of a list of layers: here their names begin with theta. and t.": _names_layers(theta),
         f"--max-model-len {max_model_len}: the target's context is {limit}": max_model_len > (limit or max_model_len),
     }
     refused = [reason for reason, applies in reasons.items() if applies]
@@ -155,6 +187,11 @@ def _refuse_what_does_not_work(vllm_config: VllmConfig, theta: PretrainedConfig,
 def _quantization(config: PretrainedConfig) -> Any:
     settings: Any = getattr(config, "quantization_config", None)
     return settings.to_dict() if hasattr(settings, "to_dict") else settings
+
+
+def _names_layers(config: PretrainedConfig) -> bool:
+    settings = _quantization(config) or {}
+    return any(settings.get(key) for key in _LAYER_LISTS)
 
 
 def _is_slice(rows: Tensor) -> bool:

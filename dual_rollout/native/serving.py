@@ -60,13 +60,18 @@ def vllm_command(settings: NativeSettings, flags: Sequence[str]) -> list[str]:
     that was sampled from.
 
     Raises:
-        ValueError: the two models do not fit together, or are no plain decoder models.
+        ValueError: the two models do not fit together, or are no plain decoder models; or `flags` name a model.
         OSError: a model cannot be found.
     """
+    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if taken := names & {"--model", "--hf-overrides"}:
+        raise ValueError(
+            f"{' and '.join(sorted(taken))} would replace π_θ or q* itself: write it into THETA's config.json"
+        )
     # -P: a checkout in the current folder must not hide the installed package, by which vLLM finds the model class.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", settings.theta]
     command += ["--hf-overrides", json.dumps(config_overrides(settings))]
-    if not any(flag.startswith("--logprobs-mode") for flag in flags):
+    if "--logprobs-mode" not in names:
         command += ["--logprobs-mode", "processed_logprobs"]
     return [*command, *flags]
 
@@ -109,6 +114,12 @@ def _check_same_tokens(settings: NativeSettings, vocab_size: int) -> None:
         print(f"dual-rollout: warning: tokenizers not compared: {error}", file=sys.stderr)
         return
     tokens_theta, tokens_t = ({token_id: token for token, token_id in vocab.items()} for vocab in (theta, t))
+    if beyond := {token for token, token_id in (theta | t).items() if token_id >= vocab_size}:
+        print(
+            f"dual-rollout: warning: {len(beyond)} tokens ({', '.join(sorted(beyond)[:3])}) are beyond the "
+            f"{vocab_size} ids that both models know: they are never sampled, and our client refuses them in prompts",
+            file=sys.stderr,
+        )
     common = [token_id for token_id in tokens_theta if token_id in tokens_t and token_id < vocab_size]
     differing = [token_id for token_id in common if tokens_theta[token_id] != tokens_t[token_id]]
     if not differing:

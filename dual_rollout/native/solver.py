@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, SCALE
+from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, SCALES
 
-_ITERATIONS = 4  # two reach 1e-5 nats of KL difference on real text; the others are for rows that need the bracket
+_ITERATIONS = 4
 _LOG_ZERO = -1e4  # stands for log 0: its weight underflows, and differences of it are finite
 _ROUNDING = 1e-5
 _SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
@@ -53,9 +53,12 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature:
     """
     vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
     logp_theta = log_softmax(logits_theta, temperature)[:, :vocab_size]
-    slope = log_softmax(logits_t, temperature)[:, :vocab_size] - logp_theta
+    logp_t = log_softmax(logits_t, temperature)[:, :vocab_size]
+    slope = logp_t - logp_theta
     if rule.fixed is None:
-        alpha = balanced_alpha(logp_theta, slope).clamp(rule.minimum, rule.maximum)
+        common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
+        alpha = balanced_alpha(logp_theta.where(common, _LOG_ZERO), slope.where(common, 0.0))
+        alpha = alpha.clamp(rule.minimum, rule.maximum)
     else:
         alpha = torch.full_like(logp_theta[:, :1], min(max(rule.fixed, rule.minimum), rule.maximum))
     alpha = (alpha / ALPHA_STEP).round() * ALPHA_STEP
@@ -71,10 +74,9 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature:
 def q_star_logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
     """What is served, `(B, V + 5)`: τ log q* of the pair at temperature τ, which vLLM divides by τ, and the numbers."""
     q = q_star(logits_theta, logits_t, rule, temperature)
-    carried = torch.cat(
-        (torch.zeros_like(q.alpha), q.alpha, q.kl_theta, q.kl_t, torch.full_like(q.alpha, temperature)), dim=1
-    )
-    return torch.cat((temperature * q.logprobs, FLOOR - SCALE * carried), dim=1)
+    tau = torch.full_like(q.alpha, temperature)
+    numbers = zip(SCALES, (torch.zeros_like(tau), q.alpha, q.kl_theta, q.kl_t, tau), strict=True)
+    return torch.cat((temperature * q.logprobs, *(FLOOR - scale * value for scale, value in numbers)), dim=1)
 
 
 def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
         `(B, 1)`.
     """
     alpha = torch.full_like(slope[:, :1], 0.5)
-    low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
+    # So wide that the first bisection tries an end, where a row stays whose root is beyond.
+    low, high = alpha - 1.0, alpha + 1.0
     for _ in range(_ITERATIONS):
         path = logp_theta + alpha * slope
         weight = (path - path.amax(dim=1, keepdim=True)).exp()
@@ -104,7 +107,7 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
         step = alpha - 2.0 * gap * rate / (2.0 * rate * rate - gap * curvature)
         # An empty side makes the step NaN, which is not inside; a converged one may miss the bracket by its rounding.
         inside = (step >= low - _ROUNDING) & (step <= high + _ROUNDING)
-        step = torch.where(inside, step.clamp(0.0, 1.0), 0.5 * (low + high))
+        step = torch.where(inside, step, 0.5 * (low + high)).clamp(0.0, 1.0)
         same = a + b <= _SAME * weight.sum(dim=1, keepdim=True)
         alpha = torch.where(same, alpha, step)
     return alpha

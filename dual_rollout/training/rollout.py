@@ -46,7 +46,8 @@ class RolloutBatch:
         completion_ids, completion_mask: `(B, T)` long.
         alpha: `(B, T)` float32; 0 at padding, like all of the following.
         importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
-        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target.
+        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target. All but log q*
+            are NaN where `policy_logprobs` is False.
         weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
     """
 
@@ -490,19 +491,22 @@ def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int
     weights = np.concatenate([output.importance_weights for output in outputs])
     mass = [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
     residual = [output.diagnostics["kl_diff"] for output in outputs]
+    weights = weights[~np.isnan(weights)]  # without policy_logprobs the trainer has them
+    alpha = np.concatenate([output.alpha_history for output in outputs])
     log_over_processes(trainer, "sampling/rollout_weight", weights)
-    log_over_processes(trainer, "sampling/alpha", np.concatenate([output.alpha_history for output in outputs]))
+    log_over_processes(trainer, "sampling/alpha", alpha)
     log_over_processes(trainer, "sampling/kl_residual", np.concatenate(residual), ("max",))
     log_over_processes(trainer, "sampling/top_k_mass", np.concatenate(mass), ("min", "mean"))
-    first, second, tail, called, timed = (
+    tokens, first, second, tail, called, timed = (
         over_processes(trainer.accelerator, values)
-        for values in (weights, weights**2, [pareto_k(weights)], [retries], [seconds])
+        for values in (alpha, weights, weights**2, [pareto_k(weights)], [retries], [seconds])
     )
     metrics = trainer._metrics[_mode(trainer)]
-    metrics["sampling/effective_sample_size_ratio"].append(first["mean"] ** 2 / max(second["mean"], _TINY))
+    if first:
+        metrics["sampling/effective_sample_size_ratio"].append(first["mean"] ** 2 / max(second["mean"], _TINY))
     if tail:  # of the process with the heaviest
         metrics["sampling/pareto_k"].append(tail["max"])
-    metrics["rollout/tokens_per_second"].append(first["count"] / timed["max"])
+    metrics["rollout/tokens_per_second"].append(tokens["count"] / timed["max"])
     metrics["rollout/seconds"].append(timed["max"])
     metrics["rollout/retry_total"].append(called["mean"] * called["count"])
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts
@@ -40,9 +41,10 @@ class DualTrainerMixin(_Trainer):
     `use_vllm=True` TRL does both itself (its ratio exp(log π_θ − logprobs) is exactly π_θ/q*), with its own keys
     `vllm_importance_sampling_*`, and no weight is applied here; one is, again, where that correction is switched off.
 
-    The weight is π_θ/q* with the trainer's own π_θ where TRL computes it before the update (`num_iterations > 1`, or
-    steps that share a rollout), and else with the server's, which has the same weights. `sampling/policy_drift` logs
-    how far the two are apart: the numerics of two implementations, or weights that did not arrive.
+    The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update (by TRL for
+    `num_iterations > 1` or steps that share a rollout; here where `policy_logprobs` is False), and else with the
+    server's, which has the same weights. `sampling/policy_drift` logs how far the two are apart: the numerics of two
+    implementations, or weights that did not arrive. Without the server's it is not logged.
 
     Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
     step and evaluation are also written to `metrics.jsonl` in the output folder (`report`).
@@ -198,6 +200,8 @@ class DualTrainerMixin(_Trainer):
         for name, key in _TENSORS.items():
             output[key] = pad_rows([row[name] for row in inputs], 0.0, width=width).to(device)
         old_logps = self._old_per_token_logps(output)
+        if old_logps is None and not self.rollout.config.policy_logprobs:
+            old_logps = output["old_per_token_logps"] = self._policy_logps(output)
         if "importance_sampling_ratio" not in output:  # TRL's own, which its loss applies
             policy = output["logprobs_theta"] if old_logps is None else old_logps
             weights = self._weights(policy - output["sampling_per_token_logps"], output["completion_mask"])
@@ -211,6 +215,19 @@ class DualTrainerMixin(_Trainer):
     def _old_per_token_logps(self, output: dict[str, Any]) -> torch.Tensor | None:
         """The trainer's log π_θ from before the update, `(B, T)` nats, where TRL computes it."""
         return output.get("old_per_token_logps")
+
+    def _policy_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """log π_θ of the completions as the loss will have it, `(B, T)` nats, without a gradient."""
+        mode = "train" if self.model.training else "eval"
+        text = [torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, *_ = self._get_per_token_logps_and_entropies(
+                self.model,
+                *text,
+                batch["completion_ids"].shape[1],
+                batch_size=getattr(self.args, f"per_device_{mode}_batch_size"),
+            )
+        return logps
 
     def _weights(self, log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights = corrected_weights(log_weights, mask, self._mode, **self._clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_vllms_own_flags_win(theta: Path, t: Path, capsys: pytest.CaptureFixture
         (["--fixed-alpha", "0.3"], "--alpha-method"),
         (["--alpha-method", "fixed", "--fixed-alpha", "1.3"], "--fixed-alpha"),
         (["--temperature", "0"], "--temperature"),
+        (["--hf-overrides", "{}"], "--hf-overrides"),
+        (["--hf_overrides.vocab_size=7"], "--hf-overrides"),
+        (["--model=other"], "--model"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -89,6 +93,15 @@ def test_other_token_ids_are_refused(theta: Path, tmp_path: Path, capsys: pytest
     assert isinstance(make_tokenizer(), PreTrainedTokenizerFast)
     assert main(["serve-native", str(theta), str(other), "--dry-run"]) == 2
     assert "same token ids" in capsys.readouterr().err
+
+
+def test_tokens_that_one_model_lacks_are_named(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((t / "config.json").read_text())
+    other = t.with_name("shorter")
+    shutil.copytree(t, other)
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 2}))
+    assert main(["serve-native", str(theta), str(other), "--dry-run"]) == 0
+    assert "warning: 2 tokens (<|im_end|>, <|im_start|>)" in capsys.readouterr().err
 
 
 def test_a_model_without_a_plain_configuration_is_refused(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dual_rollout.functional.kl_symmetry import solve_alpha
-from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, decode
+from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, NUM_PSEUDO_TOKENS, decode
 from dual_rollout.native.solver import AlphaRule, QStar, q_star, q_star_logits
 
 BALANCED = AlphaRule()
@@ -55,14 +55,15 @@ def test_alpha_balances_the_divergences(vocab: int, scale: float, correlation: f
 
 def test_peaked_rows_like_those_of_a_language_model() -> None:
     """One token with almost all mass in both, or one in each, over a wide tail. In the latter rows both divergences are
-    some ten nats, and differ by less than 1e-4 of that."""
+    some ten nats, and the grid of α leaves up to 2e-4 between them."""
     theta, t = pair(400, 5000, 3.0, 0.95)
     theta[::2, 7] += 20.0
     t[::4, 7] += 20.0
     t[2::4, 9] += 20.0
     q = q_star(theta, t, BALANCED, 1.0)
     assert alpha_error(theta, t, 1.0, q).max() < 1e-4
-    assert (kl_difference(theta, t, q.alpha) / (1 + q.kl_theta[:, 0])).max() < 1e-4
+    assert q.kl_theta.max() > 5
+    assert kl_difference(theta, t, q.alpha).max() < 2e-4
 
 
 def test_two_tokens() -> None:
@@ -83,7 +84,7 @@ def test_rule_bounds_and_fixed_alpha() -> None:
     theta, t = pair(50, 100, 3.0, 0.5)
     free = q_star(theta, t, BALANCED, 1.0).alpha
     bounded = q_star(theta, t, AlphaRule(minimum=0.45, maximum=0.5), 1.0).alpha
-    assert torch.equal(bounded, free.clamp(0.45, 0.5).mul(2**18).round().div(2**18)) and bounded.std() > 0
+    assert torch.equal(bounded, free.clamp(0.45, 0.5).div(ALPHA_STEP).round().mul(ALPHA_STEP)) and bounded.std() > 0
     for alpha, same in ((0.0, theta), (1.0, t)):
         q = q_star(theta, t, AlphaRule(fixed=alpha), 1.0)
         assert set(q.alpha[:, 0].tolist()) == {alpha}
@@ -98,6 +99,15 @@ def test_impossible_tokens_stay_impossible() -> None:
     q = q_star(theta, t, BALANCED, 1.0)
     assert torch.isfinite(q.alpha).all() and q.logprobs[:, 3:5].exp().max() == 0
     assert q.logprobs.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+def test_without_a_root_alpha_is_the_nearer_end() -> None:
+    """What both models allow, one of them likes better throughout, so no α balances."""
+    theta, t = pair(3, 20, 2.0, 0.5)
+    t[:, 5:] = -torch.inf
+    theta, t = torch.cat((theta, t)), torch.cat((t, theta))
+    q = q_star(theta, t, BALANCED, 1.0)
+    assert q.alpha[:, 0].tolist() == solve_alpha(exact(theta).numpy(), exact(t).numpy()).tolist()
 
 
 def test_a_longer_vocabulary_is_cut_to_the_common_tokens() -> None:

@@ -185,7 +185,7 @@ class NativeServer(VllmServer):
     """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``.
 
     It runs ``threads`` threads that the system may move, in the engine's own process: a worker process would cost
-    another import of vLLM at the start, and spin while it waits.
+    another import of vLLM at the start, and spin while it waits. vLLM's CPU build needs both the flag and the variable.
     """
 
     def __init__(
@@ -198,7 +198,11 @@ class NativeServer(VllmServer):
         flags: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        environment = {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
         flags = ["--distributed-executor-backend=uni", *flags]
         super().__init__(model, environment=environment, flags=flags, **options)
         self.target = Path(target)

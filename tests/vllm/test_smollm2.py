@@ -1,18 +1,22 @@
-"""Once with a real language model: rollouts from q* between two vLLM servers, the target seeing the answer."""
+"""With a real language model: rollouts from q* between two vLLM servers, and the native engine's α on real text."""
 
 from __future__ import annotations
 
 import asyncio
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_rollout import CoordinatorConfig, generate_with_optimal_sampling
-from tests.vllm.servers import VllmServer, running
+from dual_rollout.functional.pseudo_tokens import ALPHA_STEP
+from dual_rollout.native.solver import AlphaRule, q_star
+from tests.vllm.servers import REPOSITORY, VllmServer, running
 
-MODEL = Path(__file__).parents[2] / "outputs/models/SmolLM2-135M-Instruct"
+MODEL = REPOSITORY / "outputs/models/SmolLM2-135M-Instruct"
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="make test-vllm puts the model there")
 QUESTIONS = ["How much is 3 + 4?", "What is the capital of France?"]
 HINTS = ["(It is 7.)", "(It is Paris.)"]
 
@@ -21,7 +25,6 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-@pytest.mark.skipif(not MODEL.exists(), reason="make test-vllm puts the model there")
 def test_the_record_is_that_of_the_models(tmp_path: Path) -> None:
     theta = VllmServer(MODEL, core=0, log=tmp_path / "theta.log")
     t = VllmServer(MODEL, core=1, log=tmp_path / "t.log")
@@ -46,3 +49,36 @@ def test_the_record_is_that_of_the_models(tmp_path: Path) -> None:
         expected = [logprobs[start + i - 1, y].item() for i, y in enumerate(output.generated_tokens)]
         assert output.logprobs_theta == pytest.approx(expected, abs=2e-3)
         assert all(0 < alpha < 1 for alpha in output.alpha_history)
+
+
+@pytest.fixture(scope="module")
+def real_text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the model and of its copy with 12% noise (recipes/bench) after each token of two passages, prose and
+    code; `(200, V)` each."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    passages = [(REPOSITORY / name).read_text() for name in ("README.md", "dual_rollout/functional/kl_symmetry.py")]
+    texts = [torch.tensor([tokenizer(passage).input_ids[:100]]) for passage in passages]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    logits = []
+    with torch.no_grad():
+        logits.append(torch.cat([model(text).logits[0] for text in texts]))
+        runpy.run_path(str(REPOSITORY / "recipes/bench/tiny_pair.py"))["add_noise"](model, 0.12, seed=1)
+        logits.append(torch.cat([model(text).logits[0] for text in texts]))
+    return logits[0], logits[1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_alpha_balances_the_divergences_of_real_text(
+    real_text: tuple[torch.Tensor, torch.Tensor], temperature: float
+) -> None:
+    """Both divergences of the served q*, of the α reported, from its definition in float64."""
+    q = q_star(*real_text, AlphaRule(), temperature)
+    logp_theta, logp_t = ((logits.double() / temperature).log_softmax(1) for logits in real_text)
+    log_q = ((1 - q.alpha.double()) * logp_theta + q.alpha.double() * logp_t).log_softmax(1)
+    kl_theta, kl_t = ((log_q.exp() * (log_q - logp)).sum(1) for logp in (logp_theta, logp_t))
+    assert kl_theta.max() > 0.3 and len(kl_theta) == 200
+    assert (kl_theta - kl_t).abs().max() < 1e-4
+    assert (q.logprobs - log_q).abs().max() < 5e-5
+    for found, expected in ((q.kl_theta, kl_theta), (q.kl_t, kl_t)):
+        assert (found[:, 0] - expected).abs().max() < 1e-4
+    assert torch.equal(q.alpha, (q.alpha / ALPHA_STEP).round() * ALPHA_STEP)
