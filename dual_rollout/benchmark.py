@@ -127,7 +127,7 @@ class Benchmark:
 
             for _ in range(_MAX_WARM_UPS):
                 await generate(await self._prompts(concurrency, context), self._max_tokens)
-                if mode != "auto" or coordinator.chosen is not None:
+                if mode != "auto" or coordinator.stats.chosen:
                     break
             stats = coordinator.stats
             prompts, started = await self._prompts(concurrency, context), time.perf_counter()
@@ -147,7 +147,7 @@ class Benchmark:
                 _totals(stats.theta, stats.t) - before,
                 first,
                 acceptance=(stats.decoding.accepted_tokens - accepted) / drafts if drafts else None,
-                chosen=str(coordinator.chosen) if mode == "auto" and coordinator.chosen else None,
+                chosen=coordinator.stats.chosen.get("t_url") if mode == "auto" else None,
             )
 
     async def _asking(self, mode: str, concurrency: int, context: int, sequence: _Sequence) -> Row:

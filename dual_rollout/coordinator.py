@@ -18,7 +18,6 @@ import numpy as np
 
 from dual_rollout.config import NO_TARGET, CoordinatorConfig, did_you_mean, url_list
 from dual_rollout.decoding import (
-    Choice,
     DecodingSequence,
     DecodingStats,
     NativeDecoder,
@@ -42,7 +41,8 @@ from dual_rollout.engines import (
     SGLangEngine,
     VLLMEngine,
 )
-from dual_rollout.exceptions import EngineUnavailableError
+from dual_rollout.engines.base import TokenIds
+from dual_rollout.exceptions import EngineUnavailableError, PreflightError
 from dual_rollout.preflight import check_policy, check_servers
 from dual_rollout.text import (
     IncrementalDecoder,
@@ -73,6 +73,7 @@ class CoordinatorStats:
         truncated_prompts: prompts that lost tokens at their beginning (`long_prompts`).
         special_names: prompts whose text named a special token that was read as plain characters
             (`parse_special_tokens`).
+        tuners: what measures the ways to decode, by the name of the target; `"t_url"` for the one there.
     """
 
     decoding: DecodingStats = field(default_factory=DecodingStats)
@@ -82,6 +83,17 @@ class CoordinatorStats:
     seconds: float = 0.0
     truncated_prompts: int = 0
     special_names: int = 0
+    tuners: dict[str, Tuner] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """How each target's sequences are decoded: what was found fastest at the latest load; `tuning` says why."""
+        return {name: str(tuner.chosen) for name, tuner in self.tuners.items() if tuner.chosen is not None}
+
+    @property
+    def tuning(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Tokens per second measured for each way to decode, by target and load."""
+        return {name: tuner.report() for name, tuner in self.tuners.items() if tuner.chosen is not None}
 
     @property
     def tokens_per_second(self) -> float:
@@ -159,6 +171,7 @@ class DualVLLMCoordinator:
         for name, urls in (config.targets or {}).items():
             stats = self.stats.targets[name] = HttpStats()
             self._targets[name] = _Target(f"targets[{name!r}]", self._engine(config.t_engine, urls, None, stats))
+        self.stats.tuners = {name or "t_url": target.tuner for name, target in self._targets.items()}
         self._weights = PolicyWeights()
         self._tokenizer_sought = False
 
@@ -183,16 +196,6 @@ class DualVLLMCoordinator:
         of it, comes from the weights whose version it has. If the block raises, the version stays.
         """
         return self._weights.changing(version)
-
-    @property
-    def chosen(self) -> Choice | None:
-        """What `decoding: auto` found fastest at the latest load; `tuning` says why."""
-        return self._targets[None].tuner.chosen
-
-    @property
-    def tuning(self) -> dict[str, dict[str, float]]:
-        """Tokens per second measured for each way to decode, by load."""
-        return self._targets[None].tuner.report()
 
     async def __aenter__(self) -> Self:
         return self
@@ -645,12 +648,30 @@ class DualVLLMCoordinator:
             await check_policy(self.theta, config, contexts_theta)
             return True
         target = self._targets[name]
-        if target.checked:
-            return True
+        if not target.checked and not await self._check_target(target, config, contexts_theta, contexts_t):
+            return False
+        if config.decoding == "block" and config.temperature != 1.0 and not target.tuner.processed:
+            raise PreflightError(
+                f'decoding="block" at temperature {config.temperature:g} needs the law that drafts are drawn from, but '
+                f"the server at theta_url ({self.theta.url}) reports raw log-probabilities. Start it with "
+                '--logprobs-mode processed_logprobs, or set decoding to "lockstep".'
+            )
+        return True
+
+    async def _check_target(
+        self,
+        target: _Target,
+        config: CoordinatorConfig,
+        contexts_theta: Sequence[TokenIds],
+        contexts_t: Sequence[TokenIds],
+    ) -> bool:
+        """Whether its server is there, and then that it and π_θ's can give what is asked."""
 
         async def check() -> None:
-            found = await check_servers(self.theta, target.engine, config, contexts_theta, contexts_t, flag=target.flag)
-            target.tuner.scoring = found.scoring
+            theta, t = await check_servers(
+                self.theta, target.engine, config, contexts_theta, contexts_t, flag=target.flag
+            )
+            target.tuner.scoring, target.tuner.processed = t.scoring, theta.logprobs_mode == "processed"
 
         try:
             await (until_back(check, target.engine.url) if config.on_target_failure == "wait" else check())

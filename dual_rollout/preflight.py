@@ -25,14 +25,14 @@ async def check_servers(
     contexts_t: Sequence[TokenIds],
     *,
     flag: str = "t_url",
-) -> Capabilities:
+) -> tuple[Capabilities, Capabilities]:
     """Probe both servers with the first real prompt that they take, and refuse what would go wrong later.
 
     Args:
         flag: where the config names π_t's server.
 
     Returns:
-        What π_t's server can do.
+        What π_θ's server can do, and π_t's.
 
     Raises:
         PreflightError: the servers cannot serve what `config` asks; says which flag to set.
@@ -44,11 +44,9 @@ async def check_servers(
             flag,
             theta.url,
         )
-    capabilities = [
-        await _check_server(theta, contexts_theta, config, "theta_url"),
-        await _check_server(t, contexts_t, config, flag),
-    ]
-    comparison = await compare_tokens(theta, t, *capabilities)
+    found_theta = await _check_server(theta, contexts_theta, config, "theta_url")
+    found_t = await _check_server(t, contexts_t, config, flag)
+    comparison = await compare_tokens(theta, t, found_theta, found_t)
     for note in comparison.notes:
         logger.info("tokenizers: %s", note)
     if comparison.same is False:
@@ -57,7 +55,7 @@ async def check_servers(
             + "; ".join(comparison.differences)
             + ". Serve two models with one tokenizer."
         )
-    return capabilities[1]
+    return found_theta, found_t
 
 
 async def check_policy(theta: Engine, config: CoordinatorConfig, contexts: Sequence[TokenIds]) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 from dual_rollout.decoding.record import Positions, Recorder, both
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.engines.base import Context, Drafts, ScoringMethod, prefixes
-from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
 from dual_rollout.types import NO_TOKEN
@@ -52,16 +51,12 @@ class Block:
         return min(wanted, sequence.room)
 
     async def advance(self, sequences: list[DecodingSequence]) -> None:
-        """Draft, score, accept from left to right, and draw one token from the residual where a draft ends early."""
+        """Draft, score, accept from left to right, and draw one token from the residual where a draft ends early.
+
+        At temperature != 1, π_θ's server must report log-probabilities that follow it.
+        """
         recorder, temperature = self._recorder, self._config.temperature
         theta = recorder.theta
-        if temperature != 1.0 and (await theta.probe(sequences[0].context_theta)).logprobs_mode == "raw":
-            raise EngineRejectedError(
-                'decoding="block" at temperature != 1 needs to know the law of its drafts: start the server with '
-                "--logprobs-mode processed_logprobs",
-                url=theta.url,
-                status=400,
-            )
         contexts_theta = [sequence.context_theta for sequence in sequences]
         k = await recorder.lists_theta.length(contexts_theta[0])
         drafts = await theta.draft(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput, generate_with_optimal_sampling
-from dual_rollout.exceptions import DualRolloutError, EngineError
+from dual_rollout.exceptions import DualRolloutError, EngineError, PreflightError
 from dual_rollout.types import GenerationRequest, StreamChunk
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
@@ -51,6 +51,33 @@ def generate(prompts: list[Any], *, call: dict[str, Any] | None = None, **option
 def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
     assert [output.error for output in outputs] == [None] * len(outputs)
     return [output.generated_tokens for output in outputs]
+
+
+# ---- ways to decode -------------------------------------------------------------------------------------------------
+
+
+def test_drafts_at_a_temperature_need_its_log_probabilities():
+    with pytest.raises(PreflightError, match=r"theta_url .* --logprobs-mode processed_logprobs"):
+        generate([[1]], decoding="block", temperature=0.7)
+    assert len(tokens(generate([[1]], decoding="block", temperature=0.7, server={"processed": True}))) == 1
+
+
+def test_the_statistics_say_what_auto_chose_and_why():
+    async def run() -> None:
+        async with coordinator(decoding="auto", seed=None, ignore_eos=True, max_concurrency=4) as opened:
+            assert opened.stats.chosen == opened.stats.tuning == {}
+            await opened.generate_batch([[i % V] for i in range(40)], max_tokens=30)
+            measured = opened.stats.tuning["t_url"]["4 sequences, 64 tokens"]
+            assert {"lockstep, 1 group", "lockstep, 2 groups"} < set(measured)
+            assert any("block" in name for name in measured)
+            assert opened.stats.chosen["t_url"] in measured
+            # A seed makes the tokens independent of the clock: nothing is drafted.
+            drafted = opened.stats.decoding.draft_tokens
+            assert drafted > 0
+            await opened.generate_batch([[i % V] for i in range(8)], max_tokens=30, seed=1)
+            assert opened.stats.decoding.draft_tokens == drafted
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------
