@@ -26,7 +26,8 @@ def read_mapping(path: str, what: str) -> dict[Any, Any]:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ValueError(f"cannot read {what} {path}: {reason}") from error
     try:
-        values = yaml.load(text, Loader)
+        loader = Loader(text)
+        values = loader.get_single_data()
     except RecursionError as error:
         raise ValueError(f"{path} is not valid YAML: it is nested too deeply") from error
     except yaml.YAMLError as error:
