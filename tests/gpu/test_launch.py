@@ -38,10 +38,11 @@ def test_three_steps(tiny_models: tuple[Path, Path], tmp_path: Path, config: str
     peft = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]} if adapter else {}
     path = recipe(tmp_path, tiny_models, **peft)
     processes = 1 if config == "one_gpu" else torch.cuda.device_count()
+    seen = {"CUDA_VISIBLE_DEVICES": "0"} if config == "one_gpu" else {}
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate_configs/{config}.yaml"]
     script = ["--num_processes", str(processes), "-m", "dual_rollout.training.script", "--config", str(path)]
     packages = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    finish(start([sys.executable, *launcher, *script], tmp_path, PYTHONPATH=packages))
+    finish(start([sys.executable, *launcher, *script], tmp_path, PYTHONPATH=packages, **seen))
     entries = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "reward" in entry] == [1, 2, 3]
     # bfloat16 against the server's float32; weights that did not arrive would be off by more with each step.

@@ -14,6 +14,10 @@ from tests.integration.test_training import Recording, chat_dataset, count_of_th
 from tests.synced_training import largest_error, lora_config, served
 
 
+# In one process TRL splits a model over all GPUs that it sees.
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs CUDA_VISIBLE_DEVICES=0")
+
+
 def train(pair: TinyPair, folder: Path, *, peft: bool = False, **options: Any) -> Recording:
     trainer = Recording(
         model=str(pair.theta_model),

@@ -359,7 +359,12 @@ def test_dataset_without_the_column(refused: Refused, tmp_path: Path) -> None:
     refused(["train", recipe(tmp_path, **given, dataset_train_split="no")], 2, "has no split 'no' but train")
     (data / "train.jsonl").write_text('{"prompt": "a"}\n')
     template = {"dual_t_prompt_template": "{hint}"}
-    refused(["train", recipe(tmp_path, **given, **template)], 2, "t_prompt_template '{hint}': 'hint' is none of", "columns prompt")
+    refused(
+        ["train", recipe(tmp_path, **given, **template)],
+        2,
+        "t_prompt_template '{hint}': 'hint' is none of",
+        "columns prompt",
+    )
 
 
 @pytest.mark.parametrize(

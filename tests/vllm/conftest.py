@@ -46,8 +46,8 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
     pair = ServerPair(
-        theta=VllmServer(theta, core=0, log=folder / "theta.log"),
-        t=VllmServer(t, core=1, log=folder / "t.log"),
+        theta=VllmServer(theta, log=folder / "theta.log"),
+        t=VllmServer(t, log=folder / "t.log"),
     )
     with running(pair.theta, pair.t):
         yield pair
@@ -57,5 +57,5 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
 def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server for the policy's model that loads adapters."""
     log = tmp_path_factory.mktemp("lora") / "server.log"
-    with VllmServer(vllm_pair.theta.model, core=0, flags=LORA_FLAGS, log=log) as server:
+    with VllmServer(vllm_pair.theta.model, flags=LORA_FLAGS, log=log) as server:
         yield server.url

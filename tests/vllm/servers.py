@@ -31,6 +31,10 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache, /pause, /server_info
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    # The model runs in the engine's own process, as it does on one GPU, on threads that the system may move: a worker
+    # process would import vLLM once more, and spin while it waits. The CPU build needs this variable besides the flag.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -43,6 +47,7 @@ FLAGS = (
     "--max-logprobs=200",
     "--block-size=32",
     "--enforce-eager",
+    "--distributed-executor-backend=uni",
     "--enable-scale-out",
     "--enable-prompt-tokens-details",
     "--disable-uvicorn-access-log",
@@ -70,9 +75,9 @@ class VllmServer:
     """One vLLM OpenAI server as a subprocess, in a process group of its own.
 
     ``with VllmServer(model) as server`` is ready to be asked on entry and gone on exit; ``running(a, b)`` is
-    the same for several servers that start side by side. ``core`` counts the cores this process may use and
-    wraps around. ``flags`` and ``environment`` are added to the common ones and override them. ``log`` is the
-    file for the server's output, by default one in the temporary folder.
+    the same for several servers that start side by side. It computes on ``threads`` threads. ``flags`` and
+    ``environment`` are added to the common ones and override them. ``log`` is the file for the server's output, by
+    default one in the temporary folder.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class VllmServer:
         model: str | os.PathLike[str],
         *,
         name: str = "tiny",
-        core: int = 0,
+        threads: int = 1,
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
@@ -90,9 +95,7 @@ class VllmServer:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or Path(tempfile.gettempdir()) / f"vllm-{os.getpid()}-{self.port}.log"
-        cores = sorted(os.sched_getaffinity(0))
-        bound = {"VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)])}
-        self._environment = {**os.environ, **ENVIRONMENT, **bound, **(environment or {})}
+        self._environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **(environment or {})}
         self._flags = [*FLAGS, *flags]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -182,11 +185,7 @@ class VllmServer:
 
 
 class NativeServer(VllmServer):
-    """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``.
-
-    It runs ``threads`` threads that the system may move, in the engine's own process: a worker process would cost
-    another import of vLLM at the start, and spin while it waits. vLLM's CPU build needs both the flag and the variable.
-    """
+    """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``."""
 
     def __init__(
         self,
@@ -195,16 +194,9 @@ class NativeServer(VllmServer):
         *,
         settings: Sequence[str] = (),
         threads: int = 2,
-        flags: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        flags = ["--distributed-executor-backend=uni", *flags]
-        super().__init__(model, environment=environment, flags=flags, **options)
+        super().__init__(model, threads=threads, **options)
         self.target = Path(target)
         self._settings = list(settings)
 

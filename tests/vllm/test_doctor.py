@@ -19,7 +19,7 @@ def bare_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) ->
     closed = {"VLLM_SERVER_DEV_MODE": "0", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
     log = tmp_path_factory.mktemp("bare") / "server.log"
     model = vllm_pair.t.model
-    with VllmServer(model, core=1, flags=(*flags, "--disable-fastapi-docs"), environment=closed, log=log) as server:
+    with VllmServer(model, flags=(*flags, "--disable-fastapi-docs"), environment=closed, log=log) as server:
         yield server.url
 
 

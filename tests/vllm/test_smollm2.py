@@ -26,8 +26,8 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 def test_the_record_is_that_of_the_models(tmp_path: Path) -> None:
-    theta = VllmServer(MODEL, core=0, log=tmp_path / "theta.log")
-    t = VllmServer(MODEL, core=1, log=tmp_path / "t.log")
+    theta = VllmServer(MODEL, log=tmp_path / "theta.log")
+    t = VllmServer(MODEL, log=tmp_path / "t.log")
     with running(theta, t):
         config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, top_k=50, support="tail", seed=0)
         outputs = asyncio.run(
