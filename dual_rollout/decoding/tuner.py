@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +17,7 @@ DEFAULT_DRAFT_TOKENS = 8
 _FIRST_LENGTH, _OTHER_LENGTHS = 4, (8, 2)
 _LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of one measurement
 _SETTLED_ROUNDS = 8, 32  # at first, and when the choice has stood for a while
-_SIMPLER = 0.95  # an earlier choice this close to the fastest is preferred: short measurements err by as much
+_SIMPLER = 0.9  # an earlier choice this close to the fastest is preferred: short measurements err by as much
 _HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
 _PROMISING = 0.85  # of the best so far: worth trying at other lengths
 _REMEMBERED_ROUNDS = 512  # after as many, what was slower is measured again: acceptance changes as the policy learns
@@ -60,12 +62,14 @@ class Measured:
     """Tokens and seconds of each choice at one load, the recent ones most.
 
     Attributes:
+        trials: how often each was measured.
         explored: whether all that was worth trying has been.
         rounds: since then.
         alone: whether to try everything, whatever is known of other loads.
     """
 
     totals: dict[Choice, tuple[float, float]] = field(default_factory=dict)
+    trials: Counter[Choice] = field(default_factory=Counter)
     explored: bool = False
     rounds: int = 0
     alone: bool = False
@@ -76,12 +80,21 @@ class Measured:
         return {choice: tokens / seconds for choice, (tokens, seconds) in self.totals.items()}
 
     def note(self, choice: Choice, tokens: int, seconds: float) -> None:
+        self.trials[choice] += 1
+        # What was done once, such as making room, was paid for by the first trial: the second stands in its place.
+        weight = 0.5 if self.trials[choice] > 2 else 0.0
         before = self.totals.get(choice, (0.0, 0.0))
-        self.totals[choice] = 0.5 * before[0] + tokens, 0.5 * before[1] + seconds
+        self.totals[choice] = weight * before[0] + tokens, weight * before[1] + seconds
+
+    def best(self, count: int) -> list[Choice]:
+        """The fastest, the fastest first."""
+        rates = self.rates
+        return sorted(rates, key=rates.__getitem__, reverse=True)[:count]
 
     def forget_all_but(self, choice: Choice) -> None:
         """Begin to explore again."""
         self.totals = {choice: self.totals[choice]}
+        self.trials = Counter({choice: self.trials[choice]})
         self.explored, self.rounds, self.alone = False, 0, True
 
 
@@ -125,9 +138,10 @@ class Tuner:
         drafting = self.may_draft(config)
         measured = self._measured.setdefault((drafting, load), Measured())
         if not measured.explored:
-            for choice in self._worth_trying(config, load, measured):
-                if choice not in measured.totals:
-                    return Plan(choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS, measured)
+            untried = (choice for choice in self._worth_trying(config, load, measured) if not measured.trials[choice])
+            unsure = (choice for choice in measured.best(2) if measured.trials[choice] < 2)
+            for choice in itertools.chain(untried, unsure):
+                return Plan(choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS, measured)
             measured.explored = True
         rates = measured.rates
         best = max(rates.values())
@@ -162,10 +176,9 @@ class Tuner:
     def _worth_trying(self, config: CoordinatorConfig, load: Load, measured: Measured) -> Iterator[Choice]:
         """The choices to measure, in order. What comes later depends on what was measured of the earlier ones."""
         drafting = self.may_draft(config)
-        explored = {other: m.rates for (kind, other), m in self._measured.items() if kind == drafting and m.explored}
+        explored = {other: m for (kind, other), m in self._measured.items() if kind == drafting and m.explored}
         if explored and not measured.alone:
-            nearest = explored[min(explored, key=load.distance)]
-            yield from sorted(nearest, key=nearest.__getitem__, reverse=True)[:2]
+            yield from explored[min(explored, key=load.distance)].best(2)
             return
         groups = (1, 2) if load.sequences > 1 else (1,)
         if config.decoding != "block":

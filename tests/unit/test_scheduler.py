@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -163,9 +164,9 @@ def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
     }
     speeds |= {blocks(1, 4, method): 0.7 * speeds[blocks(2, 4, method)] for method in methods}
     tuner = Tuner(methods)
-    made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 12)
+    made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 16)
     assert len(set(made[-5:])) == 1
-    assert speeds[made[-1]] >= 0.95 * max(speeds.values())
+    assert speeds[made[-1]] >= 0.9 * max(speeds.values())
     assert str(tuner.chosen) == made[-1]
     tried = [name for name in made if "block" in name]
     if block_speed < 100:
@@ -178,8 +179,8 @@ def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
 def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
     speeds = SPEEDS | {blocks(2, n): s for n, s in ((4, 140.0), (8, 200.0), (2, 90.0))} | {blocks(1, 4): 90.0}
     tuner, config = Tuner(), CoordinatorConfig()
-    drive(tuner, config, Load.of(16, 60), speeds, 8)
-    later = drive(tuner, config, Load.of(16, 200), speeds | {"lockstep, 2 groups": 300.0}, 6)
+    drive(tuner, config, Load.of(16, 60), speeds, 12)
+    later = drive(tuner, config, Load.of(16, 200), speeds | {"lockstep, 2 groups": 300.0}, 8)
     assert set(later) == {blocks(2, 8), "lockstep, 2 groups"}
     assert later[-1] == "lockstep, 2 groups"
 
@@ -217,9 +218,19 @@ def test_what_was_slow_is_tried_again_after_a_while() -> None:
     tuner, config, load = Tuner(), CoordinatorConfig(), Load.of(16, 60)
     slow = FAST_BLOCKS | {name: 20.0 for name in FAST_BLOCKS if "block" in name}
     made = drive(tuner, config, load, slow, 100)
-    assert made[-1] == "lockstep, 2 groups"
+    assert Counter(made).most_common(1)[0][0] == "lockstep, 2 groups"
     assert 3 <= sum("block" in name for name in made) <= 6
     assert "block" in drive(tuner, config, load, FAST_BLOCKS, 40)[-1]
+
+
+def test_a_first_trial_that_paid_for_the_start_is_made_good() -> None:
+    """Making room, warming up: what is tried first looks slow, and the second best would be kept for long."""
+    tuner, load = Tuner(), Load.of(16, 60)
+    config = CoordinatorConfig(decoding="lockstep")
+    assert drive(tuner, config, load, {"lockstep, 1 group": 40.0}, 1) == ["lockstep, 1 group"]
+    assert drive(tuner, config, load, {"lockstep, 1 group": 100.0, "lockstep, 2 groups": 70.0}, 6)[-1] == (
+        "lockstep, 1 group"
+    )
 
 
 def test_a_sequence_that_cannot_begin_ends_all_groups() -> None:
@@ -244,7 +255,7 @@ def test_block_stays_block() -> None:
     speeds = {blocks(groups, 3, method): speed for groups, method, speed in _BLOCK_SPEEDS}
     config = CoordinatorConfig(decoding="block", num_draft_tokens=3)
     tuner = Tuner(("token_ids", "prefixes"))
-    assert drive(tuner, config, Load.of(4, 60), speeds, 5)[-1] == blocks(1, 3, "prefixes")
+    assert drive(tuner, config, Load.of(4, 60), speeds, 7)[-1] == blocks(1, 3, "prefixes")
     assert tuner.first(config) == Choice("block", 1, 3, "token_ids")
 
 
