@@ -13,7 +13,6 @@ from tests.integration.conftest import TinyPair
 from tests.integration.test_training import Recording, chat_dataset, count_of_the, dual_config, grpo_config
 from tests.synced_training import largest_error, lora_config, served
 
-
 # In one process TRL splits a model over all GPUs that it sees.
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs CUDA_VISIBLE_DEVICES=0")
 
