@@ -95,8 +95,10 @@ class Answers:
         return EngineProtocolError(f"gave {what}", url=self._url)
 
     def logprobs(self, values: Values) -> np.ndarray:
-        """float64 of the same shape, `-inf` for what is impossible."""
+        """float64 of the same shape, `-inf` for what is impossible; of a flat list, or an array of any shape."""
         logprobs = np.array(values, dtype=np.float64)
+        if logprobs.ndim != 1 and not isinstance(values, np.ndarray):
+            raise self.spoilt("lists where log-probabilities should be")
         if np.isnan(logprobs).any() or (logprobs > _ROUNDING).any():
             raise self.spoilt("log-probabilities that are NaN or positive")
         return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))

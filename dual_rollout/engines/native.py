@@ -205,13 +205,14 @@ class NativeEngine(VLLMEngine):
         """`(T, 1 + len(names))` log-probabilities: the sampled token's, then those of the pseudo-tokens `names`."""
         logprobs, keys = choice["logprobs"], [f"token_id:{name}" for name in names]
         try:
-            rows = [
-                [row[key] for key in (sampled, *keys)]
+            values = [
+                row[key]
                 for row, sampled in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True)
+                for key in (sampled, *keys)
             ]
         except KeyError as error:
             raise self._answers.spoilt(
                 f"no log-probability of {error}; is another client asking this server for top-k lists? That garbles "
                 "requests in the same step"
             ) from error
-        return self._answers.logprobs(rows).reshape(-1, 1 + len(names))
+        return self._answers.logprobs(values).reshape(-1, 1 + len(names))
