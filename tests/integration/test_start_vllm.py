@@ -150,11 +150,11 @@ def test_both_servers_start_and_stop_with_the_script(
         assert until(lambda: "Both servers are ready" in servers.output.read_text()), servers.output.read_text()
         assert servers.healthy() == [True, True]
         servers.process.send_signal(ending)
-        assert servers.process.wait(20) == 128 + ending
+        assert servers.process.wait(60) == 128 + ending
         assert servers.healthy() == [False, False]
     finally:
         servers.process.terminate()
-        servers.process.wait(20)
+        servers.process.wait(60)
 
 
 def test_a_server_that_dies_is_shown_and_the_other_stopped(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -166,4 +166,4 @@ def test_a_server_that_dies_is_shown_and_the_other_stopped(tiny_models: tuple[Pa
         assert servers.healthy() == [False, False]
     finally:
         servers.process.terminate()
-        servers.process.wait(20)
+        servers.process.wait(60)
