@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engines.answers import joined
 from dual_rollout.engines.base import Capabilities, Context, Drafts, Engine, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.exceptions import (
     EngineError,
@@ -20,7 +21,7 @@ from dual_rollout.exceptions import (
     EngineRestartedError,
     EngineUnavailableError,
 )
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -448,14 +449,8 @@ def _alike(a: dict[int, float], b: dict[int, float]) -> bool:
 
 def _in_order(parts: Sequence[tuple[list[int], TopK]], counts: Sequence[int]) -> TopK:
     """The rows of all parts, `counts[i]` of them for prompt i, in the order of the prompts."""
-    ends = list(accumulate(counts))
-    width = max(part.token_ids.shape[1] for _, part in parts)
-    token_ids = np.full((ends[-1], width), NO_TOKEN, dtype=np.int64)
-    logprobs = np.full((ends[-1], width), -np.inf)
-    complete = np.zeros(ends[-1], dtype=bool)
-    for indices, part in parts:
-        rows = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in indices])
-        token_ids[rows, : part.token_ids.shape[1]] = part.token_ids
-        logprobs[rows, : part.logprobs.shape[1]] = part.logprobs
-        complete[rows] = part.complete
-    return TopK(token_ids, logprobs, complete, parts[0][1].vocab_size)
+    top = joined([part for _, part in parts])
+    prompts = [i for indices, _ in parts for i in indices]
+    order = np.argsort(np.repeat(prompts, [counts[i] for i in prompts]), kind="stable")
+    complete = np.broadcast_to(top.complete, len(order))
+    return TopK(top.token_ids[order], top.logprobs[order], complete[order], top.vocab_size)
