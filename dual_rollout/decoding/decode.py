@@ -39,7 +39,7 @@ async def decode(
             plan = tuner.choose(recorder.config, scheduler.load)
             before, started = scheduler.tokens, time.perf_counter()
             await scheduler.run(mode(plan.choice), groups=plan.choice.groups, rounds=plan.rounds)
-            plan.measured.note(plan.choice, scheduler.tokens - before, time.perf_counter() - started)
+            plan.note(scheduler.tokens - before, time.perf_counter() - started)
         await scheduler.finish()
     finally:
         scheduler.abandon()

@@ -148,7 +148,7 @@ def drive(tuner: Tuner, config: CoordinatorConfig, load: Load, speeds: dict[str,
     made = []
     for _ in range(times):
         plan = tuner.choose(config, load)
-        plan.measured.note(plan.choice, tokens=round(1000 * speeds[str(plan.choice)]), seconds=1000.0)
+        plan.note(tokens=round(1000 * speeds[str(plan.choice)]), seconds=1000.0)
         made.append(str(plan.choice))
     return made
 
@@ -231,6 +231,17 @@ def test_a_first_trial_that_paid_for_the_start_is_made_good() -> None:
     assert drive(tuner, config, load, {"lockstep, 1 group": 100.0, "lockstep, 2 groups": 70.0}, 6)[-1] == (
         "lockstep, 1 group"
     )
+
+
+def test_a_second_trial_lasts_long_enough_to_tell_where_rounds_are_short() -> None:
+    tuner, load, config = Tuner(), Load.of(16, 60), CoordinatorConfig(decoding="lockstep")
+    rounds: dict[str, list[int]] = {}
+    for _ in range(4):
+        plan = tuner.choose(config, load)
+        rounds.setdefault(str(plan.choice), []).append(plan.rounds)
+        round_s = 0.05 if plan.choice.groups == 1 else 10.0
+        plan.note(tokens=16 * plan.rounds, seconds=plan.rounds * round_s)
+    assert rounds == {"lockstep, 1 group": [6, 20], "lockstep, 2 groups": [6, 6]}
 
 
 def test_a_sequence_that_cannot_begin_ends_all_groups() -> None:
