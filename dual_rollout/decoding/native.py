@@ -15,7 +15,7 @@ from dual_rollout.decoding.scheduler import OnFinished
 from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.native import NativeEngine, NativeSample
-from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
+from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineUnavailableError
 
 _ALPHA_TOLERANCE = 1e-5
 
@@ -43,12 +43,17 @@ class NativeDecoder:
         """Decode all sequences to their end, in place, at most `max_concurrency` in flight.
 
         `sequences` is consumed as places become free. A fault of one prompt ends that sequence only, with its
-        `failure` set.
+        `failure` set. Once the server is gone for longer than the retries allow, no more are begun: they end with the
+        same error.
         """
         waiting = iter(sequences)
+        gone: EngineUnavailableError | None = None
 
         async def run_place() -> None:
+            nonlocal gone
             for sequence in waiting:
+                if gone is not None and not sequence.done:
+                    sequence.fail(gone)
                 try:
                     while not sequence.done:
                         async with self.weights.in_use([sequence]):
@@ -57,6 +62,7 @@ class NativeDecoder:
                         self.weights.refuse_mixed(sequence)
                 except DualRolloutError as error:
                     sequence.fail(error)
+                    gone = error if isinstance(error, EngineUnavailableError) else gone
                 if on_finished is not None:
                     await on_finished(sequence)
 

@@ -16,7 +16,7 @@ from dual_rollout.decoding.record import DecodingStats
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.engines.http import HttpStats
 from dual_rollout.engines.native import NativeEngine, NativeSample
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, SCALES
 
 VOCAB_SIZE = 20
@@ -154,6 +154,37 @@ def test_spoilt_policy_rows_are_asked_for_again(value: Any) -> None:
     server = Server()
     assert asyncio.run(run()).tolist() == [LOGP_THETA] * 2
     assert server.stats.retries == 1
+
+
+def test_no_sequence_is_begun_once_the_server_is_gone() -> None:
+    class Gone(Server):
+        asked = 0
+
+        async def post(self, path: str, payload: dict[str, Any]) -> Any:
+            if "seed" not in payload:
+                return await super().post(path, payload)
+            self.asked += 1
+            if payload["prompt"][0] == [4, 1]:
+                raise EngineUnavailableError("gone", url=self.url)
+            await asyncio.sleep(0)
+            return await super().post(path, payload)
+
+    all_of_them = [DecodingSequence([4, i], [4, i], max_tokens=3, stop_ids=(), key=(0, i)) for i in range(20)]
+    server, finished = Gone(), []
+
+    async def note(sequence: DecodingSequence) -> None:
+        finished.append(sequence)
+
+    async def run() -> None:
+        engine = NativeEngine(server)  # type: ignore[arg-type]
+        await engine.attach(1.0)
+        config = CoordinatorConfig(engine="native", policy_logprobs=False, max_concurrency=2, seed=0)
+        await NativeDecoder(engine, config, DecodingStats()).decode(all_of_them, note)
+
+    asyncio.run(run())
+    assert server.asked == 2
+    assert len(finished) == 20 and all_of_them[0].tokens == [1, 2, 3]
+    assert sum(isinstance(sequence.failure, EngineUnavailableError) for sequence in all_of_them) == 19
 
 
 def test_tokens_that_one_model_lacks_are_refused_in_prompts() -> None:
