@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
-from dual_rollout.native.solver import AlphaRule, log_softmax, q_star_logits
+from dual_rollout.native.solver import AlphaRule, compiled_logits, log_softmax
 
 _T_PREFIX = "dual_rollout_t."
 _PROMPT_ROWS = 256  # of a prompt at a time
@@ -34,7 +34,7 @@ _LAYER_LISTS = (
     "modules_in_block_to_quantize",
 )
 
-_compiled_logits = torch.compile(q_star_logits, dynamic=True, backend=current_platform.simple_compile_backend)
+_logits = compiled_logits(current_platform.simple_compile_backend)
 
 
 class DualRolloutForCausalLM(nn.Module):
@@ -105,7 +105,7 @@ class DualRolloutForCausalLM(nn.Module):
         logits_t = self.t.compute_logits(hidden_states[:, size:].contiguous())
         if logits_theta is None or logits_t is None:
             return None
-        return _compiled_logits(logits_theta, logits_t, self.rule, self.temperature)
+        return _logits(logits_theta, logits_t, self.rule, self.temperature)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load π_θ's weights under their checkpoint names, all or some; π_t's only at the start."""
