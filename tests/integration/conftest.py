@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dual_rollout.server.launch import EmbeddedServer
 from tests.tiny_model import make_tiny_model, perturbed_copy
+from tests.warm_servers import WarmServer
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tiny_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
     """One pair for all: a training run begins by giving π_θ's server its own weights."""
     flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
-    with EmbeddedServer(tiny_models[0], flags) as theta, EmbeddedServer(tiny_models[1], flags) as t:
+    with WarmServer(tiny_models[0], flags) as theta, WarmServer(tiny_models[1], flags) as t:
         yield TinyPair(*tiny_models, theta.url, t.url)
