@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import web
-from tenacity import wait_exponential_jitter
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.decoding import outage
-from dual_rollout.engines import answers, http
 from dual_rollout.server.launch import EmbeddedServer
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, Fault, FaultProxy, changed, error
@@ -91,14 +88,6 @@ def run_behind_proxies(
                 return await generate(coordinator, run), coordinator, bad
 
     return asyncio.run(asyncio.wait_for(generated(), 100))
-
-
-@pytest.fixture
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the usual ones before a question is asked again, for faults that are over at once or stay."""
-    monkeypatch.setattr(answers, "_PAUSE_S", 0.1 * answers._PAUSE_S)
-    monkeypatch.setattr(http, "_backoff", wait_exponential_jitter(multiplier=0.025, max=1.5, jitter=0.025))
-    monkeypatch.setattr(outage, "_FIRST_PATIENCE_S", 0.1 * outage._FIRST_PATIENCE_S)
 
 
 # ---- changes to an answer -------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair)
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("fault", [fault_proxy.reset, fault_proxy.error(429), fault_proxy.error(500), fault_proxy.hang])
 def test_replicas_that_say_they_are_well_and_answer_nothing_are_reported(
     tiny_pair: TinyPair, fault: fault_proxy.Fault
