@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
+
+from dual_rollout.training.script import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +67,13 @@ def start(command: list[str], folder: Path, **env: str) -> subprocess.Popen[str]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def run_here(recipe: Path, folder: Path) -> None:
+    """A run in this process, which has imported everything; it records to `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECORD_DIR", str(folder))
+        main(["--config", str(recipe)])
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 300) -> str:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from dual_rollout.exceptions import EngineUnavailableError
 
@@ -61,9 +62,7 @@ class EmbeddedServer:
     def start(self) -> EmbeddedServer:
         """Start the process and wait until it serves."""
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._env
-            )
+            self.process = self._spawn(log)
         deadline = time.monotonic() + self.start_timeout
         try:
             while not self._healthy():
@@ -99,6 +98,11 @@ class EmbeddedServer:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the server's log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+
+    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._env
+        )
 
     def __enter__(self) -> EmbeddedServer:
         return self.start()

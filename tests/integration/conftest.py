@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tenacity import wait_exponential_jitter
 
-from dual_rollout.server.launch import EmbeddedServer
+from dual_rollout.decoding import outage
+from dual_rollout.engines import answers, http, replicas
 from tests.tiny_model import make_tiny_model, perturbed_copy
+from tests.warm_servers import WarmServer
 
 
 @dataclass(frozen=True)
@@ -39,5 +42,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tiny_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
     """One pair for all: a training run begins by giving π_θ's server its own weights."""
     flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
-    with EmbeddedServer(tiny_models[0], flags) as theta, EmbeddedServer(tiny_models[1], flags) as t:
+    with WarmServer(tiny_models[0], flags) as theta, WarmServer(tiny_models[1], flags) as t:
         yield TinyPair(*tiny_models, theta.url, t.url)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the usual ones before a question is asked again, for faults that are over at once or stay."""
+    for module, name in ((answers, "_PAUSE_S"), (outage, "_FIRST_PATIENCE_S"), (replicas, "_BACKOFF_S")):
+        monkeypatch.setattr(module, name, 0.1 * getattr(module, name))
+    monkeypatch.setattr(http, "_backoff", wait_exponential_jitter(multiplier=0.025, max=1.5, jitter=0.025))

@@ -23,6 +23,7 @@ from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.script import check_output_dir
 from tests.tiny_model import make_tokenizer
+from tests.warm_servers import WarmServer
 
 ROOT = Path(__file__).parents[2]
 GENERATE = "## `dual-rollout generate`"
@@ -38,7 +39,7 @@ FUZZ = settings(
 def server(tiny_models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
     """One for both models: what is tested here happens before two laws meet."""
     flags = ["--max-logprobs", str(CAP), "--max-model-len", str(CONTEXT), "--threads", "1"]
-    with EmbeddedServer(tiny_models[0], flags) as running:
+    with WarmServer(tiny_models[0], flags) as running:
         yield running
 
 

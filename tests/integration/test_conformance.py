@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout.engines import SGLangEngine
 from dual_rollout.exceptions import EngineRejectedError
-from dual_rollout.server.launch import EmbeddedServer
 from tests.conformance.suite import (
     MAX_LOGPROBS,
     MAX_MODEL_LEN,
@@ -31,12 +30,13 @@ from tests.conformance.suite import (
     use,
 )
 from tests.sglang_stub import Law, SGLangStub
+from tests.warm_servers import WarmServer
 
 
 @pytest.fixture(scope="module")
 def target(tiny_models: tuple[Path, Path]) -> Iterator[Target]:
     flags = ["--max-logprobs", str(MAX_LOGPROBS), "--max-model-len", str(MAX_MODEL_LEN), "--threads", "1"]
-    with EmbeddedServer(tiny_models[0], [*flags, "--enable-lora"]) as server:
+    with WarmServer(tiny_models[0], [*flags, "--enable-lora"]) as server:
         yield Target(server.url, server.url, *tiny_models)
 
 

@@ -22,9 +22,9 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.engines import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
-from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.tokens import compare_tokens, compare_vocabularies, read_vocabulary
 from tests.markov_server import MarkovServer, random_chain
+from tests.warm_servers import WarmServer
 
 DEAD = "http://127.0.0.1:9"
 CHAIN = random_chain(np.random.default_rng(0), 8)
@@ -59,7 +59,7 @@ def small_urls(tiny_models: tuple[Path, Path]) -> Iterator[tuple[str, str]]:
     """A plain server, and one that says what it is at another temperature; both give 20 log-probabilities."""
     flags = ["--max-logprobs", "20", "--max-model-len", "256", "--threads", "1"]
     processed = ["--logprobs-mode", "processed_logprobs", "--enable-lora"]
-    with EmbeddedServer(tiny_models[0], flags) as theta, EmbeddedServer(tiny_models[1], [*flags, *processed]) as t:
+    with WarmServer(tiny_models[0], flags) as theta, WarmServer(tiny_models[1], [*flags, *processed]) as t:
         yield theta.url, t.url
 
 
@@ -241,7 +241,7 @@ def test_tokens_that_only_the_servers_know():
 
 def test_different_tokens_are_refused_everywhere(tiny_models, small_urls, tmp_path):
     folder = changed_tokenizer(tiny_models[1], tmp_path / "swapped")
-    with EmbeddedServer(folder, ["--max-logprobs", "20", "--threads", "1"]) as server:
+    with WarmServer(folder, ["--max-logprobs", "20", "--threads", "1"]) as server:
         assert failed(report(small_urls[0], server.url, "--top-k", "20")) == [("both", "tokens")]
         with pytest.raises(PreflightError, match=r"same tokens: id \d+ is 'a' for π_θ"):
             rollout(theta_url=small_urls[0], t_url=server.url, top_k=20)

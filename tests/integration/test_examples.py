@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.warm_servers import WarmServer
 
 EXAMPLES = Path(__file__).parents[2] / "recipes/examples"
 SHOWN = {
@@ -17,10 +20,20 @@ SHOWN = {
 }
 
 
+@pytest.fixture(scope="module")
+def server_flags(tiny_models: tuple[Path, Path]) -> Iterator[list[str]]:
+    """Of two servers like those that an example starts for itself."""
+    flags = ["--max-logprobs", "100", "--threads", "1"]
+    with WarmServer(tiny_models[0], flags) as theta, WarmServer(tiny_models[1], flags) as t:
+        yield ["--theta-url", theta.url, "--t-url", t.url]
+
+
 @pytest.mark.parametrize("name", SHOWN)
-def test_an_example_runs(name: str, tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_example_runs(name: str, tiny_models: tuple[Path, Path], server_flags: list[str], tmp_path: Path) -> None:
+    """The first starts servers of its own, by what they all share."""
+    servers = ["--model", str(tiny_models[0])] if name == "basic.py" else server_flags
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--model", str(tiny_models[0]), "--max-tokens", "6"],
+        [sys.executable, str(EXAMPLES / name), *servers, "--max-tokens", "6"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -24,6 +24,7 @@ from dual_rollout.server.launch import EmbeddedServer
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, Fault, FaultProxy, changed, error
 from tests.integration.conftest import TinyPair
+from tests.warm_servers import WarmServer
 
 PROMPTS = [[10 + i, 20, 30 + 2 * i] for i in range(8)]
 MAX_TOKENS = 8
@@ -218,6 +219,7 @@ def check_survived(pair: TinyPair, name: str, side: str, run: Run) -> None:
     assert all(math.isfinite(value) for output in outputs for value in output.importance_weights)
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
     ("name", "side", "run"),
     [(name, *(("theta", BLOCK), ("t", LOCKSTEP), ("t", BLOCK))[i % 3]) for i, name in enumerate(SURVIVED)],
@@ -232,6 +234,7 @@ TAIL: Run = {"support": "tail", "top_k": 3}
 POLICY: Run = {"targets": "none", "top_k": 5}
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
     ("name", "side", "run"),
     [
@@ -259,6 +262,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return [found for key in keys for found in [(value, key), *places(value[key])]]
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("side", ["theta", "t"])
 def test_whatever_is_put_in_place_of_a_part_of_an_answer(tiny_pair: TinyPair, side: str, seed: int):
@@ -293,6 +297,7 @@ def test_a_request_that_hangs_is_given_up_and_asked_again(tiny_pair: TinyPair):
     assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
     ("name", "run"),
     [
@@ -369,7 +374,7 @@ def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tup
             assert coordinator.stats.retries > 0
             return outputs
 
-    with EmbeddedServer(tiny_models[side], flags) as server:
+    with WarmServer(tiny_models[side], flags) as server:
         urls[side] = server.url
         expected = undisturbed(*urls)
         outputs = asyncio.run(asyncio.wait_for(run(server), 100))

@@ -28,6 +28,7 @@ from tests.runs import (
     wait_until,
     write_recipe,
 )
+from tests.warm_servers import WarmServer
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_each_value_counts_once_however_many_a_process_has() -> None:
 @pytest.fixture(scope="module")
 def policy_server(tiny_models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
     flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
-    with EmbeddedServer(tiny_models[0], flags) as server:
+    with WarmServer(tiny_models[0], flags) as server:
         yield server
 
 

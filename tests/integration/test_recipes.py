@@ -174,7 +174,8 @@ def test_final_answer(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
-def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_models: tuple[Path, Path]) -> None:
+def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    """The first with servers of its own, as `make demo` runs the second."""
     launchers = {
         "train": [sys.executable, "-m", "dual_rollout.cli", "train"],
         "accelerate": [
@@ -183,13 +184,15 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_models: tuple[Path
             *("-m", "dual_rollout.training.script", "--config"),
         ],
     }
+    servers = {"train": {}, "accelerate": {"dual_theta_url": tiny_pair.theta_url, "dual_t_url": tiny_pair.t_url}}
     rewards, tables = {}, {}
     for name, launcher in launchers.items():
         folder = tmp_path / name
         recipe = write_recipe(
             tmp_path,
-            model_name_or_path=str(tiny_models[0]),
-            dual_t_model_name_or_path=str(tiny_models[1]),
+            model_name_or_path=str(tiny_pair.theta_model),
+            dual_t_model_name_or_path=str(tiny_pair.t_model),
+            **servers[name],
             dual_top_k=20,
             dual_seed=5,
             output_dir=str(folder),

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, replicas
+from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, questions, replicas
 from dual_rollout.exceptions import EngineProtocolError, EngineRestartedError, EngineUnavailableError
 from dual_rollout.server.launch import EmbeddedServer
 from tests import fault_proxy
@@ -22,6 +22,7 @@ from tests.fault_proxy import Exchange, FaultProxy
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
 from tests.tiny_model import perturbed_copy
+from tests.warm_servers import WarmServer
 
 V = 10
 THETA, T = (random_chain(np.random.default_rng(seed), V) for seed in (1, 2))
@@ -167,6 +168,7 @@ def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair)
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("fault", [fault_proxy.reset, fault_proxy.error(429), fault_proxy.error(500), fault_proxy.hang])
 def test_replicas_that_say_they_are_well_and_answer_nothing_are_reported(
     tiny_pair: TinyPair, fault: fault_proxy.Fault
@@ -263,6 +265,17 @@ def test_a_sequence_that_would_mix_weights_is_an_error() -> None:
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
+    """In no less time than a start by its command takes, on which the client counts."""
+    assert server.process is not None
+    server.process.kill()
+    await asyncio.to_thread(server.process.wait)
+    if meanwhile is not None:
+        await meanwhile
+    await asyncio.sleep(questions._IDLE_S + 0.1)
+    await asyncio.to_thread(server.start)
+
+
 async def best(engine: Any) -> float:
     return float((await engine.next_top_k([[10, 20, 30]], 1)).logprobs.max())
 
@@ -284,10 +297,7 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
             value = await best(engines[0])
             assert abs(value - old) > 1e-3 and await best(engines[1]) == pytest.approx(value, abs=1e-4)
 
-            assert b.process is not None
-            b.process.kill()
-            await asyncio.to_thread(b.process.wait)
-            await asyncio.to_thread(b.start)
+            await restart(b)
             with pytest.raises(EngineRestartedError, match="restarted"):
                 await engines[1].next_top_k([[10, 20, 30]], 1)
             for _ in range(4):  # b is asked for the second of the two: it is found out, given the weights, and back
@@ -297,9 +307,7 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
             assert await best(engines[1]) == pytest.approx(value, abs=1e-4)
 
             new.rename(gone)
-            b.process.kill()
-            await asyncio.to_thread(b.process.wait)
-            await asyncio.to_thread(b.start)
+            await restart(b)
             for _ in range(4):
                 top = await both.next_top_k([[10, 20, 30], [10, 20, 30]], 1)
                 assert top.logprobs.max(axis=1) == pytest.approx([value, value], abs=1e-4)
@@ -312,7 +320,7 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
             for engine in engines:
                 await engine.aclose()
 
-    with EmbeddedServer(tiny_models[0], FLAGS) as a, EmbeddedServer(tiny_models[0], FLAGS) as b:
+    with WarmServer(tiny_models[0], FLAGS) as a, WarmServer(tiny_models[0], FLAGS) as b:
         asyncio.run(asyncio.wait_for(run(a, b), 120))
 
 
@@ -322,14 +330,6 @@ def test_another_process_uses_only_what_took_the_weights_and_notices_restarts(
     """One client gives the weights, as the main process does, another one is told. Both weights are so alike that the
     comparison of replicas lets either pass."""
     new, newer = (perturbed_copy(tiny_models[0], tmp_path / str(i), noise=0.02, seed=i) for i in (7, 8))
-
-    async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
-        assert server.process is not None
-        server.process.kill()
-        await asyncio.to_thread(server.process.wait)
-        if meanwhile is not None:
-            await meanwhile
-        await asyncio.to_thread(server.start)
 
     async def run(a: EmbeddedServer, b: EmbeddedServer) -> None:
         giver, told = ([VLLMEngine(HttpTransport(s.url, max_retries=0)) for s in (a, b)] for _ in range(2))
@@ -371,5 +371,5 @@ def test_another_process_uses_only_what_took_the_weights_and_notices_restarts(
             for client in (main, other, *giver, *told, alone):
                 await client.aclose()
 
-    with EmbeddedServer(tiny_models[0], FLAGS) as a, EmbeddedServer(tiny_models[0], FLAGS) as b:
+    with WarmServer(tiny_models[0], FLAGS) as a, WarmServer(tiny_models[0], FLAGS) as b:
         asyncio.run(asyncio.wait_for(run(a, b), 240))

@@ -19,8 +19,9 @@ from trl import GRPOConfig, RLOOConfig
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer
 from dual_rollout.training.script import checkpoint_to_resume
+from tests.integration.conftest import TinyPair
 from tests.recording_reward import read_records
-from tests.runs import finish, metrics, one_process, start, two_processes, wait_until, write_recipe
+from tests.runs import finish, metrics, one_process, run_here, start, two_processes, wait_until, write_recipe
 
 OPTIONS = {
     "dual_task_size": 2,  # an epoch has two steps, or one of two processes
@@ -44,9 +45,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     undisturbed, resumed = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("resumed")
-    finish(start(one_process(write_recipe(undisturbed, tiny_models, **OPTIONS)), undisturbed))
+    tiny_models = (tiny_pair.theta_model, tiny_pair.t_model)
+    run_here(write_recipe(undisturbed, tiny_models, **OPTIONS, **urls(tiny_pair)), undisturbed)
 
     recipe = write_recipe(resumed, tiny_models, **OPTIONS, resume_from_checkpoint=True)
     run = start(one_process(recipe), resumed, HOLD_AT_STEP="2")
@@ -61,6 +63,11 @@ def runs(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     (resumed / "0.jsonl").unlink()
     finish(start(one_process(recipe), resumed))
     return Runs(undisturbed, resumed, before, read_records(resumed, 0))
+
+
+def urls(pair: TinyPair) -> dict[str, str]:
+    """What spares a run the start of servers of its own."""
+    return {"dual_theta_url": pair.theta_url, "dual_t_url": pair.t_url}
 
 
 def wait_until_gone(log: Path) -> None:
@@ -112,9 +119,10 @@ def test_its_metrics_go_on_without_gap_or_repeat(runs: Runs) -> None:
     assert len({entry["sampling/alpha_max"] for entry in entries}) == 4, "the schedule moved at every step"
 
 
-def test_a_run_of_two_processes_goes_on_too(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
-    """Killed by its launcher's death and its own, in the second step."""
-    options = {**OPTIONS, "max_steps": 3}
+def test_a_run_of_two_processes_goes_on_too(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """Killed by its launcher's death and its own, in the second step. Its servers live on, with its weights."""
+    tiny_models = (tiny_pair.theta_model, tiny_pair.t_model)
+    options = {**OPTIONS, **urls(tiny_pair), "max_steps": 3}
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
     finish(start(two_processes(write_recipe(undisturbed, tiny_models, **options)), undisturbed))
     recipe = write_recipe(resumed, tiny_models, **options, resume_from_checkpoint=True)

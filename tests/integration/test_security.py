@@ -28,6 +28,7 @@ from dual_rollout.server.model_runner import ModelRunner
 from dual_rollout.server.serve import ServeConfig
 from dual_rollout.text import load_tokenizer
 from dual_rollout.training.weight_sync import weight_folder
+from tests.warm_servers import WarmServer
 
 PACKAGE = Path(__file__).parents[2] / "dual_rollout"
 KEY = "sk-a-secret-of-this-test"
@@ -61,7 +62,7 @@ def open_server(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPat
     """Without a key, on all addresses, loading weights from one folder alone."""
     root = tmp_path_factory.mktemp("weights")
     flags = [*FLAGS, "--host", "0.0.0.0", "--weights-dir", str(root)]
-    with EmbeddedServer(tiny_models[0], flags, log_path=root.parent / "open.log") as server:
+    with WarmServer(tiny_models[0], flags, log_path=root.parent / "open.log") as server:
         yield server
 
 

@@ -27,6 +27,7 @@ transformers = pytest.importorskip("transformers")
 from dual_rollout.exceptions import EngineUnavailableError  # noqa: E402
 from dual_rollout.server.launch import EmbeddedServer  # noqa: E402
 from tests.tiny_model import make_tiny_model, perturbed_copy  # noqa: E402
+from tests.warm_servers import WarmServer  # noqa: E402
 
 ENV = {"OMP_NUM_THREADS": "1"}
 VOCAB = 289
@@ -130,7 +131,7 @@ def test_ragged_batch_and_decode_steps_match_a_plain_forward(server: EmbeddedSer
 
 def test_prompts_longer_than_a_step_are_computed_in_chunks(model_dir: Path, reference: Any) -> None:
     prompt = _prompt(np.random.default_rng(1), 501)
-    with EmbeddedServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as long_server:
+    with WarmServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as long_server:
         both = [prompt[:500], prompt[1:]]
         answer = _complete(long_server, both, logprobs=VOCAB, prompt_logprobs=1)
     for ids, choice in zip(both, answer["choices"], strict=True):
@@ -200,7 +201,7 @@ def test_eviction_keeps_answers_right(model_dir: Path, reference: Any) -> None:
     # Room for about 3 full sequences.
     flags = ["--max-logprobs", "-1", "--max-model-len", "128", "--kv-cache-gib", "0.0004"]
     prompts = [_prompt(rng, length) for length in (100, 90, 20, 110, 64, 65, 3, 100)]
-    with EmbeddedServer(model_dir, flags, env=ENV) as small:
+    with WarmServer(model_dir, flags, env=ENV) as small:
         for _ in range(2):
             answer = _complete(small, prompts, max_tokens=10, logprobs=VOCAB, ignore_eos=True)
             for prompt, choice in zip(prompts, answer["choices"], strict=True):
@@ -260,7 +261,7 @@ def test_processed_logprobs_are_those_of_the_sampled_law(model_dir: Path, refere
     prompt = _prompt(np.random.default_rng(10), 9)
     raw = _expected(reference, prompt)[-1].astype(np.float64)
     flags = ["--max-logprobs", "-1", "--logprobs-mode", "processed_logprobs"]
-    with EmbeddedServer(model_dir, flags, env=ENV) as processed:
+    with WarmServer(model_dir, flags, env=ENV) as processed:
         for temperature, divisor in ((0.5, 0.5), (0, 1.0)):
             answer = _complete(processed, prompt, logprobs=VOCAB, temperature=temperature, logit_bias={"3": 4})
             logits = raw + 4 * (np.arange(VOCAB) == 3)
@@ -404,7 +405,7 @@ def test_concurrent_requests_share_steps(server: EmbeddedServer) -> None:
 
 def test_more_sequences_than_fit_wait_their_turn(model_dir: Path) -> None:
     rng = np.random.default_rng(16)
-    with EmbeddedServer(model_dir, ["--max-num-seqs", "3"], env=ENV) as narrow:
+    with WarmServer(model_dir, ["--max-num-seqs", "3"], env=ENV) as narrow:
         answer = _complete(narrow, [_prompt(rng, 4) for _ in range(10)], max_tokens=7, ignore_eos=True)
         assert [len(choice["token_ids"]) for choice in answer["choices"]] == [7] * 10
         # At most 3 tokens a step once the prompts are in.
@@ -497,7 +498,7 @@ def test_reload_weights_is_all_or_nothing(model_dir: Path, other_dir: Path, refe
     old, new = _expected(reference, prompt)[-1], _expected(_load(other_dir), prompt)[-1]
     assert np.abs(old - new).max() > 0.1
 
-    with EmbeddedServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as server:
+    with WarmServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as server:
 
         def served() -> np.ndarray:
             return _vector(_complete(server, prompt, logprobs=VOCAB)["choices"][0]["logprobs"]["top_logprobs"][0])
@@ -524,7 +525,7 @@ def test_requests_running_during_a_reload_finish_on_the_new_weights(
     prompt = _prompt(np.random.default_rng(18), 20)
     models = (reference, _load(other_dir))
     with (
-        EmbeddedServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as server,
+        WarmServer(model_dir, ["--max-logprobs", "-1"], env=ENV) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         fields = {"max_tokens": 450, "logprobs": VOCAB, "ignore_eos": True, "seed": 1}
@@ -561,7 +562,7 @@ def test_lora_adapters(model_dir: Path, reference: Any, tmp_path: Path) -> None:
     assert min(np.abs(base - e).max() for e in expected) > 0.1
 
     flags = ["--max-logprobs", "-1", "--enable-lora", "--served-model-name", "tiny"]
-    with EmbeddedServer(model_dir, flags, env=ENV) as server:
+    with WarmServer(model_dir, flags, env=ENV) as server:
 
         def error(model: str, law: np.ndarray) -> float:
             answer = _complete(server, prompt, logprobs=VOCAB, model=model)
@@ -617,7 +618,7 @@ def test_models_that_cannot_be_served_are_refused(model_dir: Path, tmp_path: Pat
         (["--kv-cache-gib", "0.00001"], "--kv-cache-gib"),
     ):
         with pytest.raises(EngineUnavailableError, match=message):
-            EmbeddedServer(model_dir, flags, env=ENV).start()
+            WarmServer(model_dir, flags, env=ENV).start()
     with pytest.raises(EngineUnavailableError, match="is not a folder"):
         EmbeddedServer(tmp_path / "nothing", env=ENV).start()
 

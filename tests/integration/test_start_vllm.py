@@ -1,4 +1,4 @@
-"""recipes/serving/start_vllm.sh, with the embedded server in vLLM's place."""
+"""recipes/serving/start_vllm.sh, with a server that does next to nothing in vLLM's place."""
 
 from __future__ import annotations
 
@@ -19,18 +19,31 @@ from dual_rollout.server.launch import _free_port
 
 SCRIPT = Path(__file__).parents[2] / "recipes/serving/start_vllm.sh"
 
-# Stands for an interpreter with vLLM: serves with what the embedded server has of vLLM's flags.
+# Stands for an interpreter with vLLM: what it runs answers /health, all that the script asks of a server.
 INTERPRETER = """#!/usr/bin/env bash
 if [[ ${{1-}} != -m ]]; then exec {python} "$@"; fi
 shift 2
 while (($#)); do
     case $1 in
         --model) model=$2; shift 2 ;;
-        --port | --max-logprobs | --max-model-len) flags+=("$1" "$2"); shift 2 ;;
+        --port) port=$2; shift 2 ;;
         *) shift ;;
     esac
 done
-exec {python} -m dual_rollout.cli serve "$model" --threads 1 "${{flags[@]}}"
+exec {python} -c '{server}' "$model" "$port"
+"""
+SERVER = """
+import pathlib, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+if not pathlib.Path(sys.argv[1]).is_dir():
+    sys.exit(f"{sys.argv[1]} is not a folder with a model")
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Health).serve_forever()
 """
 
 
@@ -109,7 +122,7 @@ class Servers:
 
     def __init__(self, model: Path, folder: Path, t_model: Path | None = None):
         interpreter = folder / "python"
-        interpreter.write_text(INTERPRETER.format(python=sys.executable))
+        interpreter.write_text(INTERPRETER.format(python=sys.executable, server=SERVER))
         interpreter.chmod(0o755)
         self.ports = [_free_port(), _free_port()]
         command = [str(SCRIPT), "--cpu", "--no-check", "--python", str(interpreter), "--log-dir", str(folder)]

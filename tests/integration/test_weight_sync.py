@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout import DualRollout
 from dual_rollout.exceptions import EngineError
-from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.rollout import ADAPTER_NAME
 from dual_rollout.training.weight_sync import (
     DiskWeightSync,
@@ -38,14 +37,15 @@ from tests.synced_training import (
     served_models,
     train,
 )
+from tests.warm_servers import WarmServer
 
 
 @pytest.fixture
 def lora_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
     flags = ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]
     with (
-        EmbeddedServer(tiny_models[0], [*flags, "--enable-lora"]) as theta,
-        EmbeddedServer(tiny_models[1], flags) as t,
+        WarmServer(tiny_models[0], [*flags, "--enable-lora"]) as theta,
+        WarmServer(tiny_models[1], flags) as t,
     ):
         yield TinyPair(*tiny_models, theta.url, t.url)
 
