@@ -15,6 +15,9 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Choice, Tuner
 
 
+_STEADY = 0.75  # of the sequences in flight must still be, or others in their place: a batch that runs out is slow
+
+
 async def decode(
     sequences: Iterable[DecodingSequence],
     recorder: Recorder,
@@ -37,9 +40,10 @@ async def decode(
         await scheduler.run(mode(tuner.first(recorder.config)), groups=1, rounds=1)
         while not scheduler.done:
             plan = tuner.choose(recorder.config, scheduler.load)
-            before, started = scheduler.tokens, time.perf_counter()
+            tokens, active, started = scheduler.tokens, scheduler.active, time.perf_counter()
             await scheduler.run(mode(plan.choice), groups=plan.choice.groups, rounds=plan.rounds)
-            plan.note(scheduler.tokens - before, time.perf_counter() - started)
+            if scheduler.active >= _STEADY * active:
+                plan.note(scheduler.tokens - tokens, time.perf_counter() - started)
         await scheduler.finish()
     finally:
         scheduler.abandon()

@@ -85,9 +85,14 @@ class Scheduler:
             task.cancel()
 
     @property
+    def active(self) -> int:
+        """Sequences in flight. Asked after a round."""
+        return sum(map(len, self._groups))
+
+    @property
     def done(self) -> bool:
         """Whether no sequence is left. Asked after a round."""
-        return not any(self._groups)
+        return not self.active
 
     async def _run_group(self, group: list[DecodingSequence], mode: Mode, rounds: int | None) -> None:
         capacity = len(group)

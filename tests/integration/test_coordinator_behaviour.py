@@ -80,6 +80,17 @@ def test_the_statistics_say_what_auto_chose_and_why():
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_a_batch_that_runs_out_is_no_measure_of_a_choice():
+    async def run() -> None:
+        async with coordinator(decoding="auto", seed=None, ignore_eos=True, max_concurrency=4) as opened:
+            await opened.generate_batch([[i] for i in range(4)], max_tokens=4)  # a first measurement takes 6 rounds
+            assert opened.stats.tuning["t_url"] == {"4 sequences, 64 tokens": {}}
+            await opened.generate_batch([[i] for i in range(4)], max_tokens=8)
+            assert set(opened.stats.tuning["t_url"]["4 sequences, 64 tokens"]) == {"lockstep, 1 group"}
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 # ---- seeds ----------------------------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,7 @@ def test_auto_settles_on_the_fastest(block_speed: float, faster: str) -> None:
     tuner = Tuner(methods)
     made = drive(tuner, CoordinatorConfig(), Load.of(16, 60), speeds, 16)
     assert len(set(made[-5:])) == 1
-    assert speeds[made[-1]] >= 0.9 * max(speeds.values())
+    assert speeds[made[-1]] >= 0.95 * max(speeds.values())
     assert str(tuner.chosen) == made[-1]
     tried = [name for name in made if "block" in name]
     if block_speed < 100:
