@@ -14,7 +14,6 @@ from dual_rollout.decoding.scheduler import Mode, OnFinished, Scheduler
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Choice, Tuner
 
-
 _STEADY = 0.75  # of the sequences in flight must still be, or others in their place: a batch that runs out is slow
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_DRAFT_TOKENS = 8
 _FIRST_LENGTH, _OTHER_LENGTHS = 4, (8, 2)
-_LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of a first measurement
-_SECOND_S, _MOST_ROUNDS = 1.0, 64  # how long a second one takes: where rounds are short, a few say little
+_LOCKSTEP_ROUNDS, _BLOCK_ROUNDS = 6, 3  # of one measurement
+_SURE_S, _SURE_TRIALS = 1.0, 10  # when the two best are measured well: where rounds are short, a few say little
 _SETTLED_ROUNDS = 8, 32  # at first, and when the choice has stood for a while
 _SIMPLER = 0.95  # an earlier choice this close to the fastest is preferred: measurements err by as much
 _HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
@@ -65,7 +64,6 @@ class Measured:
 
     Attributes:
         trials: how often each was measured.
-        round_s: seconds that a round of each took when it was last measured.
         explored: whether all that was worth trying has been.
         rounds: since then.
         alone: whether to try everything, whatever is known of other loads.
@@ -73,7 +71,6 @@ class Measured:
 
     totals: dict[Choice, tuple[float, float]] = field(default_factory=dict)
     trials: Counter[Choice] = field(default_factory=Counter)
-    round_s: dict[Choice, float] = field(default_factory=dict)
     explored: bool = False
     rounds: int = 0
     alone: bool = False
@@ -83,20 +80,17 @@ class Measured:
         """Tokens per second, in the order of the first trials."""
         return {choice: tokens / seconds for choice, (tokens, seconds) in self.totals.items()}
 
-    def trial_rounds(self, choice: Choice) -> int:
-        """How long to measure it."""
-        least = _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS
-        if choice not in self.round_s:
-            return least
-        return min(max(math.ceil(_SECOND_S / self.round_s[choice]), least), _MOST_ROUNDS)
+    def unsure(self, choice: Choice) -> bool:
+        """Whether to measure it again before it is settled on."""
+        trials = self.trials[choice]
+        return trials < 2 or (self.totals[choice][1] < _SURE_S and trials < _SURE_TRIALS)
 
-    def note(self, choice: Choice, rounds: int, tokens: int, seconds: float) -> None:
-        self.trials[choice] += 1
-        self.round_s[choice] = seconds / rounds
+    def note(self, choice: Choice, tokens: int, seconds: float) -> None:
         # What was done once, such as making room, was paid for by the first trial: the second stands in its place.
-        weight = 0.5 if self.trials[choice] > 2 else 0.0
+        weight = 0.5 if self.explored else float(self.trials[choice] > 1)
         before = self.totals.get(choice, (0.0, 0.0))
         self.totals[choice] = weight * before[0] + tokens, weight * before[1] + seconds
+        self.trials[choice] += 1
 
     def best(self, count: int) -> list[Choice]:
         """The fastest, the fastest first."""
@@ -120,7 +114,7 @@ class Plan:
 
     def note(self, tokens: int, seconds: float) -> None:
         """What came of it."""
-        self.measured.note(self.choice, self.rounds, tokens, seconds)
+        self.measured.note(self.choice, tokens, seconds)
 
 
 class Tuner:
@@ -155,9 +149,9 @@ class Tuner:
         measured = self._measured.setdefault((drafting, load), Measured())
         if not measured.explored:
             untried = (choice for choice in self._worth_trying(config, load, measured) if not measured.trials[choice])
-            unsure = (choice for choice in measured.best(2) if measured.trials[choice] < 2)
+            unsure = (choice for choice in measured.best(2) if measured.unsure(choice))
             for choice in itertools.chain(untried, unsure):
-                return Plan(choice, measured.trial_rounds(choice), measured)
+                return Plan(choice, _LOCKSTEP_ROUNDS if choice.mode == "lockstep" else _BLOCK_ROUNDS, measured)
             measured.explored = True
         rates = measured.rates
         best = max(rates.values())
