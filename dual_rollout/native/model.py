@@ -81,14 +81,18 @@ class DualRolloutForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`."""
-        input_ids = input_ids.clamp(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
+        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`.
+
+        CUDA graphs replay on the memory they were captured with. So each model gets the runner's own buffer of token
+        ids, and π_θ's result is copied before π_t runs, whose graphs may use that memory again.
+        """
+        input_ids.clamp_(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
+        size = self._hidden_size_theta
         hidden_theta = self.theta(input_ids, positions)
-        hidden_t = self.t(input_ids, positions)
-        rows, width = hidden_theta.shape[0], hidden_theta.shape[1] + hidden_t.shape[1]
-        hidden = hidden_theta.new_empty(rows + 1, width)[:rows]
-        hidden[:, : self._hidden_size_theta] = hidden_theta
-        hidden[:, self._hidden_size_theta :] = hidden_t
+        rows = hidden_theta.shape[0]
+        hidden = hidden_theta.new_empty(rows + 1, size + self._hidden_size_t)[:rows]
+        hidden[:, :size] = hidden_theta
+        hidden[:, size:] = self.t(input_ids, positions)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

@@ -549,3 +549,27 @@ DualRolloutForCausalLM(vllm_config=config)
         "quantisation of a list of layers",
     ):
         assert f"; nor with {refused}" in message
+
+
+def test_the_two_models_do_not_meet_in_the_memory_of_cuda_graphs() -> None:
+    """As graphs of one pool replay: the token ids are read where they were at the capture, and both models' results
+    lie in the same memory, which is not theirs once the model has returned and another runs."""
+    program = """
+import torch
+from dual_rollout.native.model import DualRolloutForCausalLM
+pool, runners_buffer = torch.empty(3, 2), torch.tensor([5, 6, 9])
+def replay(scale):
+    def model(input_ids, positions):
+        assert input_ids.data_ptr() == runners_buffer.data_ptr()
+        return pool.copy_(scale * runners_buffer[:, None])
+    return model
+model = DualRolloutForCausalLM.__new__(DualRolloutForCausalLM)
+torch.nn.Module.__init__(model)
+model.theta, model.t, model.vocab_size = replay(1.0), replay(10.0), 8
+model._hidden_size_theta = model._hidden_size_t = 2
+hidden = model.forward(runners_buffer[:3], torch.arange(3))
+assert hidden.tolist() == [[5, 5, 50, 50], [6, 6, 60, 60], [7, 7, 70, 70]], hidden
+"""
+    command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
