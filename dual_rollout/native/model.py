@@ -19,6 +19,7 @@ from vllm.model_executor.models.interfaces import has_inner_state
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
 from dual_rollout.native.solver import AlphaRule, compiled_logits, log_softmax
@@ -140,10 +141,14 @@ class DualRolloutForCausalLM(nn.Module):
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Compile the solver now, for one row and for several, and not during the first requests."""
+        """Compile the solver now, for one row and for several, and not during the first requests.
+
+        What is compiled holds for one default dtype only, and while it loads weights vLLM sets the model's.
+        """
         device, size = next(self.theta.parameters()).device, self._hidden_size_theta + self._hidden_size_t
-        for rows in (1, 2):
-            self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
+        with set_default_torch_dtype(torch.float32):
+            for rows in (1, 2):
+                self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
 
 
 def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: list[str], prefix: str) -> Any:
