@@ -19,6 +19,7 @@ from vllm.model_executor.models.interfaces import has_inner_state
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
 from dual_rollout.native.solver import AlphaRule, compiled_logits, log_softmax
@@ -81,14 +82,18 @@ class DualRolloutForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`."""
-        input_ids = input_ids.clamp(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
+        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`.
+
+        CUDA graphs replay on the memory they were captured with. So each model gets the runner's own buffer of token
+        ids, and π_θ's result is copied before π_t runs, whose graphs may use that memory again.
+        """
+        input_ids.clamp_(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
+        size = self._hidden_size_theta
         hidden_theta = self.theta(input_ids, positions)
-        hidden_t = self.t(input_ids, positions)
-        rows, width = hidden_theta.shape[0], hidden_theta.shape[1] + hidden_t.shape[1]
-        hidden = hidden_theta.new_empty(rows + 1, width)[:rows]
-        hidden[:, : self._hidden_size_theta] = hidden_theta
-        hidden[:, self._hidden_size_theta :] = hidden_t
+        rows = hidden_theta.shape[0]
+        hidden = hidden_theta.new_empty(rows + 1, size + self._hidden_size_t)[:rows]
+        hidden[:, :size] = hidden_theta
+        hidden[:, size:] = self.t(input_ids, positions)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -136,10 +141,14 @@ class DualRolloutForCausalLM(nn.Module):
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Compile the solver now, for one row and for several, and not during the first requests."""
+        """Compile the solver now, for one row and for several, and not during the first requests.
+
+        What is compiled holds for one default dtype only, and while it loads weights vLLM sets the model's.
+        """
         device, size = next(self.theta.parameters()).device, self._hidden_size_theta + self._hidden_size_t
-        for rows in (1, 2):
-            self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
+        with set_default_torch_dtype(torch.float32):
+            for rows in (1, 2):
+                self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
 
 
 def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: list[str], prefix: str) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 # Blocks are of 32 tokens, the fewest that the CPU kernels take, so that short prompts are cached too.
-FLAGS = (
+CPU_FLAGS = (
     "--dtype=float32",
     "--max-model-len=512",
     "--max-num-seqs=16",
@@ -52,6 +53,13 @@ FLAGS = (
     "--enable-prompt-tokens-details",
     "--disable-uvicorn-access-log",
 )
+FLAGS = tuple(shlex.split(os.environ.get("DUAL_ROLLOUT_VLLM_FLAGS", ""))) or CPU_FLAGS
+if "DUAL_ROLLOUT_VLLM_DEVICES" in os.environ:
+    ENVIRONMENT |= {
+        "CUDA_VISIBLE_DEVICES": os.environ["DUAL_ROLLOUT_VLLM_DEVICES"],
+        "TRITON_F32_DEFAULT": "ieee",  # or attention in float32 multiplies in TF32
+    }
+    del ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"]
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 60

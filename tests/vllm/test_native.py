@@ -549,3 +549,59 @@ DualRolloutForCausalLM(vllm_config=config)
         "quantisation of a list of layers",
     ):
         assert f"; nor with {refused}" in message
+
+
+def test_the_two_models_do_not_meet_in_the_memory_of_cuda_graphs() -> None:
+    """As graphs of one pool replay: the token ids are read where they were at the capture, and both models' results
+    lie in the same memory, which is not theirs once the model has returned and another runs."""
+    program = """
+import torch
+from dual_rollout.native.model import DualRolloutForCausalLM
+pool, runners_buffer = torch.empty(3, 2), torch.tensor([5, 6, 9])
+def replay(scale):
+    def model(input_ids, positions):
+        assert input_ids.data_ptr() == runners_buffer.data_ptr()
+        return pool.copy_(scale * runners_buffer[:, None])
+    return model
+model = DualRolloutForCausalLM.__new__(DualRolloutForCausalLM)
+torch.nn.Module.__init__(model)
+model.theta, model.t, model.vocab_size = replay(1.0), replay(10.0), 8
+model._hidden_size_theta = model._hidden_size_t = 2
+hidden = model.forward(runners_buffer[:3], torch.arange(3))
+assert hidden.tolist() == [[5, 5, 50, 50], [6, 6, 60, 60], [7, 7, 70, 70]], hidden
+"""
+    run_in_vllms_python(program)
+
+
+def test_the_solver_is_compiled_before_the_first_request() -> None:
+    """vLLM loads a bfloat16 model with bfloat16 as the default dtype, and serves it with float32."""
+    program = """
+import torch
+from torch._dynamo.utils import counters
+from dual_rollout.native import model as native
+from dual_rollout.native.solver import AlphaRule, compiled_logits
+native._logits = compiled_logits("eager")
+class Half(torch.nn.Linear):
+    def compute_logits(self, hidden):
+        return self(hidden)
+model = native.DualRolloutForCausalLM.__new__(native.DualRolloutForCausalLM)
+torch.nn.Module.__init__(model)
+model.theta, model.t = Half(2, 50, dtype=torch.bfloat16), Half(2, 50, dtype=torch.bfloat16)
+model._hidden_size_theta = model._hidden_size_t = 2
+model._dtype, model.rule, model.temperature = torch.bfloat16, AlphaRule(), 1.0
+torch.set_default_dtype(torch.bfloat16)
+model._warm_up()
+torch.set_default_dtype(torch.float32)
+compiled = counters["stats"]["unique_graphs"]
+with torch.inference_mode():
+    for rows in (1, 2, 7):
+        model.compute_logits(torch.zeros(rows, 4, dtype=torch.bfloat16))
+assert 0 < compiled == counters["stats"]["unique_graphs"], counters["stats"]
+"""
+    run_in_vllms_python(program)
+
+
+def run_in_vllms_python(program: str) -> None:
+    command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
