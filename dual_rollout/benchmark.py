@@ -111,7 +111,8 @@ class Benchmark:
         return await self._sampling(mode, concurrency, context)
 
     async def _sampling(self, mode: str, concurrency: int, context: int) -> Row:
-        """`generate_batch`: q*, with all that a record holds. `auto` is warm when it has made its choice."""
+        """`generate_batch`: q*, with all that a record holds. It is warm when it has found out how to go fastest: all
+        modes choose the grouping, block the way to score, `auto` the mode."""
         values = {**asdict(self._config), "ignore_eos": True, "max_concurrency": concurrency}
         if mode in NATIVE_MODES:
             values |= {"engine": "native", "theta_url": self._urls(mode)[0], "theta_model": None}
@@ -127,7 +128,7 @@ class Benchmark:
 
             for _ in range(_MAX_WARM_UPS):
                 await generate(await self._prompts(concurrency, context), self._max_tokens)
-                if mode != "auto" or coordinator.stats.chosen:
+                if mode in NATIVE_MODES or coordinator.stats.chosen:
                     break
             stats = coordinator.stats
             prompts, started = await self._prompts(concurrency, context), time.perf_counter()

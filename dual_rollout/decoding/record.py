@@ -33,6 +33,7 @@ Name = Callable[[list[list[int]]], Awaitable[list[np.ndarray]]]
 """Log-probabilities of named tokens: for each row those of its list of ids, which may be empty."""
 
 _MAX_TAIL_DRAWS = 1000
+_NAMED_COST = 32  # tokens of a text that cost as much as a request, which computes part of a block of the cache again
 
 
 @dataclass(slots=True)
@@ -330,21 +331,38 @@ class Recorder:
     async def _score(
         self, engine: Engine, context: Context, logprobs: list[float], tops: list[float], unknown: np.ndarray
     ) -> None:
-        """Replace `logprobs` where they are `unknown` by exact values, with one request for the whole sequence.
+        """Replace `logprobs` where they are `unknown` by exact values.
 
-        Servers score a text at temperature 1. The most likely token of each position was listed at the temperature in
-        use, which fixes the normaliser: log p_T(y) = (log p(y) − log p(top)) / T + log p_T(top).
+        A few tokens are asked for by name, each after its prefix, which the server still has in its cache. For more,
+        one request scores the whole text, which servers do at temperature 1. The most likely token of each position
+        was listed at the temperature in use, which fixes the normaliser:
+        log p_T(y) = (log p(y) − log p(top)) / T + log p_T(top).
         """
         indices = np.flatnonzero(unknown).tolist()
         if not indices:
             return
+        self.stats.scored_tokens += len(indices)
         first = len(context) - len(logprobs)
         last = first + indices[-1] + 1
+        if len(indices) * _NAMED_COST <= last and await self._names_cheaply(engine, context):
+            prefixes = [Context.like(context, context[: first + i]) for i in indices]
+            names = [[context[first + i]] for i in indices]
+            values = await patiently(
+                lambda: engine.named_logprobs(prefixes, names, self.config.temperature), self.config.max_retries
+            )
+            for i, value in zip(indices, values, strict=True):
+                logprobs[i] = float(value[0])
+            return
         text = Context.like(context, context[:last])
         own, top = await patiently(lambda: engine.score(text, first), self.config.max_retries)
         for i in indices:
             logprobs[i] = (own[i] - top[i]) / self.config.temperature + tops[i]
-        self.stats.scored_tokens += len(indices)
+
+    async def _names_cheaply(self, engine: Engine, context: Context) -> bool:
+        """Whether the server reports named tokens, at the temperature in use, without computing their prefix anew."""
+        served = await engine.probe(context)
+        named = served.named_logprobs and (self.config.temperature == 1.0 or served.logprobs_mode == "processed")
+        return named and bool(served.prefix_caching)
 
 
 async def _completed(top: TopK, missing: list[list[int]], name: Name) -> TopK:
