@@ -20,10 +20,11 @@ import torch
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
 from tests.chi_square import chi_square_p_value, chi_square_survival, standard_errors_off
-from tests.conformance.suite import reference
+from tests.conformance.suite import logprobs_of, reference
 from tests.exact_law import listed, position_law
 
 PROMPT = [10, 20, 30]
+LONG_PROMPT = [10 + 7 * i % 80 for i in range(100)]
 SEQUENCES = 400
 FALSE_ALARM = 1e-4
 STANDARD_ERRORS = 5.0
@@ -97,6 +98,17 @@ class RolloutLaw:
         a, b = (np.append(counts[~rare], counts[rare].sum()) for counts in (a, b))
         assert chi_square_survival(float((np.square(a - b) / (a + b)).sum()), len(a) - 1) > FALSE_ALARM
 
+    @pytest.mark.parametrize("max_tokens", [2, 20], ids=["asked for by name", "scored with the text"])
+    def test_what_the_lists_lack_is_exact_after_a_long_prompt(self, pair: Pair, max_tokens: int) -> None:
+        outputs, stats = _generate(pair, [LONG_PROMPT] * 8, max_tokens, {"top_k": 2, "support": "tail"}, seed=3)
+        assert stats.decoding.scored_tokens > 4 * max_tokens
+        for output in outputs:
+            text = [*LONG_PROMPT, *output.generated_tokens]
+            for model, found in ((pair.theta_model, output.logprobs_theta), (pair.t_model, output.logprobs_t)):
+                rows = logprobs_of(reference(model), text)[len(LONG_PROMPT) - 1 : -1]
+                expected = rows[np.arange(max_tokens), output.generated_tokens]
+                assert found == pytest.approx(expected.tolist(), abs=CLOSE)
+
 
 def assert_law(law: Law, outputs: list[GenerationOutput]) -> None:
     """The pairs of tokens come as often as they should, and the first tokens outside both lists too."""
@@ -156,16 +168,21 @@ def rollouts(pair: Pair, options: dict[str, Any], seed: int = 7) -> tuple[list[G
     """`SEQUENCES` rollouts of two tokens after `PROMPT`, drawn once for each configuration."""
     key = repr((pair, options, seed))
     if key not in _known:
-        _known[key] = asyncio.run(asyncio.wait_for(_draw(pair, options, seed), 120))
+        _known[key] = _generate(pair, [PROMPT] * SEQUENCES, 2, options, seed)
     return _known[key]
 
 
-async def _draw(pair: Pair, options: dict[str, Any], seed: int) -> tuple[list[GenerationOutput], CoordinatorStats]:
-    config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, seed=seed, ignore_eos=True, **options)
-    async with DualVLLMCoordinator(config) as coordinator:
-        outputs = await coordinator.generate_batch([PROMPT] * SEQUENCES, max_tokens=2)
-    assert [output.error for output in outputs] == [None] * SEQUENCES
-    return outputs, coordinator.stats
+def _generate(
+    pair: Pair, prompts: list[list[int]], max_tokens: int, options: dict[str, Any], seed: int
+) -> tuple[list[GenerationOutput], CoordinatorStats]:
+    async def run() -> tuple[list[GenerationOutput], CoordinatorStats]:
+        config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, seed=seed, ignore_eos=True, **options)
+        async with DualVLLMCoordinator(config) as coordinator:
+            outputs = await coordinator.generate_batch(prompts, max_tokens=max_tokens)
+        assert [output.error for output in outputs] == [None] * len(prompts)
+        return outputs, coordinator.stats
+
+    return asyncio.run(asyncio.wait_for(run(), 120))
 
 
 @functools.cache
