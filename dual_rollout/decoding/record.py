@@ -305,7 +305,7 @@ class Recorder:
             return float(candidates.logp_theta[row, -1])
         temperature = self.config.temperature
         served = await self.theta.probe(sequence.context_theta)
-        if not served.named_logprobs or (temperature != 1.0 and served.logprobs_mode == "raw"):
+        if not served.names_tokens_at(temperature):
             if not self.stats.approximate_tail_weights:
                 logger.warning(
                     "%s does not report named tokens%s: tail weights are approximate (floors for exact candidates)",
@@ -341,28 +341,23 @@ class Recorder:
         indices = np.flatnonzero(unknown).tolist()
         if not indices:
             return
-        self.stats.scored_tokens += len(indices)
         first = len(context) - len(logprobs)
         last = first + indices[-1] + 1
-        if len(indices) * _NAMED_COST <= last and await self._names_cheaply(engine, context):
+        temperature, retries = self.config.temperature, self.config.max_retries
+        served = await engine.probe(context)
+        few = len(indices) * _NAMED_COST <= last
+        if few and served.prefix_caching and served.names_tokens_at(temperature):
             prefixes = [Context.like(context, context[: first + i]) for i in indices]
             names = [[context[first + i]] for i in indices]
-            values = await patiently(
-                lambda: engine.named_logprobs(prefixes, names, self.config.temperature), self.config.max_retries
-            )
-            for i, value in zip(indices, values, strict=True):
-                logprobs[i] = float(value[0])
-            return
-        text = Context.like(context, context[:last])
-        own, top = await patiently(lambda: engine.score(text, first), self.config.max_retries)
-        for i in indices:
-            logprobs[i] = (own[i] - top[i]) / self.config.temperature + tops[i]
-
-    async def _names_cheaply(self, engine: Engine, context: Context) -> bool:
-        """Whether the server reports named tokens, at the temperature in use, without computing their prefix anew."""
-        served = await engine.probe(context)
-        named = served.named_logprobs and (self.config.temperature == 1.0 or served.logprobs_mode == "processed")
-        return named and bool(served.prefix_caching)
+            values = await patiently(lambda: engine.named_logprobs(prefixes, names, temperature), retries)
+            exact = [float(value[0]) for value in values]
+        else:
+            text = Context.like(context, context[:last])
+            own, top = await patiently(lambda: engine.score(text, first), retries)
+            exact = [(own[i] - top[i]) / temperature + tops[i] for i in indices]
+        for i, logprob in zip(indices, exact, strict=True):
+            logprobs[i] = logprob
+        self.stats.scored_tokens += len(indices)
 
 
 async def _completed(top: TopK, missing: list[list[int]], name: Name) -> TopK:

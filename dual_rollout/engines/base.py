@@ -109,6 +109,10 @@ class Capabilities:
     loads_lora: bool = False
     scoring: tuple[ScoringMethod, ...] = ("prefixes",)
 
+    def names_tokens_at(self, temperature: float) -> bool:
+        """Whether it reports named tokens of the law at `temperature`."""
+        return self.named_logprobs and (temperature == 1.0 or self.logprobs_mode == "processed")
+
 
 class Engine(Protocol):
     """One model behind a server. All methods raise the errors of `dual_rollout.exceptions`."""

@@ -194,7 +194,7 @@ class NativeEngine(VLLMEngine):
             if found := re.search(r"Vocabulary size: (\d+)", str(error)):
                 return int(found[1]) - NUM_PSEUDO_TOKENS
             raise
-        raise PreflightError(f"{self.url} knows no logprob_token_ids: engine native was run with vLLM 0.31 and 0.26")
+        raise PreflightError(f"{self.url} knows no logprob_token_ids: engine native needs vLLM 0.26 or later")
 
     def _pseudo_tokens(self, count: int) -> list[int]:
         if self._vocab_size is None:
