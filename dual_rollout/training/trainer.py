@@ -24,7 +24,7 @@ from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.report import RunReport
 from dual_rollout.training.rollout import DualRollout, check_training_args, log_over_processes, pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
-from dual_rollout.training.weight_sync import WeightSyncMethod, choose_weight_sync, weight_folder
+from dual_rollout.training.weight_sync import WeightSync, WeightSyncMethod, choose_weight_sync, weight_folder
 from dual_rollout.types import Prompt
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -94,7 +94,7 @@ class DualTrainerMixin(_Trainer):
         self._clip = {"clip_min": importance_sampling_clip_min, "clip_max": importance_sampling_clip_max}
         self._synced_step: int | None = None
         self.contexts = Contexts()
-        self.rollout = DualRollout(dual_config, schedule=alpha_schedule)
+        self.rollout = self._make_rollout(dual_config, alpha_schedule)
         if "args" in kwargs:
             self._check_args(kwargs["args"])  # before the model is loaded
         super().__init__(*args, **self._rollout_arguments(), **kwargs)
@@ -106,7 +106,15 @@ class DualTrainerMixin(_Trainer):
         self.add_callback(self.report)
         self.add_callback(_UpdateTimer(self))
         self._weight_folder = weight_folder(self.args.output_dir, weight_sync_dir)
-        self._weight_sync = choose_weight_sync(self, self.rollout, weight_sync, self._weight_folder)
+        self._weight_sync = self._make_weight_sync(weight_sync)
+
+    def _make_rollout(self, config: CoordinatorConfig, schedule: AlphaSchedule | None) -> Any:
+        """What draws the rollouts; to be overridden by a trainer that samples in its own process."""
+        return DualRollout(config, schedule=schedule)
+
+    def _make_weight_sync(self, method: WeightSyncMethod) -> WeightSync:
+        """What brings new weights to the policy that is sampled from."""
+        return choose_weight_sync(self, self.rollout, method, self._weight_folder)
 
     def _rollout_arguments(self) -> dict[str, Any]:
         return {"rollout_func": self.rollout}
