@@ -1,7 +1,8 @@
 """Ways to choose α besides KL symmetry, each for a whole batch at once.
 
 All take log-probabilities that are normalised per row, `-inf` outside the support, rows that share at least one token
-(see `disjoint_rows`), and give `(B,)` float64 in [0, 1]. Notation as in `kl_symmetry`: ℓ = log π_t − log π_θ and
+(see `disjoint_rows`), and give `(B,)` float64 in [0, 1]. Where the end of [0, 1] would leave the common support, the
+limit from inside takes its place (see `kl_symmetry`), but for the policy itself under `kl_budget_alpha`. Notation as in `kl_symmetry`: ℓ = log π_t − log π_θ and
 ψ(α) = log Σ π_θ^(1−α) π_t^α over the common support.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
+from dual_rollout.functional.kl_symmetry import NEAREST_0, NEAREST_1, limit_from_inside
 
 Array = np.ndarray
 
@@ -49,7 +52,8 @@ def entropy_alpha(logp_theta: Array, logp_t: Array) -> Array:
     """
     theta, t = _entropy(logp_theta), _entropy(logp_t)
     total = theta + t
-    return np.where(total > 0, theta / np.where(total > 0, total, 1.0), 0.5)
+    alpha = np.where(total > 0, theta / np.where(total > 0, total, 1.0), 0.5)
+    return limit_from_inside(alpha, logp_theta, logp_t)
 
 
 def kl_budget_alpha(logp_theta: Array, logp_t: Array, budget: float) -> Array:
@@ -57,7 +61,9 @@ def kl_budget_alpha(logp_theta: Array, logp_t: Array, budget: float) -> Array:
 
     KL(q_α‖π_θ) = α ψ′(α) − ψ(α) has the derivative α ψ″(α) ≥ 0, so the α that keep to the budget are an interval that
     begins at 0. Newton's method is applied to the square root of the divergence, which is nearly linear in α. Identical
-    rows give 1. Where π_t can say what π_θ cannot, q_1 = π_t would be infinitely far from π_θ and α stays just below 1.
+    rows give 1. Where π_t can say what π_θ cannot, q_1 = π_t would be infinitely far from π_θ and the limit α → 1 takes
+    its place. Where π_θ can say what π_t cannot, every α > 0 costs −log of π_θ's mass on the common support at once: if
+    that exceeds the budget, the policy itself is left, α = 0, and else the limit α → 0 at least.
     """
     base, slope = _common(logp_theta, logp_t)
     ones = np.ones(len(base))
@@ -71,9 +77,9 @@ def kl_budget_alpha(logp_theta: Array, logp_t: Array, budget: float) -> Array:
     identical = _constant(base, slope) & np.all(np.isfinite(logp_theta) == np.isfinite(logp_t), axis=1)
     unbounded = identical | (excess(every, ones)[0] <= 0)
     open_end = np.any(np.isfinite(logp_t) & ~np.isfinite(logp_theta), axis=1)
-    alpha = np.where(unbounded, np.where(open_end, np.nextafter(1.0, 0.0), 1.0), 0.0)
+    alpha = np.where(unbounded, np.where(open_end, NEAREST_1, 1.0), 0.0)
     rows = np.flatnonzero(~unbounded & (excess(every, 0.0 * ones)[0] < 0))
-    alpha[rows] = _bracket(excess, rows, len(base))[0][rows]
+    alpha[rows] = np.maximum(_bracket(excess, rows, len(base))[0][rows], NEAREST_0)
     return alpha
 
 

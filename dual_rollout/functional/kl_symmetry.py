@@ -4,6 +4,10 @@ For α in [0, 1] let q_α ∝ π_θ^(1−α) π_t^α and ψ(α) = log Σ π_θ^(
 KL(q_α‖π_θ) − KL(q_α‖π_t) = ψ′(α) = E_q[ℓ] with ℓ = log π_t − log π_θ, and ψ″ = Var_q[ℓ] ≥ 0: the α of equal
 divergence is the unique minimum of a convex function, the Chernoff point (Chernoff 1952; Nielsen 2013,
 doi:10.1109/LSP.2013.2243726), where both divergences equal the Chernoff information −ψ(α).
+
+Where the supports differ, the path is not continuous at its ends: q_0 is π_θ, while q_α for every α inside (0, 1), and
+so the limit α → 0, lives on the common support. The limits are told from the ends by their α: `NEAREST_0` and
+`NEAREST_1` are so near that q_α is the limit to the last digit.
 """
 
 from __future__ import annotations
@@ -12,12 +16,18 @@ import numpy as np
 
 Array = np.ndarray
 
+NEAREST_0 = 2.0**-53
+NEAREST_1 = 1.0 - NEAREST_0
+"""Stand for the limits α → 0 and α → 1 from inside (0, 1). Each is exactly 1 minus the other."""
+
 
 def solve_kl_symmetry(probs_theta: Array, probs_t: Array, *, tol: float = 1e-10, max_iter: int = 12) -> float | Array:
     """The α at which q_α is equally far, in KL, from both distributions.
 
     Rows are normalised to sum to one first. Zero entries mean "not in the support". Identical rows give ½. When
-    the supports differ so much that no α in (0, 1) balances the divergences, the nearer end (0 or 1) is returned.
+    the supports differ so much that no α in (0, 1) balances the divergences, they are nearest to balance in the limit
+    α → 0 or α → 1, and the number that stands for it is returned, `NEAREST_0` or `NEAREST_1`: with it,
+    `compute_q_star` gives q* on the common support.
 
     Args:
         probs_theta, probs_t: `(K,)` or `(B, K)` non-negative, finite.
@@ -25,7 +35,7 @@ def solve_kl_symmetry(probs_theta: Array, probs_t: Array, *, tol: float = 1e-10,
         max_iter: evaluations at most.
 
     Returns:
-        A float for 1-D inputs, else `(B,)` float64 in [0, 1].
+        A float for 1-D inputs, else `(B,)` float64 inside (0, 1).
 
     Raises:
         ValueError: invalid entries, or a row whose supports are disjoint (q* does not exist there).
@@ -38,7 +48,8 @@ def solve_kl_symmetry(probs_theta: Array, probs_t: Array, *, tol: float = 1e-10,
 def compute_q_star(probs_theta: Array, probs_t: Array, alpha: float | Array) -> Array:
     """q_α ∝ π_θ^(1−α) π_t^α, normalised, computed in log space.
 
-    α = 0 and α = 1 return π_θ and π_t themselves, whatever the other's support.
+    α = 0 and α = 1 return π_θ and π_t themselves, whatever the other's support; any α between them, however near to
+    an end, a distribution on the common support.
 
     Args:
         probs_theta, probs_t: `(K,)` or `(B, K)` non-negative, finite.
@@ -105,7 +116,7 @@ def solve_alpha(logp_theta: Array, logp_t: Array, *, tol: float = 1e-10, max_ite
         logp_theta, logp_t: `(B, K)` nats, `-inf` outside the support; every row has a common support.
 
     Returns:
-        `(B,)` float64.
+        `(B,)` float64 inside (0, 1).
 
     Raises:
         ValueError: a row whose supports are disjoint.
@@ -134,7 +145,15 @@ def solve_alpha(logp_theta: Array, logp_t: Array, *, tol: float = 1e-10, max_ite
         outside = ~((step > low[active]) & (step < high[active]))
         middle = 0.5 * (np.maximum(low[active], 0.0) + np.minimum(high[active], 1.0))
         alpha[active] = np.where(outside, middle, step)
-    return alpha
+    return np.clip(alpha, NEAREST_0, NEAREST_1)
+
+
+def limit_from_inside(alpha: Array, logp_theta: Array, logp_t: Array) -> Array:
+    """α `(B,)`, with 0 and 1 made the limits from inside (0, 1) where the end itself leaves the common support."""
+    possible_theta, possible_t = np.isfinite(logp_theta), np.isfinite(logp_t)
+    low = np.where(np.any(possible_theta & ~possible_t, axis=1), NEAREST_0, 0.0)
+    high = np.where(np.any(possible_t & ~possible_theta, axis=1), NEAREST_1, 1.0)
+    return np.clip(alpha, low, high)
 
 
 def _balance(base: Array, slope: Array, alpha: Array) -> tuple[Array, Array, Array]:

@@ -29,6 +29,11 @@ class AlphaRule:
     minimum: float = 0.0
     maximum: float = 1.0
 
+    @property
+    def asks_for_an_end(self) -> bool:
+        """Whether α is 0 or 1 by the user's choice: then q is that model itself, whatever the other can say."""
+        return self.maximum == 0.0 or self.minimum == 1.0 or self.fixed in (0.0, 1.0)
+
 
 class QStar(NamedTuple):
     """q* of B positions, float32, nats.
@@ -52,19 +57,28 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature:
     Args:
         logits_theta, logits_t: `(B, V_θ)` and `(B, V_t)`, any floating type. A token beyond the shorter vocabulary has
             probability zero there, and so under q*.
+
+    A solved α of 0 or 1 stands for the limit from inside (0, 1): q is on the tokens that both can say. Where they have
+    none in common, q is π_θ, with α = 0.
     """
     vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
     logp_theta = log_softmax(logits_theta, temperature)[:, :vocab_size]
     logp_t = log_softmax(logits_t, temperature)[:, :vocab_size]
     slope = logp_t - logp_theta
+    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
     if rule.fixed is None:
-        common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
         alpha = balanced_alpha(logp_theta.where(common, _LOG_ZERO), slope.where(common, 0.0))
         alpha = alpha.clamp(rule.minimum, rule.maximum)
     else:
         alpha = torch.full_like(logp_theta[:, :1], min(max(rule.fixed, rule.minimum), rule.maximum))
     alpha = (alpha / ALPHA_STEP).round() * ALPHA_STEP
-    path = logp_theta + alpha * slope
+    if not rule.asks_for_an_end:
+        disjoint = ~common.any(dim=1, keepdim=True)
+        alpha = alpha.masked_fill(disjoint, 0.0)
+        possible = common | disjoint
+    path = (1.0 - alpha) * logp_theta + alpha * logp_t  # exact at both ends
+    if not rule.asks_for_an_end:
+        path = path.where(possible, _LOG_ZERO)
     peak = path.amax(dim=1, keepdim=True)
     weight = (path - peak).exp()
     total = weight.sum(dim=1, keepdim=True)

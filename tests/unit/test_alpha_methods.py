@@ -177,6 +177,44 @@ def test_kl_budget_below_the_price_of_the_common_support():
     assert kl_budget_alpha(*logs(theta, t), 0.11)[0] == np.nextafter(1.0, 0.0)
 
 
+def by_token(law) -> np.ndarray:
+    """q of the laws made of `candidates`, where every token has a column of each list, the first of which counts."""
+    return np.exp(law.log_q[:, ::2])
+
+
+SOLVED = {"kl_symmetry": {}, "ess_balance": {}, "entropy": {}, "kl_budget": {"kl_budget": 0.1}}
+
+
+@pytest.mark.parametrize("method", SOLVED)
+@given(SEEDS, st.booleans())
+def test_a_solved_alpha_never_leaves_the_common_support(method, seed, certain):
+    """But for the policy itself, α = 0, which is what a budget leaves that no other α keeps to."""
+    theta, t = laws(seed, batch=4, zeros=True)
+    if certain:  # a model of no entropy, and another of too little for float64
+        theta[0], theta[1, 1:] = np.eye(theta.shape[1])[0], 1e-300
+        theta[1] /= theta[1].sum()
+    law = position_law(candidates(theta, t), method=method, **SOLVED[method])
+    q, common = by_token(law), (theta > 0) & (t > 0)
+    policy = (law.alpha == 0) & (method == "kl_budget")
+    assert np.all(q[~policy][~common[~policy]] == 0)
+    np.testing.assert_allclose(q[policy], theta[policy], rtol=1e-12)
+    loss = -np.log(np.where(common, theta, 0.0).sum(axis=1))
+    assert np.all(loss[policy] > 0.1), "only where no α > 0 keeps to the budget"
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_an_end_that_is_asked_for_is_the_model_itself(end):
+    """As `fixed_alpha` or as a bound: 0 is the policy and 1 the target, also where their supports differ."""
+    theta, t = np.array([[0.5, 0.3, 0.2, 0.0]]), np.array([[0.0, 0.3, 0.3, 0.4]])
+    for options in (
+        {"method": "fixed", "fixed_alpha": end},
+        {"alpha_max": 0.0} if end == 0 else {"alpha_min": 1.0},
+    ):
+        law = position_law(candidates(theta, t), **options)
+        assert law.alpha[0] == end
+        np.testing.assert_allclose(by_token(law), t if end else theta, rtol=1e-12)
+
+
 def test_identical_models():
     (p,) = logs(np.array([[0.7, 0.2, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]]))
     assert ess_balance_alpha(p, p).tolist() == [0.5, 0.5]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_rollout import compute_diagnostics, compute_q_star, solve_kl_symmetry
+from dual_rollout.functional.kl_symmetry import NEAREST_0, NEAREST_1
 
 ITERATIONS = 12
 TOLERANCE = 1e-9  # nats, on the difference of the divergences
@@ -75,20 +76,24 @@ def kl(q: np.ndarray, p: np.ndarray) -> float:
 
 
 def is_solution(theta: np.ndarray, t: np.ndarray, alpha: float) -> bool:
-    """ψ′(α) = 0, or α is the end that ψ falls towards."""
+    """ψ′(α) = 0, or α is the limit towards the end that ψ falls to."""
     slope = psi_slope(theta, t, alpha)
-    return abs(slope) < TOLERANCE or (alpha == 0 and slope > 0) or (alpha == 1 and slope < 0)
+    return abs(slope) < TOLERANCE or (alpha == NEAREST_0 and slope > 0) or (alpha == NEAREST_1 and slope < 0)
+
+
+def is_inside(alpha: float) -> bool:
+    return NEAREST_0 < alpha < NEAREST_1
 
 
 @given(row_pairs())
 def test_divergences_are_equal_within_twelve_iterations(rows):
     theta, t = rows
     alpha = solve_kl_symmetry(theta, t, max_iter=ITERATIONS)
-    assert isinstance(alpha, float) and 0 <= alpha <= 1
+    assert isinstance(alpha, float) and 0 < alpha < 1
     assert is_solution(theta, t, alpha)
     q = compute_q_star(theta, t, alpha)
     assert q.sum() == pytest.approx(1, abs=1e-12)
-    if 0 < alpha < 1:
+    if is_inside(alpha):
         assert abs(kl(q, theta) - kl(q, t)) < TOLERANCE
 
 
@@ -106,7 +111,7 @@ def test_agrees_with_bisection(rows):
     if abs(psi_slope(theta, t, 0.0)) < TOLERANCE and abs(psi_slope(theta, t, 1.0)) < TOLERANCE:
         return  # every α solves it
     if reference in (0.0, 1.0):
-        assert alpha == reference or is_solution(theta, t, alpha)
+        assert alpha == pytest.approx(reference, abs=1e-15) or is_solution(theta, t, alpha)
         return
     # Where ψ′ is nearly flat, a tolerance on ψ′ leaves its root open by tolerance / slope.
     low, high = max(reference - 1e-4, 0.0), min(reference + 1e-4, 1.0)
@@ -120,7 +125,7 @@ def test_minimum_of_psi_is_the_divergence(rows):
     alpha = solve_kl_symmetry(theta, t)
     lowest = psi(theta, t, alpha)
     assert all(lowest <= psi(theta, t, other) + 1e-12 for other in np.linspace(0, 1, 41))
-    if 0 < alpha < 1:
+    if is_inside(alpha):
         q = compute_q_star(theta, t, alpha)
         assert kl(q, theta) == pytest.approx(-lowest, abs=TOLERANCE)
         assert kl(q, t) == pytest.approx(-lowest, abs=TOLERANCE)
@@ -248,21 +253,35 @@ def test_peaks_of_one_minus_1e_12(k, same_peak):
     assert abs(kl(q, theta) - kl(q, t)) < TOLERANCE
 
 
+@given(row_pairs())
+def test_a_solved_q_lives_on_the_common_support(rows):
+    """So that neither divergence is infinite, whichever model has tokens that the other lacks."""
+    theta, t = rows
+    alpha = solve_kl_symmetry(theta, t)
+    q = compute_q_star(theta, t, alpha)
+    assert np.all(q[(theta == 0) | (t == 0)] == 0)
+    np.testing.assert_allclose(q, compute_q_star(t, theta, 1 - alpha), rtol=1e-12, atol=1e-300)
+
+
 @pytest.mark.parametrize(
-    ("theta", "t", "end"),
+    ("theta", "t", "limit", "q"),
     [
         # Where both have mass π_θ has more of it, so ψ falls all the way to α = 1.
-        ([0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.0, 0.8], 1.0),
-        ([0.1, 0.0, 0.9], [0.6, 0.4, 0.0], 0.0),
-        ([0.9, 0.1, 0.0, 0.0], [0.05, 0.05, 0.5, 0.4], 1.0),
-        ([1.0, 0.0], [0.3, 0.7], 1.0),
+        ([0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.0, 0.8], NEAREST_1, [0.5, 0.5, 0.0, 0.0]),
+        ([0.1, 0.0, 0.9], [0.6, 0.4, 0.0], NEAREST_0, [1.0, 0.0, 0.0]),
+        ([0.9, 0.1, 0.0, 0.0], [0.05, 0.05, 0.5, 0.4], NEAREST_1, [0.5, 0.5, 0.0, 0.0]),
+        ([1.0, 0.0], [0.3, 0.7], NEAREST_1, [1.0, 0.0]),
+        ([0.5, 0.3, 0.2, 0.0], [0.0, 0.3, 0.3, 0.4], NEAREST_0, [0.0, 0.6, 0.4, 0.0]),
+        ([0.5, 0.5, 0.0, 0.0], [0.0, 0.3, 0.7, 0.0], NEAREST_1, [0.0, 1.0, 0.0, 0.0]),
     ],
 )
-def test_partly_overlapping_supports_may_end_at_the_boundary(theta, t, end):
+def test_where_no_alpha_balances_q_is_the_limit_from_inside(theta, t, limit, q):
     theta, t = np.array(theta), np.array(t)
-    assert bisect(theta, t) == end
-    assert solve_kl_symmetry(theta, t) == end
-    assert solve_kl_symmetry(t, theta) == 1 - end
+    assert bisect(theta, t) == pytest.approx(limit, abs=1e-15)
+    assert solve_kl_symmetry(theta, t) == limit
+    assert solve_kl_symmetry(t, theta) == 1 - limit
+    np.testing.assert_allclose(compute_q_star(theta, t, limit), q, rtol=1e-12)
+    np.testing.assert_allclose(compute_q_star(t, theta, 1 - limit), q, rtol=1e-12)
 
 
 def test_disjoint_rows_are_refused_and_named():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dual_rollout.functional.kl_symmetry import solve_alpha
+from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, NUM_PSEUDO_TOKENS, decode
 from dual_rollout.native.solver import AlphaRule, QStar, q_star, q_star_logits
 
@@ -101,13 +101,45 @@ def test_impossible_tokens_stay_impossible() -> None:
     assert q.logprobs.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
-def test_without_a_root_alpha_is_the_nearer_end() -> None:
+def test_without_a_root_q_is_the_limit_from_inside() -> None:
     """What both models allow, one of them likes better throughout, so no α balances."""
     theta, t = pair(3, 20, 2.0, 0.5)
     t[:, 5:] = -torch.inf
     theta, t = torch.cat((theta, t)), torch.cat((t, theta))
     q = q_star(theta, t, BALANCED, 1.0)
-    assert q.alpha[:, 0].tolist() == solve_alpha(exact(theta).numpy(), exact(t).numpy()).tolist()
+    logp_theta, logp_t = exact(theta).numpy(), exact(t).numpy()
+    alpha = solve_alpha(logp_theta, logp_t)
+    assert q.alpha[:, 0].tolist() == alpha.round(15).tolist() == [0.0] * 3 + [1.0] * 3
+    assert np.abs(q.logprobs.exp().numpy() - np.exp(log_q_star(logp_theta, logp_t, alpha)[0])).max() < 1e-6
+    assert q.logprobs[:, 5:].exp().max() == 0
+    assert torch.isfinite(q.kl_theta).all() and torch.isfinite(q.kl_t).all()
+
+
+def test_supports_that_overlap_in_part() -> None:
+    """At every α inside (0, 1), also at one that the grid rounds to an end, only common tokens are possible."""
+    theta, t = pair(200, 30, 2.0, 0.5)
+    generator = torch.Generator().manual_seed(2)
+    for logits, common in ((theta, 0), (t, 1)):
+        missing = torch.rand(logits.shape, generator=generator) < 0.3
+        missing[:, common] = False
+        logits[missing] = -torch.inf
+    q = q_star(theta, t, BALANCED, 1.0)
+    both = torch.isfinite(theta) & torch.isfinite(t)
+    assert both.any(dim=1).all()
+    assert q.logprobs.exp()[~both].max() == 0
+    log_q, _ = log_q_star(exact(theta).numpy(), exact(t).numpy(), solve_alpha(exact(theta).numpy(), exact(t).numpy()))
+    assert np.abs(q.logprobs.exp().numpy() - np.exp(log_q)).max() < 1e-4
+    for logits, bound in ((theta, 0.0), (t, 1.0)):  # an end that is asked for is the model itself
+        end = q_star(theta, t, AlphaRule(minimum=bound, maximum=bound), 1.0)
+        assert (end.logprobs.exp() - exact(logits).exp()).abs().max() < 1e-5
+
+
+def test_without_a_common_token_the_policy_decides() -> None:
+    theta, t = pair(2, 10, 2.0, 0.5)
+    theta[:, :5], t[:, 5:] = -torch.inf, -torch.inf
+    q = q_star(theta, t, BALANCED, 1.0)
+    assert q.alpha.tolist() == [[0.0], [0.0]]
+    assert (q.logprobs.exp() - exact(theta).exp()).abs().max() < 1e-5
 
 
 def test_a_longer_vocabulary_is_cut_to_the_common_tokens() -> None:
