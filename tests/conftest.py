@@ -8,3 +8,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor do two workers and their servers gain anything by more threads than there are cores for.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Their own requests go to loopback addresses alone, which no proxy reaches. What is tested must not rely on it, see
+# `test_a_proxy_...` in tests/unit/test_http.py and tests/integration.
+os.environ["no_proxy"] = "*"

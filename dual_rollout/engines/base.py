@@ -34,11 +34,13 @@ class EngineInfo:
         model: the name to use in requests.
         root: path or hub name of the weights, where the server tells; the default tokenizer.
         max_model_len: context length in tokens, where the server tells.
+        owned_by: who says to serve it: "vllm", or "dual_rollout" for the embedded server.
     """
 
     model: str
     root: str | None
     max_model_len: int | None
+    owned_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

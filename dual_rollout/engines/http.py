@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 import aiohttp
 import orjson
@@ -30,6 +33,7 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "DUAL_ROLLOUT_API_KEY"
+PROXY_VARIABLE = "DUAL_ROLLOUT_PROXY"
 MAX_RESPONSE_BYTES = 256 * 2**20
 """Longest answer that is read; 100 log-probabilities for each of 30,000 prompt tokens are about 200 MB."""
 
@@ -69,6 +73,8 @@ class HttpTransport:
     Bound to the event loop it is first used in; `aclose()` there. The API key, if any, is read from the environment
     variable `DUAL_ROLLOUT_API_KEY`; it goes to the servers of the config alone, for redirects are not followed, and is
     struck out of every message, also where a server repeats it.
+
+    Requests go straight to the server, also where `http_proxy` is set; see `proxy_for`.
 
     Attributes:
         interruptions: attempts that got no answer at all, as when the server is restarted.
@@ -221,6 +227,7 @@ class HttpTransport:
                 connector=aiohttp.TCPConnector(limit=self._pool_size, keepalive_timeout=_KEEP_ALIVE_S),
                 timeout=self._timeout,
                 headers=headers,
+                proxy=proxy_for(self.url),
             )
         return self._session
 
@@ -228,6 +235,25 @@ class HttpTransport:
         self.stats.retries += 1
         error = state.outcome.exception() if state.outcome else None
         logger.warning("%s: %s; attempt %d, trying again", self.url, error, state.attempt_number)
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy on the way to a server: that of `DUAL_ROLLOUT_PROXY`, but for loopback addresses and what `no_proxy` names.
+
+    `http_proxy` and `https_proxy` are not used. On clusters they lead out to the internet, and the proxy cannot reach
+    the nodes on which the servers run.
+    """
+    proxy, host = os.environ.get(PROXY_VARIABLE, "").strip(), urlsplit(url).hostname or ""
+    if not proxy or _is_loopback(host) or proxy_bypass_environment(host):
+        return None
+    return proxy
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _wait(state: RetryCallState) -> float:
@@ -264,12 +290,23 @@ def _redacted(text: str) -> str:
     return text.replace(key, "[API key]") if key else text
 
 
+_TITLE = re.compile(r"<title[^>]*>\s*(.*?)\s*</title>", re.IGNORECASE | re.DOTALL)
+
+
+def _without_markup(text: str) -> str:
+    """Of an HTML page, which another kind of server answers with, its title alone."""
+    if not text.lstrip()[:15].lower().startswith(("<!doctype html", "<html")):
+        return text
+    title = _TITLE.search(text)
+    return f'an HTML page, "{title[1]}"' if title else "an HTML page"
+
+
 def _error_message(content: bytes) -> str:
     """The message inside an error body of vLLM's or FastAPI's shape, else the body; its beginning, if it is long."""
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:
-        body = content.decode("utf-8", "replace")
+        body = _without_markup(content.decode("utf-8", "replace"))
     inner = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(inner, dict):
         inner = inner.get("message") or inner.get("detail") or inner

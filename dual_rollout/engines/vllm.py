@@ -87,7 +87,7 @@ class VLLMEngine:
                 f"/v1/models describes {name!r} with root {root!r} and max_model_len {longest!r}", url=self.url
             )
         self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
-        return EngineInfo(name, root, longest)
+        return EngineInfo(name, root, longest, str(card.get("owned_by")))
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:

@@ -117,10 +117,14 @@ class EmbeddedServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=1.0) as answer:
+            with _no_proxy.open(f"{self.url}/health", timeout=1.0) as answer:
                 return answer.status == 200
         except (OSError, urllib.error.URLError):
             return False
+
+
+_no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Whatever `http_proxy` says: a proxy cannot reach this machine's loopback address."""
 
 
 def _free_port() -> int:

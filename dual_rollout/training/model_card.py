@@ -40,7 +40,7 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
         "target π_t": _target(trainer, routes),
         **({"further targets": ", ".join(named)} if named else {}),
         **({"rows without a target": "drawn from π_θ"} if NO_TARGET in routes else {}),
-        "servers": "one native server" if config.engine == "native" else f"{config.theta_engine}, {config.t_engine}",
+        "servers": "one native server" if config.engine == "native" else _server_kinds(trainer),
         **{f"`{name}`": value for name, value in settings.items()},
         "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
     }
@@ -77,6 +77,11 @@ def _target(trainer: Any, routes: set[Any]) -> str:
     columns = getattr(trainer.train_dataset, "column_names", None) or []
     name = _without_folders(trainer.rollout.served_model("t"))
     return f"{name}, which saw prompts of its own" if T_PROMPT_COLUMN in columns else name
+
+
+def _server_kinds(trainer: Any) -> str:
+    theta, t = (trainer.rollout.server_kind(which) for which in ("theta", "t"))
+    return "two embedded servers" if theta == t == "embedded" else f"{theta}, {t}"
 
 
 def _without_folders(model: str) -> str:

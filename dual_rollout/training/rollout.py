@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import NO_TARGET, CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.engines import EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.functional.weights import pareto_k
 from dual_rollout.training.contexts import Contexts, ContextsByPrompt
@@ -122,7 +123,7 @@ class DualRollout:
         self._streams: dict[str, tuple[int, int]] = {}
         self._contexts = ContextsByPrompt()
         self._warned: set[str] = set()
-        self._served_models: dict[str, str] = {}
+        self._served_models: dict[str, EngineInfo] = {}
         self._loop: _LoopThread | None = None
         self._coordinator: DualVLLMCoordinator | None = None
 
@@ -273,13 +274,23 @@ class DualRollout:
 
     def served_model(self, which: Literal["theta", "t"]) -> str:
         """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
+        info = self._describe(which)
+        return "unknown" if info is None else info.model
+
+    def server_kind(self, which: Literal["theta", "t"]) -> str:
+        """What serves π_θ or π_t: the engine of the config, or "embedded" for a `dual-rollout serve`."""
+        info = self._describe(which)
+        embedded = info is not None and info.owned_by == "dual_rollout"
+        return "embedded" if embedded else getattr(self.config, f"{which}_engine")
+
+    def _describe(self, which: Literal["theta", "t"]) -> EngineInfo | None:
         if which not in self._served_models:
             describe = getattr(self._open(), which).describe
             try:
-                self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S)).model
+                self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S))
             except (EngineError, TimeoutError) as error:
                 logger.warning("the name of the model that serves as %s is not known: %s", which, error)
-        return self._served_models.get(which, "unknown")
+        return self._served_models.get(which)
 
     @property
     def weight_version(self) -> int | None:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import logging
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +17,16 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
-from trl import GRPOConfig, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 from dual_rollout.exceptions import exit_status
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.contexts import with_t_prompts
+from dual_rollout.training.output_dir import check_output_dir, checkpoint_to_resume, what_is_kept
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.tasks import load_rows, load_task, task_options
 from dual_rollout.training.trainer import DualGRPOTrainer
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(str(recipe.training.output_dir))
     with fail_together():
         if PartialState().is_main_process:
-            check_output_dir(recipe)
+            check_output_dir(recipe.training, overwrite=recipe.dual.dual_overwrite_output_dir)
     checkpoint = checkpoint_to_resume(recipe.training)
     dataset, reward_funcs = load_data(recipe)
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
@@ -68,17 +64,31 @@ def main(argv: list[str] | None = None) -> None:
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
         )
         with trainer.rollout:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with _told_when_it_stops(trainer):
+                trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model(str(output_dir))
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
             trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
         print(trainer.report.table())
-        print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl, the servers' logs.")
+        logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
+        print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
     PartialState().wait_for_everyone()  # none leaves while another still needs it
     PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def _told_when_it_stops(trainer: DualGRPOTrainer) -> Iterator[None]:
+    """After Ctrl-C or an error, print the figures so far, what of the training is kept, and how to go on."""
+    try:
+        yield
+    except BaseException:
+        if trainer.accelerator.is_main_process:
+            print(trainer.report.table())
+            print(what_is_kept(trainer.args, trainer.state), flush=True)
+        raise
 
 
 def check_processes() -> None:
@@ -93,69 +103,6 @@ def check_processes() -> None:
             f"{launched} processes were launched, but each of them trains with {known}: on a machine without a GPU set "
             "use_cpu: true in the recipe"
         )
-
-
-def check_output_dir(recipe: Recipe) -> None:
-    """Refuse to mix this run's files with those of another.
-
-    Raises:
-        ValueError: the output folder is not empty, and nothing says to resume or to overwrite.
-    """
-    folder = Path(str(recipe.training.output_dir))
-    resumes = str(recipe.training.resume_from_checkpoint).lower() not in ("none", "false")
-    if resumes or recipe.dual.dual_overwrite_output_dir or not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file: name a folder")
-    if any(folder.iterdir()):
-        raise ValueError(
-            f"output_dir={folder} is not empty: name another, set resume_from_checkpoint: true to go on with the run "
-            "in it, or dual_overwrite_output_dir: true to write over it"
-        )
-
-
-def checkpoint_to_resume(training: GRPOConfig) -> str | None:
-    """The folder that `resume_from_checkpoint` names; for `true` the last whole checkpoint of `output_dir`, if any.
-
-    A run may have been killed while it wrote a checkpoint. Such a folder is passed over with a warning.
-
-    Raises:
-        ValueError: there are checkpoints, but of a run with another number of processes, or they are weights alone.
-    """
-    wanted = str(training.resume_from_checkpoint).lower()
-    if wanted in ("none", "false"):
-        return None
-    if wanted != "true":
-        return training.resume_from_checkpoint
-    if training.save_only_model:
-        raise ValueError("resume_from_checkpoint needs more than save_only_model saves: set that to false")
-    folder = Path(str(training.output_dir))
-    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
-    found = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
-    whole = [path for path in found if _is_whole(path)]
-    for path in found:
-        if path not in whole:
-            logger.warning("%s was not written to its end: passed over", path)
-    if not whole:
-        logger.warning("resume_from_checkpoint: no checkpoint in %s yet, the run begins at step 0", folder)
-        return None
-    processes, streams = PartialState().num_processes, len(list(whole[0].glob("rng_state*.pth")))
-    if streams != processes:
-        raise ValueError(
-            f"resume_from_checkpoint: {whole[0]} was written by {streams} processes, and its data order and random "
-            f"streams cannot be continued by {processes}: launch {streams}, or name the folder itself to go on without"
-        )
-    return str(whole[0])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether everything was written, the trainer's state last; a random state that was cut off is no zip file."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    streams = list(checkpoint.glob("rng_state*.pth"))
-    return bool(streams) and all(map(zipfile.is_zipfile, streams))
 
 
 def load_data(recipe: Recipe) -> tuple[DatasetDict, list[str | Callable[..., Any]]]:
@@ -203,7 +150,7 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
         return
     if (dual.dual_theta_url is None) != (dual.dual_t_url is None):
         raise ValueError("set both dual_theta_url and dual_t_url, or neither to start embedded servers")
-    if dual.dual_theta_url is not None:
+    if not starts_servers(dual):
         yield dual.dual_theta_url, dual.dual_t_url
         return
     with contextlib.ExitStack() as stack:
@@ -215,12 +162,17 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
         yield urls[0], urls[1]
 
 
+def starts_servers(dual: DualArguments) -> bool:
+    """Whether the run has embedded servers of its own."""
+    return dual.dual_engine != "native" and dual.dual_theta_url is None and dual.dual_t_url is None
+
+
 def _start_servers(recipe: Recipe, stack: contextlib.ExitStack) -> list[EmbeddedServer]:
     """π_θ's server and π_t's; `stack` stops them."""
     dual, folder = recipe.dual, Path(str(recipe.training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     policy = str(recipe.model.model_name_or_path)
-    flags = [*_server_flags(dual), "--weights-dir", str(Path(dual.dual_weight_sync_dir or folder).resolve())]
+    flags = [*_server_flags(recipe), "--weights-dir", str(Path(dual.dual_weight_sync_dir or folder).resolve())]
     running = [
         EmbeddedServer(model, flags, log_path=folder / f"server_{name}.log", env=_server_env(dual))
         for name, model in (("theta", policy), ("t", dual.dual_t_model_name_or_path or policy))
@@ -232,8 +184,11 @@ def _start_servers(recipe: Recipe, stack: contextlib.ExitStack) -> list[Embedded
     return running
 
 
-def _server_flags(dual: DualArguments) -> list[str]:
+def _server_flags(recipe: Recipe) -> list[str]:
+    dual = recipe.dual
     flags = ["--enable-lora", "--max-logprobs", "-1" if dual.dual_top_k == "auto" else str(dual.dual_top_k)]
+    if recipe.training.temperature != 1.0:  # else block decoding is refused, and the mass outside lists is a guess
+        flags += ["--logprobs-mode", "processed_logprobs"]
     if dual.dual_max_model_len is not None:
         flags += ["--max-model-len", str(dual.dual_max_model_len)]
     if dual.dual_server_threads is not None:

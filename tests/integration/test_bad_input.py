@@ -21,7 +21,7 @@ from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineError, PreflightError
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import parse_recipe
-from dual_rollout.training.script import check_output_dir
+from dual_rollout.training.output_dir import check_output_dir
 from tests.tiny_model import make_tokenizer
 from tests.warm_servers import WarmServer
 
@@ -389,6 +389,11 @@ def test_unreadable_dataset(refused: Refused, tmp_path: Path) -> None:
     refused(["train", recipe(tmp_path, **given)], 2, "nowhere", "cannot be loaded")
 
 
+def check_folder(path: str) -> None:
+    given = parse_recipe(["--config", path])
+    check_output_dir(given.training, overwrite=given.dual.dual_overwrite_output_dir)
+
+
 def test_output_folder_not_empty(refused: Refused, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -396,16 +401,19 @@ def test_output_folder_not_empty(refused: Refused, tmp_path: Path) -> None:
     words = (f"output_dir={out} is not empty", "resume_from_checkpoint", "dual_overwrite_output_dir")
     refused(["train", recipe(tmp_path)], 2, *words)
     for changes in ({"resume_from_checkpoint": "true"}, {"dual_overwrite_output_dir": True}):
-        check_output_dir(parse_recipe(["--config", recipe(tmp_path, **changes)]))
+        check_folder(recipe(tmp_path, **changes))
+    (out / "metrics.jsonl").write_text("")
+    check_folder(recipe(tmp_path))  # of a run that was stopped in its first step
     (out / "metrics.jsonl").unlink()
-    check_output_dir(parse_recipe(["--config", recipe(tmp_path)]))
+    check_folder(recipe(tmp_path))
     out.rmdir()
     out.write_text("a file")
     refused(["train", recipe(tmp_path)], 2, "is a file")
 
 
 def test_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
-    refused(["train", recipe(tmp_path), "--dual_overwrite_output_dir", "true"], 1, "nowhere is not a folder with")
+    refused(["train", recipe(tmp_path)], 1, "nowhere is not a folder with")
+    assert (tmp_path / "out/server_theta.log").exists(), "which the second start of `refused` found"
 
 
 def test_serve_flags_out_of_range(refused: Refused, tiny_models: tuple[Path, Path]) -> None:

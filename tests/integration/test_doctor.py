@@ -134,6 +134,20 @@ def test_something_else_and_something_that_hangs():
     assert failed(found) == [("π_θ", "server"), ("π_t", "server")]
 
 
+def test_a_web_server_is_named_by_the_title_of_its_page():
+    page = "<!DOCTYPE html>\n<html><head><title>\n 404 Not Found </title></head><body>" + "<p>words</p>" * 100
+
+    async def show(_: web.Request) -> web.Response:
+        return web.Response(text=page, status=404, content_type="text/html")
+
+    async def run() -> tuple[int, str]:
+        async with serving(web.get("/{path:.*}", show)) as url:
+            return await asyncio.to_thread(doctor, url, url)
+
+    status, printed = asyncio.run(run())
+    assert status == 1 and 'an HTML page, "404 Not Found"' in printed and "<" not in printed
+
+
 def test_servers_that_offer_little():
     async def run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         async with MarkovServer(CHAIN).running() as theta, MarkovServer(CHAIN, processed=True).running() as t:

@@ -165,6 +165,7 @@ def test_the_model_card_names_method_and_settings(run: Run, tiny_pair: TinyPair)
     for row in (
         "| policy π_θ | theta |",
         "| target π_t | t, which saw prompts of its own |",
+        "| servers | two embedded servers |",
         "| `alpha_method` | kl_budget |",
         "| `kl_budget` | 0.1 to 0.02, linear over the training steps |",
         "| `support` | union |",

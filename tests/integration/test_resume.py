@@ -18,7 +18,7 @@ from datasets import Dataset
 from trl import GRPOConfig, RLOOConfig
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer
-from dual_rollout.training.script import checkpoint_to_resume
+from dual_rollout.training.output_dir import checkpoint_to_resume
 from tests.integration.conftest import TinyPair
 from tests.recording_reward import read_records
 from tests.runs import finish, metrics, one_process, run_here, start, two_processes, wait_until, write_recipe

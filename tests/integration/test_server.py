@@ -612,6 +612,13 @@ def test_a_taken_port_is_reported_before_the_model_is_loaded(model_dir: Path) ->
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_proxy_is_not_asked_whether_a_server_has_started(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with WarmServer(model_dir, env=ENV):
+        pass
+
+
 def test_models_that_cannot_be_served_are_refused(model_dir: Path, tmp_path: Path) -> None:
     for flags, message in (
         (["--max-model-len", "100000"], "max_position_embeddings"),

@@ -130,7 +130,11 @@ class Servers:
         self.output = folder / "output"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, str(model), str(t_model or model)], stdout=output, stderr=subprocess.STDOUT
+                [*command, str(model), str(t_model or model)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # No proxy reaches this machine's loopback address, and none is asked.
+                env={**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
             )
 
     def healthy(self) -> list[bool]:

@@ -8,8 +8,9 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -365,6 +366,71 @@ def test_a_server_whose_certificate_nobody_vouches_for_gets_no_request(certifica
 
     with pytest.raises(EngineUnavailableError, match=r"[Cc]ertificate"):
         asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def get_models(url: str) -> Any:
+    async def run() -> Any:
+        transport = HttpTransport(url, max_retries=0)
+        try:
+            return await transport.get("/v1/models")
+        finally:
+            await transport.aclose()
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def proxied(request: web.Request) -> web.Response:
+    return web.json_response({"for": request.headers["Host"], "with a key": "Authorization" in request.headers})
+
+
+@pytest.fixture
+def proxy() -> Iterator[FaultyServer]:
+    """In a thread of its own, for `get_models` has a loop of its own."""
+    server, loop = FaultyServer(proxied), asyncio.new_event_loop()
+    ready, done = threading.Event(), asyncio.Event()
+
+    async def run() -> None:
+        async with server.running():
+            ready.set()
+            await done.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    thread.start()
+    ready.wait(60)
+    yield server
+    loop.call_soon_threadsafe(done.set)
+    thread.join()
+
+
+NODE = "http://node7.cluster.invalid:8000"
+
+
+def test_a_proxy_for_the_internet_is_not_for_servers(monkeypatch, proxy):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(EngineUnavailableError):
+        get_models(NODE)
+    assert proxy.arrivals == []
+
+
+def test_a_proxy_that_is_asked_for_is_used_but_for_loopback_and_no_proxy(monkeypatch, proxy):
+    monkeypatch.setenv("DUAL_ROLLOUT_PROXY", proxy.url)
+    monkeypatch.setenv("no_proxy", "other.host")
+    assert get_models(NODE) == {"for": "node7.cluster.invalid:8000", "with a key": False}
+    own = FaultyServer(ok)
+
+    async def local() -> Any:
+        async with own.running():
+            return [
+                await asyncio.to_thread(get_models, url) for url in (own.url, own.url.replace("127.0.0.1", "localhost"))
+            ]
+
+    assert asyncio.run(local()) == [{"fine": True}] * 2
+    monkeypatch.setenv("no_proxy", "other.host, .cluster.invalid")
+    with pytest.raises(EngineUnavailableError):
+        get_models(NODE)
+    assert len(proxy.arrivals) == 1
 
 
 def test_requests_share_a_bounded_pool():
