@@ -42,6 +42,10 @@ class EngineProtocolError(EngineError):
     """The answer is not what the API promises: broken JSON, missing rows, NaN log-probabilities."""
 
 
+class EngineOversizedError(EngineError):
+    """An answer is far longer than what was asked for can be. It is not read to its end, nor asked for again."""
+
+
 class EngineRestartedError(EngineError):
     """The server is not the process that was given new weights, and serves others. It needs them again."""
 

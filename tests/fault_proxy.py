@@ -155,6 +155,26 @@ async def not_json(_: Exchange) -> web.StreamResponse:
     return web.Response(text="<html>welcome to the captive portal</html>", content_type="text/html")
 
 
+async def nested_error(_: Exchange) -> web.StreamResponse:
+    return web.Response(
+        body=b'{"error": %b}' % (b"[" * 1000 + b"]" * 1000), status=500, content_type="application/json"
+    )
+
+
+async def nested_answer(_: Exchange) -> web.StreamResponse:
+    return web.Response(body=b'{"choices": %b}' % (b"[" * 1000 + b"]" * 1000), content_type="application/json")
+
+
+async def endless(exchange: Exchange) -> web.StreamResponse:
+    """300 MB of an answer, if they are taken."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(exchange.request)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(300):
+            await response.write(b" " * 10**6)
+    return response
+
+
 def changed(change: Callable[[Any], Any]) -> Fault:
     """The real answer with `change` made to it: in place, or what it returns."""
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 Values = Sequence[Any] | np.ndarray
 ScoredText = tuple[np.ndarray, np.ndarray]
 
-MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError)
+MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError, RecursionError)
 """What reading an answer of another shape than promised raises."""
 
 _RUN = f"dual-rollout-{secrets.token_hex(6)}-"
@@ -42,12 +43,20 @@ async def asked_again(http: HttpTransport, ask: Callable[[], Awaitable[T]]) -> T
         try:
             return await ask()
         except EngineProtocolError as error:
+            _let_go(error)
             if repeat == _REPEATS:
                 raise
             http.stats.retries += 1
             logger.warning("%s; asking again", error)
         await asyncio.sleep(_PAUSE_S * 2**repeat)
     raise AssertionError("the loop returns or raises")
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold, such as a long answer: a failed sequence keeps its error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def read_as(read: Callable[[A], T], answer: A, url: str) -> T:

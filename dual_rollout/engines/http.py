@@ -28,19 +28,34 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.exceptions import (
+    EngineOversizedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    EngineUnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "DUAL_ROLLOUT_API_KEY"
 PROXY_VARIABLE = "DUAL_ROLLOUT_PROXY"
 MAX_RESPONSE_BYTES = 256 * 2**20
-"""Longest answer that is read; 100 log-probabilities for each of 30,000 prompt tokens are about 200 MB."""
+"""Longest answer that is ever read; 100 log-probabilities for each of 30,000 prompt tokens are about 200 MB."""
+USUAL_RESPONSE_BYTES = 16 * 2**20
+"""Longest answer to a request that asks for no lists; the largest known are schemas (/openapi.json), about 1 MB."""
 
+_ERROR_BYTES = 2**20  # read of the body of an error
 _RETRIED_STATUS = (408, 429, 502, 503, 504)
+_PART_BYTES = 2**16
 _KEEP_ALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
 _SHOWN_CHARACTERS = 1000  # of an error's body
 _backoff = wait_exponential_jitter(multiplier=0.25, max=15.0, jitter=0.25)
+
+
+def longest_answer(choices: int, logprobs: int) -> int:
+    """Bytes that an answer of so many choices with so many listed log-probabilities may have: several times what a
+    token's number, text, rank and log-probability take as JSON."""
+    return min(2**20 + 4096 * choices + 256 * logprobs, MAX_RESPONSE_BYTES)
 
 
 @dataclass(slots=True)
@@ -82,7 +97,6 @@ class HttpTransport:
 
     Args:
         pool_size: open connections at most; more requests wait on this side.
-        max_response_bytes: a longer answer is an `EngineProtocolError`.
 
     Raises:
         ValueError: credentials in the URL.
@@ -97,7 +111,6 @@ class HttpTransport:
         total_timeout: float = 600.0,
         pool_size: int = 32,
         stats: HttpStats | None = None,
-        max_response_bytes: int = MAX_RESPONSE_BYTES,
     ):
         if "@" in urlsplit(url).netloc:
             raise ValueError(f"a server's URL must not hold a user name or password: set {API_KEY_VARIABLE} instead")
@@ -109,29 +122,32 @@ class HttpTransport:
         self._total_timeout = total_timeout
         self._timeout = aiohttp.ClientTimeout(total=request_timeout)
         self._pool_size = pool_size
-        self._max_response_bytes = max_response_bytes
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, path: str) -> Any:
         """The parsed JSON answer to a GET (None for an empty body)."""
-        return self._parse(path, *await self._request("GET", path, None))
+        return self._parse(path, *await self._request("GET", path, None, USUAL_RESPONSE_BYTES))
 
     async def get_text(self, path: str) -> str:
         """The answer to a GET as it is."""
-        content, _ = await self._request("GET", path, None)
+        content, _ = await self._request("GET", path, None, USUAL_RESPONSE_BYTES)
         return content.decode("utf-8", "replace")
 
-    async def post(self, path: str, payload: Any = None) -> Any:
-        """The parsed JSON answer to a POST of `payload` as JSON (None for an empty body)."""
+    async def post(self, path: str, payload: Any = None, *, max_bytes: int = USUAL_RESPONSE_BYTES) -> Any:
+        """The parsed JSON answer to a POST of `payload` as JSON (None for an empty body).
+
+        Args:
+            max_bytes: a longer answer is not read to its end, and is an `EngineOversizedError`.
+        """
         body = orjson.dumps(payload) if payload is not None else b""
-        return self._parse(path, *await self._request("POST", path, body))
+        return self._parse(path, *await self._request("POST", path, body, max_bytes))
 
     async def aclose(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _request(self, method: str, path: str, body: bytes | None) -> tuple[bytes, str]:
+    async def _request(self, method: str, path: str, body: bytes | None, max_bytes: int) -> tuple[bytearray, str]:
         """The content of the answer and its type."""
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
@@ -143,7 +159,7 @@ class HttpTransport:
             async with asyncio.timeout(self._total_timeout):
                 async for attempt in attempts:
                     with attempt:
-                        return await self._attempt(method, path, body)
+                        return await self._attempt(method, path, body, max_bytes)
         except RetryError as error:
             last = error.last_attempt.exception()
             tries = error.last_attempt.attempt_number
@@ -158,14 +174,14 @@ class HttpTransport:
             ) from error
         raise AssertionError("tenacity returns or raises")
 
-    async def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[bytes, str]:
+    async def _attempt(self, method: str, path: str, body: bytes | None, max_bytes: int) -> tuple[bytearray, str]:
         started = time.perf_counter()
         failure: _TransientError | None = None
         try:
             async with self._open_session().request(
                 method, self.url + path, data=body, allow_redirects=False
             ) as response:
-                content = await self._read(response)
+                content = await self._read(response, max_bytes)
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             failure = _interrupted(error)
         finally:
@@ -201,16 +217,32 @@ class HttpTransport:
             )
         return content, response.content_type
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        parts, size = [], 0
-        async for part in response.content.iter_any():
-            size += len(part)
-            if size > self._max_response_bytes:
-                raise EngineProtocolError(f"an answer is longer than {self._max_response_bytes} bytes", url=self.url)
-            parts.append(part)
-        return b"".join(parts)
+    async def _read(self, response: aiohttp.ClientResponse, max_bytes: int) -> bytearray:
+        """The body; of an error its beginning."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise EngineProtocolError(
+                f"an answer is compressed ({encoding[:40]}), which was not asked for: switch compression off in the "
+                "proxy before the server",
+                url=self.url,
+            )
+        if response.status != 200:
+            max_bytes = _ERROR_BYTES
+        content = bytearray()
+        while len(content) <= max_bytes:
+            if not (part := await response.content.read(_PART_BYTES)):
+                return content
+            content += part
+        response.close()  # the rest is not read
+        if response.status == 200:
+            content.clear()  # an error keeps what its frames hold, as long as it is kept
+            raise EngineOversizedError(
+                f"{response.url.path} answers with more than {max_bytes} bytes, several times what was asked for",
+                url=self.url,
+            )
+        return content
 
-    def _parse(self, path: str, content: bytes, content_type: str) -> Any:
+    def _parse(self, path: str, content: bytes | bytearray, content_type: str) -> Any:
         if not content or content_type != "application/json":
             return None
         try:
@@ -220,7 +252,8 @@ class HttpTransport:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            headers = {"Content-Type": "application/json"}
+            # Compressed answers are not taken: a few bytes may stand for gigabytes.
+            headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
             if key := os.environ.get(API_KEY_VARIABLE, "").strip():
                 headers["Authorization"] = f"Bearer {key}"
             self._session = aiohttp.ClientSession(
@@ -228,6 +261,7 @@ class HttpTransport:
                 timeout=self._timeout,
                 headers=headers,
                 proxy=proxy_for(self.url),
+                auto_decompress=False,
             )
         return self._session
 
@@ -301,13 +335,22 @@ def _without_markup(text: str) -> str:
     return f'an HTML page, "{title[1]}"' if title else "an HTML page"
 
 
-def _error_message(content: bytes) -> str:
+def _error_message(content: bytes | bytearray) -> str:
     """The message inside an error body of vLLM's or FastAPI's shape, else the body; its beginning, if it is long."""
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:
-        body = _without_markup(content.decode("utf-8", "replace"))
+        body = None
     inner = body.get("error", body) if isinstance(body, dict) else body
-    if isinstance(inner, dict):
-        inner = inner.get("message") or inner.get("detail") or inner
-    return _redacted(str(inner))[:_SHOWN_CHARACTERS]
+    message = (inner.get("message") or inner.get("detail")) if isinstance(inner, dict) else inner
+    if not isinstance(message, str):
+        message = _without_markup(content.decode("utf-8", "replace"))
+    return _redacted(message)[:_SHOWN_CHARACTERS]
+
+
+def shown(value: Any, length: int = 100) -> str:
+    """The beginning of what a server said, for a message. It may be nested too deeply for `repr`."""
+    try:
+        return repr(value)[:length]
+    except RecursionError:
+        return "something deeply nested"

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from dual_rollout.engines.answers import Numbers, asked_again, read_as
-from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.http import HttpTransport, shown
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Questions:
         *,
         models: set[str],
         prompt_tokens: int,
+        max_bytes: int,
     ) -> T:
         """What `read` makes of the answer.
 
@@ -51,6 +52,7 @@ class Questions:
             read: raises `EngineProtocolError`, or one of `MALFORMED`, when it is of no use.
             models: names that the answer may give for its model.
             prompt_tokens: tokens of all prompts together.
+            max_bytes: the longest answer that can be right.
 
         Raises:
             EngineProtocolError: three answers were of no use.
@@ -62,7 +64,7 @@ class Questions:
         async def once() -> T:
             number = self._numbers.next()
             try:
-                answer = await self._http.post(path, {**payload, "request_id": number})
+                answer = await self._http.post(path, {**payload, "request_id": number}, max_bytes=max_bytes)
             except EngineRejectedError as error:
                 if error.status == 404:  # a model of that name: the adapter is lost
                     await self.confirm()
@@ -80,7 +82,7 @@ class Questions:
             raise self._useless("no JSON object")
         name = answer.get("id") or answer.get("request_id")
         if not self._numbers.fit(path, name, number):
-            raise self._useless(f"an answer to another request ({str(name)[:80]})")
+            raise self._useless(f"an answer to another request ({shown(name)})")
         model = answer.get("model")
         if isinstance(model, str) and model not in models:
             raise self._useless(f"an answer of the model {model:.80}")

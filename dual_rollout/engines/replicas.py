@@ -16,6 +16,7 @@ from dual_rollout.engines.answers import joined
 from dual_rollout.engines.base import Capabilities, Context, Drafts, Engine, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.exceptions import (
     EngineError,
+    EngineOversizedError,
     EngineProtocolError,
     EngineRejectedError,
     EngineRestartedError,
@@ -283,10 +284,10 @@ class Replicas:
                 if left == 0:
                     raise EngineUnavailableError(f"no replica answers, last: {error}", url=self.url) from error
                 again, blamed = tried, None
-            except EngineProtocolError as error:
+            except (EngineProtocolError, EngineOversizedError) as error:
                 again, blamed = [*tried, home], error
                 if all(replica in again or replica.out_until is not None for replica in self._replicas):
-                    raise EngineProtocolError(str(error), url=self.url) from error
+                    raise type(error)(str(error), url=self.url) from error
             finally:
                 home.rows -= len(rows)
             answers = await self._ask(prompts, ask, rows, again, max(left, 1))

@@ -17,7 +17,7 @@ import numpy as np
 
 from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
 from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
-from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import TopK
@@ -88,7 +88,8 @@ class SGLangEngine:
             root = model.get("tokenizer_path") or model.get("model_path")
             if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 1)):
                 raise EngineProtocolError(
-                    f"describes itself with model_path {root!r} and max_req_input_len {longest!r}", url=self.url
+                    f"describes itself with model_path {shown(root)} and max_req_input_len {shown(longest)}",
+                    url=self.url,
                 )
             self._info = EngineInfo(self._wanted or served, root, None if longest is None else longest - 1)
         return self._info
@@ -262,7 +263,9 @@ class SGLangEngine:
                 status=error.status,
             ) from error
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise EngineProtocolError(f"/update_weights_from_disk did not confirm the update: {answer}", url=self.url)
+            raise EngineProtocolError(
+                f"/update_weights_from_disk did not confirm the update: {shown(answer, 300)}", url=self.url
+            )
 
     async def load_lora(self, name: str, path: str) -> None:
         # A name that is taken is refused, so the old adapter goes first; there may be none. The prefix cache is keyed
@@ -271,7 +274,9 @@ class SGLangEngine:
             await self._http.post("/unload_lora_adapter", {"lora_name": name})
         answer = await self._http.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise EngineProtocolError(f"/load_lora_adapter did not confirm the load: {answer}", url=self.url)
+            raise EngineProtocolError(
+                f"/load_lora_adapter did not confirm the load: {shown(answer, 300)}", url=self.url
+            )
 
     def use_lora(self, name: str) -> None:
         self._lora = name
@@ -409,10 +414,11 @@ class SGLangEngine:
         }
         if self._lora is not None:
             payload["lora_path"] = self._lora
+        max_bytes = longest_answer(len(prompts), _listed(prompts, payload))
 
         async def once() -> T:
             numbers = [self._numbers.next() for _ in prompts]
-            answers = await self._http.post("/generate", {**payload, "rid": numbers})
+            answers = await self._http.post("/generate", {**payload, "rid": numbers}, max_bytes=max_bytes)
             if not isinstance(answers, list) or len(answers) != len(prompts):
                 raise EngineProtocolError(f"expected a list of {len(prompts)} answers", url=self.url)
             metas = [self._meta_info(*item) for item in zip(answers, prompts, numbers, strict=True)]
@@ -425,13 +431,13 @@ class SGLangEngine:
         if not isinstance(meta, dict):
             raise EngineProtocolError("an answer has no meta_info", url=self.url)
         if not self._numbers.fit("/generate", meta.get("id"), number):
-            raise self._answers.spoilt(f"an answer to another request ({str(meta.get('id'))[:80]})")
+            raise self._answers.spoilt(f"an answer to another request ({shown(meta.get('id'))})")
         counted = meta.get("prompt_tokens")
         if isinstance(counted, int) and counted != len(prompt):
             raise self._answers.spoilt(f"an answer to {counted} prompt tokens instead of {len(prompt)}")
         finish = meta.get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise EngineProtocolError(f"the server aborted a request: {finish.get('message')}", url=self.url)
+            raise EngineProtocolError(f"the server aborted a request: {shown(finish.get('message'))}", url=self.url)
         return meta
 
     def _sampled(self, meta: Mapping[str, Any], at_most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -467,6 +473,20 @@ class SGLangEngine:
         (width,) = {len(row) for row in rows}
         values, tokens, _ = zip(*chain.from_iterable(rows), strict=True)
         return self._answers.ids(tokens).reshape(-1, width), self._answers.logprobs(values).reshape(-1, width)
+
+
+def _listed(prompts: Sequence[TokenIds], payload: Mapping[str, Any]) -> int:
+    """Log-probabilities that an answer to this request has at most."""
+    sampling = payload["sampling_params"]
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    names = payload.get("token_ids_logprob", [()] * len(prompts))
+    starts = payload.get("logprob_start_len", map(len, prompts))
+    starts = [starts] * len(prompts) if isinstance(starts, int) else starts
+    width = 1 + payload.get("top_logprobs_num", 0)
+    return sum(
+        (len(prompt) - start + options["max_new_tokens"]) * (width + len(named))
+        for prompt, start, options, named in zip(prompts, starts, each, names, strict=True)
+    )
 
 
 def _sampling(**changes: Any) -> dict[str, Any]:

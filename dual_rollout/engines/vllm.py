@@ -14,7 +14,7 @@ import numpy as np
 
 from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
 from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
-from dual_rollout.engines.http import HttpTransport
+from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.engines.probe import Probe, summary
 from dual_rollout.engines.questions import Questions
@@ -84,7 +84,8 @@ class VLLMEngine:
         root, longest = card.get("root"), card.get("max_model_len")
         if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 0)):
             raise EngineProtocolError(
-                f"/v1/models describes {name!r} with root {root!r} and max_model_len {longest!r}", url=self.url
+                f"/v1/models describes {name!r} with root {shown(root)} and max_model_len {shown(longest)}",
+                url=self.url,
             )
         self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
         return EngineInfo(name, root, longest, str(card.get("owned_by")))
@@ -442,7 +443,12 @@ class VLLMEngine:
             "sampling_params": sampling,
         }
         return await self._questions.ask(
-            "/inference/v1/generate", payload, read, models=self._answering, prompt_tokens=len(text)
+            "/inference/v1/generate",
+            payload,
+            read,
+            models=self._answering,
+            prompt_tokens=len(text),
+            max_bytes=longest_answer(1, _listed(1, len(text), sampling)),
         )
 
     def _prompt_rows(self, choice: Mapping[str, Any], text: TokenIds) -> list[Any]:
@@ -522,7 +528,8 @@ class VLLMEngine:
             payload,
             lambda answer: read(self._choices(answer, len(prompts))),
             models=self._answering,
-            prompt_tokens=sum(map(len, prompts)),
+            prompt_tokens=(prompt_tokens := sum(map(len, prompts))),
+            max_bytes=longest_answer(len(prompts), _listed(len(prompts), prompt_tokens, payload)),
         )
 
     def _choices(self, answer: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
@@ -581,6 +588,17 @@ def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, f
 
 def _token_ids(keys: Sequence[str]) -> np.ndarray:
     return np.array([int(key.removeprefix(_KEY_PREFIX)) for key in keys], dtype=np.int64)
+
+
+def _listed(prompts: int, prompt_tokens: int, options: Mapping[str, Any]) -> int:
+    """Log-probabilities that an answer to a request with these options has at most."""
+    named = len(options.get("logprob_token_ids", ()))
+    listed = prompts * options["max_tokens"] * (1 + max(options.get("logprobs", 0), named))
+    if (k := options.get("prompt_logprobs")) is not None:
+        listed += prompt_tokens * (1 + k)
+    if names := options.get("prompt_logprob_token_ids"):
+        listed += (prompt_tokens - options["prompt_logprob_start"]) * len(names)
+    return listed
 
 
 def _explained(error: EngineRejectedError, advice: str) -> EngineRejectedError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import functools
 import io
 import json
@@ -183,6 +184,8 @@ SURVIVED: dict[str, Callable[[FaultProxy], Fault]] = {
     "429": lambda _: error(429, **{"Retry-After": "1"}),
     "500": lambda _: error(500),
     "503": lambda _: error(503),
+    "a nested error": lambda _: fault_proxy.nested_error,
+    "a nested answer": lambda _: fault_proxy.nested_answer,
     "NaN": lambda _: changed(set_logprob(math.nan)),
     "minus infinity": lambda _: changed(set_logprob(-math.inf)),
     "positive": lambda _: changed(set_logprob(0.4)),
@@ -334,6 +337,31 @@ def test_a_server_that_answers_500_for_seconds_is_waited_for(tiny_pair: TinyPair
 
     outputs, _, _ = run_behind_proxies(tiny_pair, lambda _: fault, lambda number: number > 4, side, run, max_retries=5)
     assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, run)
+
+
+@pytest.mark.parametrize("run", [LOCKSTEP, BLOCK, TAIL], ids=str)
+def test_an_answer_without_end_is_dropped_and_not_asked_for_again(tiny_pair: TinyPair, run: Run):
+    outputs, coordinator, proxy = run_behind_proxies(
+        tiny_pair, lambda _: fault_proxy.endless, lambda _: True, "theta", run
+    )
+    assert all("more than" in str(output.error) and output.generated_tokens == [] for output in outputs)
+    assert 1 <= proxy.injected <= len(PROMPTS) and coordinator.stats.retries == 0
+    assert coordinator.stats.theta.bytes_received < 10**7
+
+
+def test_a_replica_with_answers_without_end_is_replaced(tiny_pair: TinyPair):
+    async def run() -> tuple[list[GenerationOutput], FaultProxy]:
+        async with FaultProxy(tiny_pair.theta_url).running() as bad:
+            config = configured(bad.url, tiny_pair.t_url, LOCKSTEP)
+            config = dataclasses.replace(config, theta_url=[bad.url, tiny_pair.theta_url])
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch(PROMPTS[:2], max_tokens=1)
+                bad.fault = fault_proxy.endless
+                return await generate(coordinator, LOCKSTEP), bad
+
+    outputs, bad = asyncio.run(asyncio.wait_for(run(), 60))
+    assert bad.injected >= 1
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
 def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
 import time
+import tracemalloc
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from aiohttp import web
 
 from dual_rollout import CoordinatorConfig
-from dual_rollout.engines import HttpTransport
-from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.engines import HttpTransport, answers
+from dual_rollout.engines.http import USUAL_RESPONSE_BYTES, longest_answer, shown
+from dual_rollout.exceptions import (
+    EngineError,
+    EngineOversizedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    EngineUnavailableError,
+)
 
 Answer = Callable[[web.Request], Any]
 
@@ -99,12 +110,12 @@ async def slow(_: web.Request) -> web.Response:
     return web.Response()
 
 
-def post(server: FaultyServer, payload: Any = None, **options: Any) -> Any:
+def post(server: FaultyServer, payload: Any = None, *, max_bytes: int = USUAL_RESPONSE_BYTES, **options: Any) -> Any:
     async def run() -> Any:
         async with server.running():
             transport = HttpTransport(server.url, **{"max_retries": 1, "request_timeout": 1.5, **options})
             try:
-                return await transport.post("/v1/completions", payload)
+                return await transport.post("/v1/completions", payload, max_bytes=max_bytes)
             finally:
                 server.stats = transport.stats
                 await transport.aclose()
@@ -288,9 +299,89 @@ async def endless(request: web.Request) -> web.StreamResponse:
 
 def test_an_answer_without_end_is_cut_off():
     server = FaultyServer(endless)
-    with pytest.raises(EngineProtocolError, match="longer than 1000000 bytes"):
-        post(server, request_timeout=20.0, max_response_bytes=1_000_000)
+    with pytest.raises(EngineOversizedError, match="more than 1000000 bytes"):
+        post(server, request_timeout=20.0, max_bytes=1_000_000)
     assert len(server.arrivals) == 1
+
+
+def test_the_longest_answer_allowed_follows_from_what_is_asked_for():
+    """On a real answer of vLLM a listed token takes about 40 bytes, in a row of a prompt about 66."""
+    assert longest_answer(1, 0) < 2 * 2**20
+    assert 66 * 101 * 30_000 < longest_answer(1, 101 * 30_000) <= 256 * 2**20
+    assert longest_answer(64, 64 * 101) < 4 * 2**20
+
+
+@pytest.mark.parametrize("code", [200, 500])
+def test_a_compressed_answer_is_refused_before_it_is_unpacked(code: int):
+    async def bomb(request: web.Request) -> web.Response:
+        assert request.headers["Accept-Encoding"] == "identity"
+        content = gzip.compress(bytes(50 * 2**20))
+        headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        return web.Response(body=content, status=code, headers=headers)
+
+    server = FaultyServer(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(EngineProtocolError, match="compressed"):
+            post(server)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 50 * 2**20, "the server's own and no other"
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_error_does_not_keep_the_answer(monkeypatch: pytest.MonkeyPatch):
+    """Sequences keep their errors, and an error the local variables of where it was raised."""
+    monkeypatch.setattr(answers, "_PAUSE_S", 0.0)
+    read: list[weakref.ref[Any]] = []
+
+    class Answer:
+        pass
+
+    async def ask() -> None:
+        answer = Answer()
+        read.append(weakref.ref(answer))
+        answers.read_as(lambda answer: answer["choices"], answer, "http://a")
+
+    async def run() -> EngineProtocolError:
+        with pytest.raises(EngineProtocolError, match="another shape") as caught:
+            await answers.asked_again(HttpTransport("http://a"), ask)
+        return caught.value
+
+    kept = asyncio.run(run())
+    assert kept.__traceback__ is not None and [answer() for answer in read] == [None] * 3
+
+
+def test_of_a_long_error_the_beginning_is_read():
+    async def endless_error(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=400, headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                await response.write(b"too long " * 2**13)
+        return response
+
+    server = FaultyServer(endless_error)
+    with pytest.raises(EngineRejectedError, match="too long too long") as caught:
+        post(server, request_timeout=20.0)
+    assert len(str(caught.value)) < 2000 and len(server.arrivals) == 1
+
+
+NESTED = b"[" * 1000 + b"]" * 1000
+
+
+@pytest.mark.parametrize("body", [NESTED, b'{"error": %b}' % NESTED, b'{"error": {"message": %b}}' % NESTED])
+@pytest.mark.parametrize(("code", "error"), [(400, EngineRejectedError), (500, EngineProtocolError)])
+def test_an_error_that_is_deeply_nested_is_one_like_others(body: bytes, code: int, error: type[EngineError]):
+    async def nested(_: web.Request) -> web.Response:
+        return web.Response(body=body, status=code, content_type="application/json")
+
+    with pytest.raises(error, match=r"\[\[\["):
+        post(FaultyServer(nested))
+
+
+def test_what_is_shown_of_an_answer_may_be_nested():
+    assert shown(orjson.loads(NESTED)) == "something deeply nested"
+    assert shown({"a": [1]}, 5) == "{'a':"
 
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@127.0.0.1:9", "https://hunter2@host"])
