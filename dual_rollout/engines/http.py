@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass_environment
+from urllib.request import proxy_bypass
 
 import aiohttp
 import orjson
@@ -272,13 +272,13 @@ class HttpTransport:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy on the way to a server: that of `DUAL_ROLLOUT_PROXY`, but for loopback addresses and what `no_proxy` names.
+    """The proxy on the way to a server: `DUAL_ROLLOUT_PROXY`, but none to loopback addresses and what `no_proxy` names.
 
     `http_proxy` and `https_proxy` are not used. On clusters they lead out to the internet, and the proxy cannot reach
     the nodes on which the servers run.
     """
     proxy, host = os.environ.get(PROXY_VARIABLE, "").strip(), urlsplit(url).hostname or ""
-    if not proxy or _is_loopback(host) or proxy_bypass_environment(host):
+    if not proxy or _is_loopback(host) or proxy_bypass(host):
         return None
     return proxy
 

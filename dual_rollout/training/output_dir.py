@@ -6,9 +6,9 @@ import json
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerState, TrainingArguments
 from trl import GRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def checkpoint_to_resume(training: GRPOConfig) -> str | None:
     return str(whole[0])
 
 
-def what_is_kept(training: GRPOConfig, state: Any) -> str:
+def what_is_kept(training: TrainingArguments, state: TrainerState) -> str:
     """Of a run that stopped early: how far it came, what of that is kept, and how to go on.
 
     Args:

@@ -1,4 +1,4 @@
-"""A training run that stops early, by Ctrl-C or an error: what it says, what it leaves, and that it can be begun again."""
+"""A training run that Ctrl-C or an error stops: what it says, what it leaves, and that it can be begun again."""
 
 from __future__ import annotations
 
