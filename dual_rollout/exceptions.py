@@ -54,6 +54,10 @@ class PreflightError(DualRolloutError):
     """The servers as configured cannot produce a correct rollout; raised before any token is generated."""
 
 
+class WeightSyncError(DualRolloutError):
+    """π_θ's server has not got the trainer's weights: they could not be written, or it serves others."""
+
+
 class RolloutError(DualRolloutError):
     """Some sequences of a training rollout failed, and a training batch cannot have holes; or a sequence mixes
     versions of the weights."""

@@ -10,18 +10,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dual_rollout.exceptions import WeightSyncError
+from dual_rollout.training.policy_weights import (
+    adapted_embeddings,
+    policy_weights,
+    trained_tensors,
+    unwrapped,
+    why_not_disk,
+)
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import DualRollout
 
@@ -41,6 +49,7 @@ class WeightSync(Protocol):
 
         Raises:
             EngineError: the server cannot see the folder, or cannot load what is in it.
+            WeightSyncError: they cannot be written.
         """
         ...
 
@@ -58,18 +67,20 @@ def choose_weight_sync(trainer: Any, rollout: DualRollout, method: WeightSyncMet
         raise ValueError(f"dual_weight_sync must be one of {', '.join(WEIGHT_SYNC_METHODS)}; got {method!r}")
     if trainer.use_vllm:
         return TrlWeightSync()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    not_lora, not_disk = why_not_lora(model), why_not_disk(model, trainer.accelerator)
-    if method == "auto" and not_lora is None and not_disk is None:
-        with fail_together():
-            if not rollout.policy_server_loads_lora():
-                not_lora = "the server loads none; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-    if method == "lora" or (method == "auto" and not_lora is None):
+    model = unwrapped(trainer.model, trainer.accelerator)
+    not_lora = why_not_lora(model)
+    if method == "lora":
         if not_lora is not None:
             raise ValueError(f"dual_weight_sync=lora is not possible: {not_lora}")
         return LoraWeightSync(folder)
-    if not_disk is not None:
-        raise ValueError(f"full weights cannot be written for the server: {not_disk}")
+    if method == "auto" and not_lora is None:
+        with fail_together():
+            if rollout.policy_server_loads_lora():
+                return LoraWeightSync(folder)
+        not_lora = "the server loads none; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+    if not_disk := why_not_disk(model, trainer.accelerator):
+        also = f" (nor the adapter alone: {not_lora})" if is_peft_model(model) and method == "auto" else ""
+        raise ValueError(f"full weights cannot be written for the server: {not_disk}{also}")
     if method == "auto" and is_peft_model(model):
         logger.warning("each weight sync sends the merged model instead of the adapter: %s", not_lora)
     return DiskWeightSync(folder)
@@ -98,43 +109,57 @@ def why_not_lora(model: Any) -> str | None:
     """Why a server with the base model cannot make this model from a LoRA adapter; None when it can."""
     if not is_peft_model(model):
         return "the model has no adapter; give the trainer a peft_config, or set dual_weight_sync=disk"
+    if len(model.active_adapters) != 1:
+        return f"{len(model.active_adapters)} adapters are active, and a request names one"
     config = model.peft_config[model.active_adapters[0]]
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         return f"servers load LoRA adapters, this one is of type {config.peft_type}"
-    # vLLM refuses some of these and ignores others without a word, such as ranks and scales per layer.
-    used = [name for name in _BEYOND_PLAIN_LORA if getattr(config, name, None)]
+    # vLLM refuses some settings and ignores others without a word, such as ranks and scales per layer.
+    used = [spec.name for spec in fields(config) if spec.name not in _PLAIN_LORA and _is_set(config, spec)]
     if config.bias != "none":
         used.append(f"bias={config.bias}")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
         used.append(f"init_lora_weights={config.init_lora_weights} (it changes the base model)")
+    used += [f"target_modules={name}" for name in adapted_embeddings(model.get_base_model())]
     if used:
         return f"servers load plain LoRA adapters, this one uses {', '.join(used)}"
     return None
 
 
-_BEYOND_PLAIN_LORA = (
-    "alpha_pattern",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
+_PLAIN_LORA = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
 )
+"""Settings that servers honour, that are looked at by themselves, or that say nothing of the trained adapter."""
 
 
-def why_not_disk(model: Any, accelerator: Accelerator) -> str | None:
-    """Why the model's full weights cannot be written as a checkpoint for the server; None when they can."""
-    if getattr(model, "is_quantized", False):
-        return "the trainer holds them quantised; train an adapter with dual_weight_sync=lora"
-    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
-    sharded = accelerator.distributed_type == DistributedType.FSDP or (
-        deepspeed is not None and deepspeed.zero_stage == 3
-    )
-    if sharded and is_peft_model(model):
-        return "an adapter cannot be merged into sharded weights; set dual_weight_sync=lora"
-    return None
+def _is_set(config: Any, spec: Any) -> bool:
+    default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+    value = getattr(config, spec.name)
+    return bool(value) and value != default
 
 
 class DiskWeightSync:
@@ -145,14 +170,10 @@ class DiskWeightSync:
         self._checked = False
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
-        accelerator, version = trainer.accelerator, trainer.state.global_step
-        model = accelerator.unwrap_model(trainer.model)
-        with merged(model) as base:
-            tensors = accelerator.get_state_dict(trainer.model_wrapped)
-            with fail_together():
-                if accelerator.is_main_process:
-                    named = base_names(tensors) if is_peft_model(model) else tensors
-                    self._send(base, named, _version_folder(self._folder, version), rollout)
+        version = trainer.state.global_step
+        with policy_weights(trainer) as (model, tensors), fail_together():
+            if trainer.accelerator.is_main_process:
+                self._send(model, tensors, _version_folder(self._folder, version), rollout)
         rollout.share_policy_weights(version)
 
     def _send(self, model: Any, tensors: Mapping[str, torch.Tensor], path: Path, rollout: DualRollout) -> None:
@@ -160,8 +181,9 @@ class DiskWeightSync:
             check_visible(self._folder, rollout)
             self._checked = True
         try:
-            model.save_pretrained(path, state_dict=tensors)
-            _readable(path)
+            with _writing(path):
+                model.save_pretrained(path, state_dict=tensors)
+                _readable(path)
             rollout.reload_policy_weights(str(path))
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -178,22 +200,28 @@ class LoraWeightSync:
         self._served: Path | None = None
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
-        accelerator, version = trainer.accelerator, trainer.state.global_step
-        model = accelerator.unwrap_model(trainer.model)
-        name = model.active_adapters[0]
-        tensors = accelerator.get_state_dict(trainer.model_wrapped)
+        model, version = unwrapped(trainer.model, trainer.accelerator), trainer.state.global_step
+        tensors = trained_tensors(trainer)
         with fail_together():
-            if accelerator.is_main_process:
-                path = _version_folder(self._folder, version)
-                model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
-                _readable(path)
-                # PEFT gives every adapter but the one named "default" a folder of its own.
-                rollout.load_policy_adapter(str(path if name == "default" else path / name))
-                if self._served is not None:
-                    shutil.rmtree(self._served, ignore_errors=True)
-                self._served = path
+            if trainer.accelerator.is_main_process:
+                self._send(model, tensors, _version_folder(self._folder, version), rollout)
         rollout.use_policy_adapter()
         rollout.share_policy_weights(version)
+
+    def _send(self, model: Any, tensors: Mapping[str, torch.Tensor], path: Path, rollout: DualRollout) -> None:
+        name = model.active_adapters[0]
+        # PEFT gives every adapter but the one named "default" a folder of its own.
+        adapter = path if name == "default" else path / name
+        with _writing(path):
+            model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
+            _readable(path)
+            with safe_open(adapter / "adapter_model.safetensors", framework="pt") as written:
+                if not written.keys():
+                    raise WeightSyncError(f"{adapter} holds no tensors: the trainer's do not have PEFT's names")
+        rollout.load_policy_adapter(str(adapter))
+        if self._served is not None:
+            shutil.rmtree(self._served, ignore_errors=True)
+        self._served = path
 
 
 class TrlWeightSync:
@@ -210,51 +238,33 @@ def check_visible(folder: Path, rollout: DualRollout) -> None:
         EngineError: it does not see the folder.
     """
     probe = _version_folder(folder, "probe")
-    probe.mkdir(parents=True)
     try:
-        save_file({}, probe / "model.safetensors")
-        _readable(probe)
+        with _writing(probe):
+            probe.mkdir(parents=True)
+            save_file({}, probe / "model.safetensors")
+            _readable(probe)
         rollout.check_policy_server_sees(str(probe))
     finally:
-        shutil.rmtree(probe)
+        shutil.rmtree(probe, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def merged(model: Any) -> Iterator[Any]:
-    """The base model with the adapter merged into it; afterwards every weight is back, bit for bit.
+def _writing(path: Path) -> Iterator[None]:
+    """What is written to `path` is whole, or gone.
 
-    Adding and subtracting the adapter would leave rounding errors in the base model, more with every sync.
+    Raises:
+        WeightSyncError: it could not be written.
     """
-    if not is_peft_model(model):
-        yield model
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    weights = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
-    originals = [weight.detach().to("cpu", copy=True) for weight in weights]
-    model.merge_adapter()
     try:
-        yield model.get_base_model()
-    finally:
-        model.unmerge_adapter()
-        with torch.no_grad():
-            for weight, original in zip(weights, originals, strict=True):
-                weight.copy_(original)
-
-
-def base_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a merged PEFT model that make up the base model, under the base model's names."""
-    named = {}
-    for name, tensor in tensors.items():
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        named[_SAVED_MODULE.sub(".", name)] = tensor
-    return named
-
-
-_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(path, ignore_errors=True)
+        where = path.parent if path.parent.exists() else path.parent.parent
+        free = f", {shutil.disk_usage(where).free / 2**30:.1f} GiB are free there" if where.exists() else ""
+        raise WeightSyncError(
+            f"the policy's weights cannot be written to {path}: {error}{free}. Make room (a sync needs as much as a "
+            "checkpoint of the model without its optimizer), or set dual_weight_sync_dir to another folder"
+        ) from error
 
 
 def _readable(folder: Path) -> None:

@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout import DualRollout
 from dual_rollout.exceptions import EngineError
+from dual_rollout.training.policy_weights import merged, plain_tensors
 from dual_rollout.training.rollout import ADAPTER_NAME
 from dual_rollout.training.weight_sync import (
     DiskWeightSync,
     LoraWeightSync,
     TrlWeightSync,
-    base_names,
     choose_weight_sync,
-    merged,
     weight_folder,
     why_not_lora,
 )
@@ -120,7 +119,7 @@ def test_merging_gives_the_same_law_and_leaves_the_model_as_it_was(
         expected = model(ids).logits
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with merged(model) as base:
-        base.save_pretrained(tmp_path, state_dict=base_names(model.state_dict()))
+        base.save_pretrained(tmp_path, state_dict=plain_tensors(base))
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
