@@ -35,7 +35,7 @@ running
   --kv-cache-gib N           with --cpu, memory for keys and values of each server (2)
   --python PATH              an interpreter that has vLLM (python, or $VLLM_PYTHON)
   --log-dir DIR              where theta.log and t.log go (outputs/serving)
-  --timeout SECONDS          how long a server may take to become healthy (900)
+  --timeout SECONDS          how long a server may take to become healthy, and then to answer the check (900)
   --no-check                 do not run dual-rollout doctor
   --dry-run                  print the two commands and exit
   --help
@@ -202,7 +202,8 @@ check_with_doctor() {
         echo "dual-rollout is not on the PATH: the servers are not checked (--no-check silences this)" >&2
         return
     fi
-    dual-rollout doctor --theta-url "http://$host:${port[theta]}" --t-url "http://$host:${port[t]}" \
+    echo "Checking both; with cold caches the first requests compile"
+    dual-rollout doctor --timeout "$timeout" --theta-url "http://$host:${port[theta]}" --t-url "http://$host:${port[t]}" \
         --top-k $((max_logprobs < 100 ? max_logprobs : 100)) || {
         echo "start_vllm.sh: a rollout would fail, see above; --no-check starts the servers nevertheless" >&2
         exit 1

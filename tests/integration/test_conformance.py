@@ -101,7 +101,7 @@ def served(stub: SGLangStub) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(100)
         yield stub.url
     finally:
         loop.call_soon_threadsafe(ended.set)

@@ -194,7 +194,7 @@ def test_a_server_that_is_not_there_is_named():
                 await opened.generate_batch([[1]], max_tokens=2)
 
     with pytest.raises(DualRolloutError, match=r"http://127\.0\.0\.1:9\b"):
-        asyncio.run(asyncio.wait_for(run(), 30))
+        asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_a_wrong_model_name_lists_the_served_ones():
@@ -341,7 +341,7 @@ def test_statistics_add_up():
             assert stats.retries == 0
             assert stats.theta.requests > 0 and stats.theta.bytes_received > stats.theta.requests
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 100))
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_a_stream_can_be_left_early():
             await chunks.aclose()
             return len((await opened.generate_batch([[2]], max_tokens=3))[0].generated_tokens)
 
-    assert asyncio.run(asyncio.wait_for(run(), 30)) == 3
+    assert asyncio.run(asyncio.wait_for(run(), 100)) == 3
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], 7], ids=str)
@@ -413,7 +413,7 @@ def test_one_call_equals_the_coordinator():
             config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, top_k=V, seed=5)
             return await generate_with_optimal_sampling([[1], [2]], config, max_tokens=6)
 
-    assert tokens(asyncio.run(asyncio.wait_for(run(), 30))) == tokens(generate([[1], [2]]))
+    assert tokens(asyncio.run(asyncio.wait_for(run(), 100))) == tokens(generate([[1], [2]]))
 
 
 # ---- versions of the weights ----------------------------------------------------------------------------------------

@@ -101,10 +101,9 @@ def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) ->
                 before = b.completions
                 await a.start()
                 at_a = a.completions
-                await asyncio.sleep(0.5)
-                for _ in range(2):
+                while a.completions <= at_a + 5:
                     assert tokens(await coordinator.generate_batch(prompts, max_tokens=10)) == expected
-                assert a.completions > at_a + 5 and b.completions > before
+                assert b.completions > before
 
     asyncio.run(asyncio.wait_for(run(), 90))
 
@@ -113,7 +112,7 @@ def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) ->
 def test_a_very_slow_replica(tiny_pair: TinyPair, seconds: float, taken_out: bool) -> None:
     """It holds up its sequences until the time-out at most, and changes no token."""
     prompts = [[10 + i, 20] for i in range(6)]
-    options = {**OPTIONS, "top_k": 20, "request_timeout": 2.0}
+    options = {**OPTIONS, "top_k": 20, "request_timeout": 4.0 if taken_out else 60.0}
 
     async def late(exchange: Exchange) -> web.StreamResponse:
         await asyncio.sleep(seconds)
@@ -213,13 +212,12 @@ def test_a_replica_that_does_not_confirm_new_weights_stays_out_until_it_does() -
         await both.reload_weights("new")
         assert [server.weights for server in servers] == ["new", "new", "old"]
         assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b"]
-        await asyncio.sleep(0.3)
-        await both.health()
-        await asyncio.sleep(0.05)
-        assert servers[2].weights == "new"
+        while servers[2].weights != "new":
+            await both.health()
+            await asyncio.sleep(0.05)
         assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b", "c"]
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_when_all_are_gone_it_is_said() -> None:
@@ -230,7 +228,7 @@ def test_when_all_are_gone_it_is_said() -> None:
             await engine.describe()
         assert all(url in str(caught.value) for url in urls) and caught.value.url == engine.url
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_replicas_of_different_models_are_refused(tiny_pair: TinyPair) -> None:
@@ -276,6 +274,14 @@ async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
     await asyncio.to_thread(server.start)
 
 
+async def answers(engine: Any) -> bool:
+    try:
+        await engine.next_top_k([[10, 20, 30]], 1)
+    except EngineRestartedError:
+        return False
+    return True
+
+
 async def best(engine: Any) -> float:
     return float((await engine.next_top_k([[10, 20, 30]], 1)).logprobs.max())
 
@@ -300,10 +306,12 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
             await restart(b)
             with pytest.raises(EngineRestartedError, match="restarted"):
                 await engines[1].next_top_k([[10, 20, 30]], 1)
-            for _ in range(4):  # b is asked for the second of the two: it is found out, given the weights, and back
+            while not await answers(
+                engines[1]
+            ):  # b is asked for the second of the two: found out, and given the weights
                 top = await both.next_top_k([[10, 20, 30], [10, 20, 30]], 1)
                 assert top.logprobs.max(axis=1) == pytest.approx([value, value], abs=1e-4)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.05)
             assert await best(engines[1]) == pytest.approx(value, abs=1e-4)
 
             new.rename(gone)

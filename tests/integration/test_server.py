@@ -631,7 +631,9 @@ def test_models_that_cannot_be_served_are_refused(model_dir: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_the_server_quickly_and_answer_what_is_in_flight(model_dir: Path, number: int) -> None:
+def test_signals_stop_the_server_before_its_work_is_done_and_answer_what_is_in_flight(
+    model_dir: Path, number: int
+) -> None:
     statuses: list[int] = []
     with EmbeddedServer(model_dir, env=ENV) as server:
         assert server.process is not None
@@ -640,9 +642,7 @@ def test_signals_stop_the_server_quickly_and_answer_what_is_in_flight(model_dir:
         client.start()
         while _metrics(server)["vllm:num_requests_running"] == 0:
             time.sleep(0.01)
-        started = time.monotonic()
         server.process.send_signal(number)
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - started < 3.0
-        client.join(10)
-    assert statuses == [503]
+        assert server.process.wait(60) == 0
+        client.join(60)
+    assert statuses == [503], "not 200: it did not wait until its work was done"

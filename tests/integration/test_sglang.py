@@ -61,7 +61,7 @@ def with_engine(
             finally:
                 await engine.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def theta_stub(**options: Any) -> SGLangStub:
@@ -165,7 +165,7 @@ def test_one_bad_prompt_fails_alone():
                 theta.max_req_input_len = 8  # after the client has been told 4096
                 return await coordinator.generate_batch([[1], [2] * 20, [3]], max_tokens=2)
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 30))
+    outputs = asyncio.run(asyncio.wait_for(run(), 100))
     assert [output.error is None for output in outputs] == [True, False, True]
     assert "exceeds the maximum allowed length" in outputs[1].error
 
@@ -180,7 +180,7 @@ def test_a_prompt_beyond_the_context_is_never_sent():
                 outputs = await coordinator.generate_batch([[1] * 6, [1] * 7], max_tokens=3)
             return outputs, max(len(ids) for payload in theta.requests for ids in payload["input_ids"])
 
-    outputs, longest = asyncio.run(asyncio.wait_for(run(), 30))
+    outputs, longest = asyncio.run(asyncio.wait_for(run(), 100))
     assert [output.error is None for output in outputs] == [True, False]
     assert longest < 11
 
@@ -205,7 +205,7 @@ def test_a_server_that_is_not_sglang_is_named():
                 await engine.aclose()
 
     with pytest.raises(EngineRejectedError, match="theta_engine"):
-        asyncio.run(asyncio.wait_for(run(), 30))
+        asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_a_name_that_is_not_served_is_refused():

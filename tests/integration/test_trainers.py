@@ -473,10 +473,10 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     try:
-        drawn = [samples.get(timeout=30) for _ in range(6)]
+        drawn = [samples.get(timeout=100) for _ in range(6)]
     finally:
         loop._loop.call_soon_threadsafe(loop._stop_event.set)
-        thread.join(timeout=30)
+        thread.join(timeout=100)
     assert not thread.is_alive()
     theta, t = (AutoModelForCausalLM.from_pretrained(m) for m in (tiny_pair.theta_model, tiny_pair.t_model))
     for sample in drawn:

@@ -22,6 +22,7 @@ from typing import Any
 import orjson
 import pytest
 from aiohttp import web
+from tenacity import wait_fixed
 
 from dual_rollout import CoordinatorConfig
 from dual_rollout.engines import HttpTransport, answers
@@ -105,22 +106,22 @@ async def reset_at_once(request: web.Request) -> web.StreamResponse:
     return web.Response()
 
 
-async def slow(_: web.Request) -> web.Response:
-    await asyncio.sleep(5)
+async def hangs(_: web.Request) -> web.Response:
+    await asyncio.sleep(3600)
     return web.Response()
 
 
 def post(server: FaultyServer, payload: Any = None, *, max_bytes: int = USUAL_RESPONSE_BYTES, **options: Any) -> Any:
     async def run() -> Any:
         async with server.running():
-            transport = HttpTransport(server.url, **{"max_retries": 1, "request_timeout": 1.5, **options})
+            transport = HttpTransport(server.url, **{"max_retries": 1, **options})
             try:
                 return await transport.post("/v1/completions", payload, max_bytes=max_bytes)
             finally:
                 server.stats = transport.stats
                 await transport.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 20))
+    return asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_json_goes_out_and_comes_back():
@@ -129,7 +130,7 @@ def test_json_goes_out_and_comes_back():
     assert server.bodies == [b'{"prompt":[1,2]}']
     assert server.headers[0]["Content-Type"] == "application/json"
     assert (server.stats.requests, server.stats.retries, server.stats.bytes_sent) == (1, 0, 16)
-    assert server.stats.bytes_received == len('{"fine": true}') and 0 < server.stats.seconds < 5
+    assert server.stats.bytes_received == len('{"fine": true}') and server.stats.seconds > 0
 
 
 def test_an_empty_answer_is_none():
@@ -137,11 +138,11 @@ def test_an_empty_answer_is_none():
 
 
 @pytest.mark.parametrize(
-    "fault", [status(429), status(502), status(503), status(504), reset_in_the_body, reset_at_once, slow]
+    "fault", [status(429), status(502), status(503), status(504), reset_in_the_body, reset_at_once, hangs]
 )
 def test_what_may_pass_is_repeated(fault):
     server = FaultyServer(fault, ok)
-    assert post(server, {"a": 1}) == {"fine": True}
+    assert post(server, {"a": 1}, request_timeout=3.0 if fault is hangs else 60.0) == {"fine": True}
     assert len(server.arrivals) == 2 and server.bodies[0] == server.bodies[1]
     assert server.stats.retries == 1 and server.stats.requests == 2
 
@@ -151,14 +152,14 @@ def test_what_may_pass_is_repeated(fault):
     [
         (status(503), "code 503"),
         (reset_in_the_body, "Client"),
-        (slow, "Timeout"),
+        (hangs, "Timeout"),
     ],
 )
 @pytest.mark.parametrize("max_retries", [0, 1])
 def test_what_does_not_pass_is_unavailable(fault, cause, max_retries):
     server = FaultyServer(fault)
     with pytest.raises(EngineUnavailableError) as caught:
-        post(server, max_retries=max_retries)
+        post(server, max_retries=max_retries, request_timeout=0.3 if fault is hangs else 60.0)
     assert len(server.arrivals) == max_retries + 1
     message = str(caught.value)
     assert caught.value.url == server.url and server.url in message and "/v1/completions" in message
@@ -179,7 +180,7 @@ def test_a_refused_connection_is_unavailable():
             assert transport.stats.requests == 2
 
     with pytest.raises(EngineUnavailableError, match=rf"{url}.*failed 2 times.*Is the server up\?.*max_retries"):
-        asyncio.run(asyncio.wait_for(run(), 20))
+        asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_retry_after_is_obeyed():
@@ -188,18 +189,18 @@ def test_retry_after_is_obeyed():
     assert server.arrivals[1] - server.arrivals[0] >= 1.0
 
 
-def test_a_closed_connection_is_replaced_at_once():
+def test_a_closed_connection_is_replaced_at_once(monkeypatch):
     """vLLM closes idle connections, and those of requests after an internal error, without saying so."""
+    monkeypatch.setattr("dual_rollout.engines.http._backoff", wait_fixed(1000))  # which `total_timeout` does not allow
     server = FaultyServer(reset_at_once, ok)
     assert post(server) == {"fine": True}
-    assert server.arrivals[1] - server.arrivals[0] < 0.2
 
 
 def test_repeats_wait_longer_each_time():
     server = FaultyServer(status(503), status(503), status(503), ok)
     assert post(server, max_retries=3) == {"fine": True}
     gaps = [b - a for a, b in zip(server.arrivals, server.arrivals[1:], strict=False)]
-    assert gaps[0] >= 0.25 and gaps[2] > gaps[0] and gaps[2] >= 1.0
+    assert all(gap >= least for gap, least in zip(gaps, (0.25, 0.5, 1.0), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -228,13 +229,12 @@ def test_what_the_api_does_not_promise_is_a_protocol_error(fault, words):
     assert len(server.arrivals) == 1 and server.url in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", [slow, status(503), status(429, **{"Retry-After": "100"})])
+@pytest.mark.parametrize("fault", [hangs, status(503), status(429, **{"Retry-After": "1000"})])
 def test_total_timeout_bounds_it_all(fault):
+    """Without it each would outlast the 100 s after which `post` is given up."""
     server = FaultyServer(fault)
-    started = time.perf_counter()
     with pytest.raises(EngineUnavailableError) as caught:
-        post(server, max_retries=1000, request_timeout=100.0, total_timeout=0.8)
-    assert time.perf_counter() - started < 3
+        post(server, max_retries=1000, request_timeout=1000.0, total_timeout=0.8)
     assert "total_timeout" in str(caught.value) and server.url in str(caught.value)
 
 
@@ -397,10 +397,11 @@ def test_credentials_do_not_belong_in_a_url(url):
 
 
 def test_retry_after_may_be_a_date():
-    soon = datetime.now(UTC) + timedelta(seconds=2)
-    server = FaultyServer(status(429, **{"Retry-After": format_datetime(soon, usegmt=True)}), ok)
-    assert post(server) == {"fine": True}
-    assert server.arrivals[1] - server.arrivals[0] > 0.5
+    later = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    server = FaultyServer(status(429, **{"Retry-After": later}), ok)
+    with pytest.raises(EngineUnavailableError, match="total_timeout"):
+        post(server, total_timeout=600.0)
+    assert len(server.arrivals) == 1
 
 
 @pytest.mark.parametrize(
@@ -415,16 +416,14 @@ def test_retry_after_may_be_a_date():
 )
 def test_a_date_that_is_none_is_no_reason_to_wait(header: str):
     server = FaultyServer(status(429, **{"Retry-After": header}), ok)
-    assert post(server) == {"fine": True}
-    assert server.arrivals[1] - server.arrivals[0] < 1.5
+    assert post(server) == {"fine": True}, "years would be more than total_timeout"
 
 
 def test_a_wait_that_total_timeout_does_not_allow_is_not_begun():
-    server = FaultyServer(status(429, **{"Retry-After": "100"}), ok)
-    started = time.perf_counter()
+    server = FaultyServer(status(429, **{"Retry-After": "1000"}), ok)
     with pytest.raises(EngineUnavailableError, match="total_timeout"):
-        post(server, total_timeout=15.0)
-    assert time.perf_counter() - started < 5 and len(server.arrivals) == 1
+        post(server, total_timeout=500.0)  # five times what `post` is given
+    assert len(server.arrivals) == 1
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +455,7 @@ def test_a_server_whose_certificate_nobody_vouches_for_gets_no_request(certifica
                 await transport.aclose()
 
     with pytest.raises(EngineUnavailableError, match=r"[Cc]ertificate"):
-        asyncio.run(asyncio.wait_for(run(), 20))
+        asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def get_models(url: str) -> Any:
@@ -529,11 +528,15 @@ def test_requests_share_a_bounded_pool():
         nonlocal open_now, most
         open_now += 1
         most = max(most, open_now)
-        await asyncio.sleep(0.02)
+        if most == 3:
+            three_open.set()
+        await three_open.wait()
+        await asyncio.sleep(0.02)  # in which a fourth would come
         open_now -= 1
         return web.json_response({})
 
     open_now = most = 0
+    three_open = asyncio.Event()
     server = FaultyServer(count)
 
     async def run() -> None:
@@ -542,5 +545,5 @@ def test_requests_share_a_bounded_pool():
             await asyncio.gather(*(transport.get("/") for _ in range(12)))
             await transport.aclose()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 100))
     assert most == 3 and len(server.arrivals) == 12

@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,16 +17,26 @@ HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "accelerate", "scip
 PROBE = """
 import json, sys
 import {module}
+try:
+    {then}
+except SystemExit:
+    pass
 peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(json.dumps({{"modules": sorted(sys.modules), "peak_mb": int(peak[0]) / 1024}}))
 """
 
 
-def probe(module: str) -> dict:
+def probe(module: str, then: str = "pass") -> dict:
+    """What a process that imports `module` and does `then` has loaded, its peak memory, and what it printed."""
     result = subprocess.run(
-        [sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PROBE.format(module=module, then=then)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
-    return json.loads(result.stdout)
+    *printed, measured = result.stdout.splitlines()
+    return {**json.loads(measured), "printed": "\n".join(printed)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -44,16 +53,10 @@ def test_the_numerics_need_numpy_alone():
     assert measured["peak_mb"] < 60
 
 
-def test_help_answers_in_half_a_second():
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-m", "dual_rollout.cli", "--help"], capture_output=True, text=True, timeout=60, check=True
-        )
-        times.append(time.perf_counter() - started)
-    assert "serve" in result.stdout and "train" in result.stdout
-    assert min(times) < 0.5
+def test_help_imports_nothing_that_takes_long():
+    measured = probe("dual_rollout.cli", then="dual_rollout.cli.main(['--help'])")
+    assert "serve" in measured["printed"] and "train" in measured["printed"]
+    assert {*HEAVY, "numpy", "aiohttp"}.isdisjoint(measured["modules"])
 
 
 def test_an_unknown_command_is_refused():
