@@ -46,6 +46,12 @@ async def check_servers(
         )
     found_theta = await _check_server(theta, contexts_theta, config, "theta_url")
     found_t = await _check_server(t, contexts_t, config, flag)
+    if found_theta.vocab_size != found_t.vocab_size and None not in (found_theta.vocab_size, found_t.vocab_size):
+        logger.info(
+            "the vocabularies have %d and %d tokens: ids that only one model has are impossible under q*",
+            found_theta.vocab_size,
+            found_t.vocab_size,
+        )
     comparison = await compare_tokens(theta, t, found_theta, found_t)
     for note in comparison.notes:
         logger.info("tokenizers: %s", note)

@@ -32,26 +32,27 @@ def listed(p: np.ndarray, options: dict[str, Any]) -> list[int]:
 
 
 def position_law(p: np.ndarray, r: np.ndarray, options: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """α, and q* on the whole vocabulary, of a position where π_θ is `p` and π_t is `r`."""
-    ids = sorted({*listed(p, options), *listed(r, options)})
-    a, b = _on_candidates(p, ids, options), _on_candidates(r, ids, options)
+    """α, and q* on the vocabulary that both have, of a position where π_θ is `p` and π_t is `r`."""
+    size = min(len(p), len(r))
+    ids = sorted(y for y in {*listed(p, options), *listed(r, options)} if y < size)
+    a, b = _on_candidates(p, ids, size, options), _on_candidates(r, ids, size, options)
     alpha = _alpha(a, b, options)
     path = [x ** (1 - alpha) * y**alpha if x > 0 and y > 0 else 0.0 for x, y in zip(a, b, strict=True)]
-    q = np.zeros(len(p))
+    q = np.zeros(size)
     q[ids] = np.array(path[: len(ids)]) / sum(path)
     if len(path) > len(ids):
-        outside = np.setdiff1d(np.arange(len(p)), ids)
+        outside = np.setdiff1d(np.arange(size), ids)
         q[outside] = path[-1] / sum(path) * p[outside] / max(p[outside].sum(), 1e-300)
     return alpha, q
 
 
-def _on_candidates(p: np.ndarray, ids: list[int], options: dict[str, Any]) -> list[float]:
+def _on_candidates(p: np.ndarray, ids: list[int], size: int, options: dict[str, Any]) -> list[float]:
     """p on S, and on the tail if there is one, as the lists tell it."""
     top = listed(p, options)
     missing = [y for y in ids if y not in top]
-    tail = options.get("support") == "tail" and len(ids) < len(p)
+    tail = options.get("support") == "tail" and len(ids) < size
     if options.get("missing") == "exact":
-        top, missing = ids, []
+        top, missing = [*top, *missing], []
     open_mass = max(1 - sum(p[y] for y in top), FLOAT32_EPS)
     floor = min(p[top[-1]], open_mass / max(len(missing) + tail, 1))
     values = [floor if y in missing else float(p[y]) for y in ids]

@@ -229,6 +229,9 @@ class SGLangStub:
                     f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is "
                     f"[0, {self._vocabulary})."
                 )
+        for token in sampling["logit_bias"] or {}:
+            if not 0 <= int(token) < self._vocabulary:
+                raise ValueError(f"logit_bias must has keys in [0, {self._vocabulary - 1}], got {token}.")
         law = self._law_for(payload.get("lora_path"))
         top, named = payload.get("top_logprobs_num", 0), payload.get("token_ids_logprob")
         output_ids, output_rows = self._sample(law, prompt, sampling)

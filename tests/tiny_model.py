@@ -32,8 +32,11 @@ def make_tiny_model(
     hidden_size: int = 64,
     max_position_embeddings: int = 512,
     logit_scale: float = 3.0,
+    vocab_size: int | None = None,
 ) -> Path:
     """Save a random Llama (float32, grouped-query attention), its tokenizer and generation config.
+
+    ``vocab_size``, if larger than the tokenizer's, pads the vocabulary with rows that are as likely as any.
 
     The same arguments give the same weights. ``<|im_end|>`` is the end of sequence. ``logit_scale`` is the
     standard deviation of the logits: 3 leaves entropies of 1.5 to 3 nats. Returns ``folder``.
@@ -41,7 +44,7 @@ def make_tiny_model(
     folder = Path(folder)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,

@@ -18,6 +18,7 @@ pass, in the methods that score a whole text; its list, for the position after t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -67,7 +68,11 @@ class Block:
             [int(sequence.rewind().integers(2**31)) for sequence in sequences],
             sequences[0].stop_ids,
         )
-        positions = await self._positions(contexts_theta, [sequence.context_t for sequence in sequences], drafts, k)
+        contexts_t = [sequence.context_t for sequence in sequences]
+        vocab_size_t = (await recorder.t.probe(contexts_t[0])).vocab_size
+        if vocab_size_t is not None:
+            drafts = _until_unknown(drafts, vocab_size_t)
+        positions = await self._positions(contexts_theta, contexts_t, drafts, k, vocab_size_t)
         lengths = [len(tokens) for tokens in drafts.token_ids]
         uniforms = np.concatenate(
             [sequence.rng.random((length, 2)) for sequence, length in zip(sequences, lengths, strict=True)]
@@ -92,12 +97,22 @@ class Block:
         await self._recorder.record(owners, index, columns[index], positions, drafted[index])
 
     async def _positions(
-        self, contexts_theta: list[Context], contexts_t: list[Context], drafts: Drafts, k: int
+        self,
+        contexts_theta: list[Context],
+        contexts_t: list[Context],
+        drafts: Drafts,
+        k: int,
+        vocab_size_t: int | None,
     ) -> Positions:
-        """The laws at all drafted positions; `k` tokens were asked for in the drafts' own lists."""
+        """The laws at all drafted positions; `k` tokens were asked for in the drafts' own lists.
+
+        What stands at a draft's end is no matter for the law there, so that π_t gets another token in the place of one
+        that it does not have.
+        """
         recorder, tokens, temperature = self._recorder, drafts.token_ids, self._config.temperature
+        tokens_t = tokens if vocab_size_t is None else [np.minimum(draft, vocab_size_t - 1) for draft in tokens]
         k_t = await recorder.lists_t.length(contexts_t[0])
-        scored = await recorder.t.score_drafts(contexts_t, tokens, k_t, temperature, self._scoring)
+        scored = await recorder.t.score_drafts(contexts_t, tokens_t, k_t, temperature, self._scoring)
         top_theta, top_t = await both(
             recorder.lists_theta.complete(drafts.lists, k, lambda: prefixes(contexts_theta, tokens)),
             recorder.lists_t.complete(scored, k_t, lambda: prefixes(contexts_t, tokens)),
@@ -106,8 +121,31 @@ class Block:
             top_theta,
             top_t,
             lambda names: recorder.theta.score_named(contexts_theta, tokens, names, temperature),
-            lambda names: recorder.t.score_named(contexts_t, tokens, names, temperature),
+            lambda names: recorder.t.score_named(contexts_t, tokens_t, names, temperature),
         )
+
+
+def _until_unknown(drafts: Drafts, vocab_size: int) -> Drafts:
+    """The drafts, each up to its first token that a model of that vocabulary does not have.
+
+    This one q* never keeps; what was drafted behind it the model could not even read.
+    """
+    lengths = [int(np.argmax(np.append(tokens, vocab_size) >= vocab_size)) + 1 for tokens in drafts.token_ids]
+    if all(length > len(tokens) for length, tokens in zip(lengths, drafts.token_ids, strict=True)):
+        return drafts
+    rows = np.concatenate(
+        [np.arange(len(tokens)) < length for length, tokens in zip(lengths, drafts.token_ids, strict=True)]
+    )
+    lists = drafts.lists
+    return Drafts(
+        [tokens[:length] for length, tokens in zip(lengths, drafts.token_ids, strict=True)],
+        replace(
+            lists,
+            token_ids=lists.token_ids[rows],
+            logprobs=lists.logprobs[rows],
+            complete=np.broadcast_to(lists.complete, rows.shape)[rows],
+        ),
+    )
 
 
 def _accept(drafted: np.ndarray, positions: Positions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,5 +172,4 @@ def _proposal(candidates: Candidates) -> np.ndarray:
     """log π_θ of what a draft may be kept as, `(R, S)`; NaN where it is not known exactly."""
     if not candidates.has_tail:
         return candidates.exact_theta
-    tail = np.where(candidates.tail_is_exact, candidates.logp_theta[:, -1], np.nan)
-    return np.hstack([candidates.exact_theta[:, :-1], tail[:, None]])
+    return np.hstack([candidates.exact_theta[:, :-1], candidates.exact_tail[:, None]])

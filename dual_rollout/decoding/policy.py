@@ -110,6 +110,14 @@ class Surviving:
             await self._mode.advance(sequences)
 
     async def _advance_somehow(self, sequences: list[DecodingSequence]) -> None:
+        left = [sequence for sequence in sequences if sequence.unknown_to_t]
+        if left:
+            await self._policy.advance(left)
+            sequences = [sequence for sequence in sequences if not sequence.unknown_to_t]
+        if sequences:
+            await self._advance_with_target(sequences)
+
+    async def _advance_with_target(self, sequences: list[DecodingSequence]) -> None:
         if not self._outage.lasts:
             started = time.monotonic()
             retries = self._recorder.config.max_retries if len(sequences) == 1 else 0
@@ -125,3 +133,7 @@ class Surviving:
                     raise  # one prompt may be to blame; the scheduler finds it
                 logger.warning("going on without the target (on_target_failure is policy): %s", error)
         await self._policy.advance(sequences)
+        vocab_size = (await self._recorder.t.probe(sequences[0].context_t)).vocab_size  # found before the first token
+        for sequence in sequences:
+            recent = sequence.tokens[-_TOKENS_WHILE_GONE:]
+            sequence.unknown_to_t = vocab_size is not None and any(token >= vocab_size for token in recent)

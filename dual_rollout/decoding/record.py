@@ -186,7 +186,7 @@ class Recorder:
             outside = tail & (drafted != NO_TOKEN)
             tail &= ~outside
             ids[outside] = drafted[outside]
-            log_weights[outside] = candidates.logp_theta[rows[outside], -1] - log_q[outside]
+            log_weights[outside] = candidates.exact_tail[rows[outside]] - log_q[outside]
             log_q[outside] = NOT_KNOWN_YET
         tokens: list[int | None] = ids.tolist()
         self._append(np.flatnonzero(~tail), sequences, rows, columns, positions, tokens, log_q, log_weights)
@@ -279,10 +279,11 @@ class Recorder:
             return None, NOT_KNOWN_YET
 
     async def _draw_outside(self, sequence: DecodingSequence, candidates: Candidates, row: int) -> int:
-        """y ~ π_θ given y outside S, by rejection; the server's exclusion only makes the first draw succeed."""
+        """y ~ π_θ given that y is outside S and π_t has it, by rejection; the server's exclusion only makes the first
+        draw succeed."""
         likeliest_first = candidates.token_ids[row][np.argsort(-candidates.logp_theta[row])]
-        excluded = likeliest_first[likeliest_first != NO_TOKEN].tolist()
-        inside = set(excluded)
+        excluded = [*likeliest_first[likeliest_first != NO_TOKEN].tolist(), *candidates.theta_alone]
+        rejected = set(excluded)
         for _ in range(_MAX_TAIL_DRAWS):
             self.stats.tail_draws += 1
             seed = int(sequence.rng.integers(2**31))
@@ -290,7 +291,7 @@ class Recorder:
                 partial(self.theta.draw_excluding, sequence.context_theta, excluded, self.config.temperature, seed),
                 self.config.max_retries,
             )
-            if token not in inside:
+            if token not in rejected:
                 return token
         raise EngineProtocolError(
             f"{_MAX_TAIL_DRAWS} draws gave no token outside the candidates; the server seems to ignore logit_bias. "
@@ -299,10 +300,10 @@ class Recorder:
         )
 
     async def _tail_mass(self, sequence: DecodingSequence, candidates: Candidates, row: int) -> float:
-        """log of π_θ's exact mass outside S. The law was built with floors in S; the weight must not be."""
-        missing = candidates.missing(row, candidates.exact_theta)
-        if not missing:
-            return float(candidates.logp_theta[row, -1])
+        """log of π_θ's exact mass on what the tail stands for. The law was built with floors in S, and without knowing
+        what π_θ has on tokens that π_t lacks; the weight must not be."""
+        if not math.isnan(candidates.exact_tail[row]):
+            return float(candidates.exact_tail[row])
         temperature = self.config.temperature
         served = await self.theta.probe(sequence.context_theta)
         if not served.names_tokens_at(temperature):
@@ -314,11 +315,12 @@ class Recorder:
                 )
             self.stats.approximate_tail_weights += 1
             return float(candidates.logp_theta[row, -1])
+        names = [*candidates.missing(row, candidates.exact_theta), *candidates.theta_alone]
         (logprobs,) = await patiently(
-            lambda: self.theta.named_logprobs([sequence.context_theta], [missing], temperature),
+            lambda: self.theta.named_logprobs([sequence.context_theta], [names], temperature),
             self.config.max_retries,
         )
-        mass = 1.0 - candidates.coverage_theta[row] - np.exp(logprobs).sum()
+        mass = 1.0 - np.nansum(np.exp(candidates.exact_theta[row])) - np.exp(logprobs).sum()
         return math.log(max(mass, ROUNDING))
 
     def _diagnostics(self, candidates: Candidates, law: Law) -> dict[str, list[float]]:

@@ -28,6 +28,8 @@ class DecodingSequence:
         top_theta, top_t: log-probability of the most likely token at each position, nats.
         diagnostics: per-token lists by name.
         run_length: running mean of the accepted tokens per draft; None before the first draft.
+        unknown_to_t: whether it holds a token that π_t does not have, drawn from π_θ alone while π_t's server was gone:
+            π_t is asked no more.
         failure: what ended this sequence early, if anything did.
     """
 
@@ -58,6 +60,7 @@ class DecodingSequence:
         self.diagnostics: dict[str, list[float]] = {}
         self.run_length: float | None = None
         self.finish_reason: FinishReason | None = None
+        self.unknown_to_t = False
         self.failure: Exception | None = None
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids

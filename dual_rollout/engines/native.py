@@ -158,7 +158,7 @@ class NativeEngine(VLLMEngine):
             temperature=temperature,
             logprobs=len(names),
             logprob_token_ids=names,
-            stop_token_ids=sorted(stop_token_ids),
+            stop_token_ids=sorted(token for token in stop_token_ids if token < size),
             ignore_eos=ignore_eos,
             **options,
         )

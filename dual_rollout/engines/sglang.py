@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _ROUNDING = 1e-3  # nats
 _PROBED_LENGTH = 16
 _PROBED_TOKENS = 4
+_NO_VOCABULARY_HAS = 10**9
 _SAME_LAW = 0.05  # probabilities of one law differ by less, whatever the kernels' rounding
 
 # SGLang fills what is not said from --preferred-sampling-params, so everything is said. Temperature 0 is not used: it
@@ -103,12 +105,14 @@ class SGLangEngine:
     async def _probed(self, prompt: TokenIds) -> Capabilities:
         info = await self.describe()
         text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
+        self._answers.vocab_size = await self._vocab_size(prompt)
         self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
         return Capabilities(
             model=info.model,
             root=info.root,
             max_model_len=info.max_model_len,
             version=self._server.get("version"),
+            vocab_size=self._answers.vocab_size,
             logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
             named_logprobs=True,
             prefix_caching=not self._server.get("disable_radix_cache"),
@@ -353,6 +357,17 @@ class SGLangEngine:
                 return True
         logger.warning("%s: rows of a scored text are not those of its prefixes; drafts are scored by prefix", self.url)
         return False
+
+    async def _vocab_size(self, prompt: TokenIds) -> int | None:
+        """The size of the vocabulary, which SGLang tells only where it refuses a bias on a token that no model has."""
+        try:
+            await self._generate([prompt], _sampling(logit_bias={str(_NO_VOCABULARY_HAS): 1.0}), len)
+        except EngineRejectedError as error:
+            if found := re.search(r"keys in \[0, (\d+)\]", str(error)):
+                return int(found[1]) + 1
+        except EngineProtocolError:
+            pass
+        return None
 
     async def _reports_processed(self, prompt: TokenIds) -> bool:
         """Whether log-probabilities follow the temperature; measured on `prompt`, once.

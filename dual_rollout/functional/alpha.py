@@ -2,8 +2,8 @@
 
 All take log-probabilities that are normalised per row, `-inf` outside the support, rows that share at least one token
 (see `disjoint_rows`), and give `(B,)` float64 in [0, 1]. Where the end of [0, 1] would leave the common support, the
-limit from inside takes its place (see `kl_symmetry`), but for the policy itself under `kl_budget_alpha`. Notation as in `kl_symmetry`: ℓ = log π_t − log π_θ and
-ψ(α) = log Σ π_θ^(1−α) π_t^α over the common support.
+limit from inside takes its place (see `kl_symmetry`), but for the policy itself under `kl_budget_alpha`. Notation as
+in `kl_symmetry`: ℓ = log π_t − log π_θ and ψ(α) = log Σ π_θ^(1−α) π_t^α over the common support.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """From two top-k lists to two distributions over one set of candidates.
 
-S is the union of both lists. A candidate that one list lacks gets there the smallest probability listed, capped so
-that all such candidates together never exceed the mass that the list leaves open. What lies outside S is either
-cut off (`support="union"`) or kept as one more atom, the tail (`support="tail"`), with each model's remaining open
-mass, of which floors leave it its share.
+S is the union of both lists, without the tokens that one of the models does not have: where vocabularies are padded to
+different sizes, an id beyond the smaller one has probability 0 there, and so under q*. A candidate that one list lacks
+gets there the smallest probability listed, capped so that all such candidates together never exceed the mass that the
+list leaves open. What lies outside S is either cut off (`support="union"`) or kept as one more atom, the tail
+(`support="tail"`), with each model's remaining open mass, of which floors leave it its share.
 
 Servers round to float32, so that the probabilities of a peaked list may add up to 1 or more. A list that does not hold
 every possible token leaves open what that rounding can hide, at least: "too little to be seen" is not "impossible".
@@ -41,6 +42,9 @@ class Candidates:
         exact_theta, exact_t: `(B, S)` log π_θ and log π_t as the servers listed them; NaN where floored.
         coverage_theta, coverage_t: `(B,)` mass of each list.
         has_tail: whether the last column is the tail.
+        exact_tail: `(B,)` log of π_θ's exact mass on what the tail stands for; NaN where it is not known, because
+            candidates are floored or π_θ has tokens that π_t lacks, and where no tail is kept.
+        theta_alone: token ids that π_θ has and π_t has not; none of them is a candidate, nor in the tail.
     """
 
     token_ids: np.ndarray
@@ -51,13 +55,8 @@ class Candidates:
     coverage_theta: np.ndarray
     coverage_t: np.ndarray
     has_tail: bool
-
-    @property
-    def tail_is_exact(self) -> np.ndarray:
-        """`(B,)` bool: whether the last column holds π_θ's exact mass outside S, none of S being floored in it."""
-        if not self.has_tail:
-            return np.zeros(len(self.token_ids), dtype=bool)
-        return ((self.token_ids == NO_TOKEN) | ~np.isnan(self.exact_theta)).all(axis=1)
+    exact_tail: np.ndarray
+    theta_alone: range
 
     def missing(self, row: int, exact: np.ndarray) -> list[int]:
         """Ids of S in `row` that are not listed in `exact` (one of `exact_theta`, `exact_t`)."""
@@ -77,8 +76,9 @@ def merge_top_k_candidates(
     Args:
         logprobs_theta, logprobs_t: `{token id: log-probability in nats}`; `-inf` means impossible.
         support: "union" truncates to S and renormalises; "tail" appends one atom, id `TAIL_TOKEN`, for the rest.
-        vocab_size: tokens that there are; the tail is impossible where S holds them all. Without it, only a mapping
-            that names an impossible token is known to hold every possible one.
+        vocab_size: tokens that both models have. Ids beyond it, which only one of them has, are no candidates, and the
+            tail is impossible where S holds all of them. Without it, only a mapping that names an impossible token is
+            known to hold every possible one.
 
     Returns:
         `(candidates, probs_theta, probs_t)`, each `(S,)`; ids ascending (the tail last), probabilities summing to 1.
@@ -96,12 +96,16 @@ def merge_top_k_candidates(
 
 
 def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
-    """The batched form of `merge_top_k_candidates`: `(B, K)` lists to `(B, S)` candidates with S = 2K (+ 1)."""
+    """The batched form of `merge_top_k_candidates`: `(B, K)` lists to `(B, S)` candidates with S = 2K (+ 1).
+
+    Where both lists tell the size of their model's vocabulary, ids that only one of them has are no candidates.
+    """
     if support not in ("union", "tail"):
         raise ValueError(f'support must be "union" or "tail", got {support!r}')
     width = theta.token_ids.shape[1]
+    size = min((top.vocab_size for top in (theta, t) if top.vocab_size is not None), default=_LAST)
     ids = np.concatenate([theta.token_ids, t.token_ids], axis=1)
-    ids[ids == NO_TOKEN] = _LAST
+    ids[(ids == NO_TOKEN) | (ids >= size)] = _LAST
     # Stable: of a token in both lists the π_θ entry comes first, the π_t entry right behind it.
     order = np.argsort(ids, axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, axis=1)
@@ -117,9 +121,13 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     exact_theta = np.where(from_theta, logp, np.nan)
     exact_t = np.where(pair, np.roll(logp, -1, axis=1), np.where(valid & ~from_theta, logp, np.nan))
 
-    on_theta, coverage_theta = _on_candidates(exact_theta, keep, theta, outside=_outside(ids, keep, theta, support))
-    on_t, coverage_t = _on_candidates(exact_t, keep, t, outside=_outside(ids, keep, t, support))
     has_tail = support == "tail"
+    outside = (keep.sum(axis=1) < size) & has_tail
+    on_theta, coverage_theta = _on_candidates(exact_theta, keep, theta, outside=outside)
+    on_t, coverage_t = _on_candidates(exact_t, keep, t, outside=outside)
+    theta_alone = range(size, theta.vocab_size) if theta.vocab_size is not None else range(0)
+    known = (~keep | ~np.isnan(exact_theta)).all(axis=1) & (not theta_alone) & has_tail
+    exact_tail = np.where(known, on_theta[:, -1], np.nan)
     if has_tail:
         on_t[np.isneginf(on_theta[:, -1]), -1] = -np.inf  # the tail is drawn from π_θ
         ids, keep = _with_column(ids, _LAST), _with_column(keep, False)
@@ -135,33 +143,26 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
         coverage_theta=coverage_theta,
         coverage_t=coverage_t,
         has_tail=has_tail,
+        exact_tail=exact_tail,
+        theta_alone=theta_alone,
     )
-
-
-def _outside(ids: np.ndarray, keep: np.ndarray, top: TopK, support: Support) -> np.ndarray:
-    """`(B,)` bool: whether there is a tail, as far as this model knows of tokens outside S."""
-    if support == "union":
-        return np.zeros(len(ids), dtype=bool)
-    if top.vocab_size is None:
-        return np.ones(len(ids), dtype=bool)
-    return (keep & (ids < top.vocab_size)).sum(axis=1) < top.vocab_size
 
 
 def _on_candidates(
     exact: np.ndarray, keep: np.ndarray, top: TopK, *, outside: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities on S, missing candidates floored and `-inf` at holes, and in one more column of what is
-    `outside`; and the mass of the list.
+    `outside`; and the mass of the whole list, which may hold tokens that are no candidates.
 
     The open mass is shared with the tail, if there is one: floors that used it up would leave the tail nothing, and
     q* would lose the support that the tail is there to keep.
     """
     listed = keep & ~np.isnan(exact)
     logp = np.where(listed, exact, -np.inf)
-    coverage = np.exp(logp).sum(axis=1)
+    coverage = np.exp(top.logprobs).sum(axis=1)
     missing = keep & ~listed
     count = missing.sum(axis=1)
-    smallest = np.where(listed, exact, np.inf).min(axis=1)
+    smallest = np.where(top.token_ids != NO_TOKEN, top.logprobs, np.inf).min(axis=1)
     open_mass = np.where(top.complete, 0.0, np.maximum(1.0 - coverage, ROUNDING))
     with np.errstate(divide="ignore"):
         floor = np.minimum(smallest, np.log(open_mass) - np.log(np.maximum(count + outside, 1)))
@@ -174,8 +175,11 @@ def _with_column(array: np.ndarray, value: float) -> np.ndarray:
 
 
 def _normalise(logp: np.ndarray) -> np.ndarray:
+    """Rows that sum to one, but for those without any mass: a model may have all of it on ids of its own."""
     peak = logp.max(axis=1, keepdims=True)
-    return logp - (peak + np.log(np.exp(logp - peak).sum(axis=1, keepdims=True)))
+    peak = np.where(peak > -np.inf, peak, 0.0)
+    total = np.exp(logp - peak).sum(axis=1, keepdims=True)
+    return logp - (peak + np.log(np.where(total > 0, total, 1.0)))
 
 
 def tokens_to_mass(top: TopK, mass: float) -> np.ndarray:

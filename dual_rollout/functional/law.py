@@ -22,7 +22,8 @@ class Law:
         alpha: `(B,)`.
         log_q: `(B, S)` nats; `-inf` where q* has no mass.
         disjoint: `(B,)` bool; the lists shared no possible token there, so q* does not exist and the position is
-            sampled from the policy (α = 0). Counted in the statistics, never silent.
+            sampled from the policy (α = 0), or from the target (α = 1, weight 0) where all that the policy can say are
+            tokens that the target does not have. Counted in the statistics, never silent.
     """
 
     alpha: np.ndarray
@@ -56,7 +57,7 @@ def position_law(
         alpha[rows] = _alpha(method, logp_theta[rows], logp_t[rows], fixed_alpha, kl_budget)
     else:
         alpha[:] = _alpha(method, logp_theta, logp_t, fixed_alpha, kl_budget)
-    alpha = np.where(disjoint, 0.0, np.clip(alpha, alpha_min, alpha_max))
+    alpha = np.where(disjoint, np.isneginf(logp_theta).all(axis=1), np.clip(alpha, alpha_min, alpha_max))
     return Law(alpha, log_q_star(logp_theta, logp_t, alpha)[0], disjoint)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dual_rollout import merge_top_k_candidates
 from dual_rollout.functional import TAIL_TOKEN, merge_lists, position_law
-from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.functional.candidates import ROUNDING, at_temperature
 from dual_rollout.types import NO_TOKEN, TopK
 
 
@@ -290,3 +290,59 @@ def test_temperature_bounds_when_mass_is_left_open(seed, vocabulary, temperature
 def test_temperature_leaves_padding_impossible():
     result = at_temperature(as_top_k([{1: math.log(0.5), 2: math.log(0.5)}, {4: 0.0}]), 0.7)
     assert result.logprobs[1].tolist() == [0.0, -math.inf]
+
+
+# ---- vocabularies of different sizes --------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["union", "tail"]))
+def test_ids_that_only_one_model_has_are_no_candidates(seed, support):
+    """Neither do they change what the others get: their mass is not open, and the smallest listed one bounds floors."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(4, 12, size=2)
+    k = int(rng.integers(1, 4))
+    lists = []
+    for size in sizes:
+        p = rng.dirichlet(np.ones(size))
+        ids = np.argsort(-p)[:k]
+        lists.append(TopK(ids[None], np.log(p[ids])[None], False, int(size)))
+    merged = merge_lists(*lists, support)
+    common = min(sizes)
+    listed = {int(i) for top in lists for i in top.token_ids[0] if i < common}
+    assert {int(i) for i in merged.token_ids[0] if i != NO_TOKEN} == listed
+    assert merged.theta_alone == range(common, sizes[0])
+    for logp, exact, top in (
+        (merged.logp_theta, merged.exact_theta, lists[0]),
+        (merged.logp_t, merged.exact_t, lists[1]),
+    ):
+        own = dict(zip(top.token_ids[0].tolist(), top.logprobs[0].tolist(), strict=True))
+        open_mass, smallest = 1 - np.exp(top.logprobs).sum(), top.logprobs.min()
+        missing = [i for i in listed if i not in own]
+        tail = support == "tail" and len(listed) < common
+        floor = min(np.exp(smallest), max(open_mass, ROUNDING) / max(len(missing) + tail, 1))
+        values = {i: np.exp(own[i]) if i in own else floor for i in listed}
+        total = sum(values.values()) + tail * (max(open_mass, ROUNDING) - floor * len(missing))
+        for column, token in enumerate(merged.token_ids[0].tolist()):
+            if token != NO_TOKEN:
+                assert np.exp(logp[0, column]) == pytest.approx(values[token] / total, rel=1e-9)
+                assert exact[0, column] == pytest.approx(own.get(token, np.nan), nan_ok=True)
+    known = tail and sizes[0] <= sizes[1] and listed <= set(lists[0].token_ids[0].tolist())
+    assert np.isnan(merged.exact_tail[0]) != known
+    if known:
+        assert np.exp(merged.exact_tail[0]) == pytest.approx(
+            max(1 - np.exp(lists[0].logprobs).sum(), ROUNDING), abs=1e-12
+        )
+
+
+def test_a_policy_that_can_only_say_what_the_target_lacks_leaves_the_position_to_the_target():
+    theta = TopK(np.array([[5, NO_TOKEN]]), np.array([[0.0, -np.inf]]), np.array([True]), 6)
+    t = TopK(np.array([[0, 1]]), np.log([[0.6, 0.3]]), np.array([False]), 4)
+    law = position_law(merge_lists(theta, t))
+    assert law.disjoint.tolist() == [True] and law.alpha.tolist() == [1.0]
+    assert np.exp(law.log_q[0]).max() == pytest.approx(2 / 3)
+
+
+def test_one_size_for_both_models():
+    candidates, theta, t = merge_top_k_candidates({0: -0.5, 1: -1.5}, {0: -0.7, 4: -0.9}, vocab_size=3)
+    assert candidates.tolist() == [0, 1]
+    assert theta.sum() == pytest.approx(1) and t.sum() == pytest.approx(1)
