@@ -172,7 +172,10 @@ def _native_fault(error: Exception) -> Check:
     if isinstance(error, PreflightError):
         fix = "serve both with dual-rollout serve-native THETA T (docs/native.md), or check two servers (--engine dual)"
         return Check("q*", "native", "failed", str(error), fix)
-    fix = "start dual-rollout serve-native, or correct theta_url; one that has just started compiles at first (--timeout 300)"
+    fix = (
+        "start dual-rollout serve-native, or correct theta_url; one that has just started compiles at first "
+        "(--timeout 300)"
+    )
     return Check("q*", "server", "failed", str(error) or type(error).__name__, fix)
 
 
