@@ -126,7 +126,7 @@ def _inside(module: nn.Module) -> nn.Module:
             active = [name for name in module.active_adapters if name in module.modules_to_save]
             module = module.modules_to_save[active[0]] if active else module.original_module
         elif _COMPILED.rstrip(".") in module._modules:
-            module = module._orig_mod
+            module = module.get_submodule("_orig_mod")
         else:
             return module
 
@@ -176,7 +176,8 @@ def _trained_apart(base: Any) -> list[str]:
     if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return []
     roles = _embeddings(base)
-    together = len({_inside(module).weight.data_ptr() for module in roles.values()}) == 1
+    weights: list[Any] = [_inside(module).weight for module in roles.values()]
+    together = len({weight.data_ptr() for weight in weights}) == 1
     added = [module for module in roles.values() if _tuner_layers(module)]
     return [] if together and all(isinstance(module, TrainableTokensWrapper) for module in added) else list(roles)
 
