@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 import re
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dual_rollout.prompts import chat_messages, is_text
 from dual_rollout.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -26,11 +29,13 @@ def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
 
 
-def is_text(prompt: Prompt) -> bool:
-    """Whether a prompt is a string or chat messages, which need a tokenizer."""
-    if isinstance(prompt, str):
-        return True
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+def with_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
+    """The tokenizer, with further arguments for its chat template."""
+    if not options:
+        return tokenizer
+    bound = copy.copy(tokenizer)
+    bound.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return bound
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, *, parse_special_tokens: bool = False) -> list[int]:
@@ -117,8 +122,8 @@ def _encode_string(text: str, tokenizer: Any, parse_special_tokens: bool) -> lis
     return list(tokenizer(text, split_special_tokens=not parse_special_tokens)["input_ids"])
 
 
-def _encode_chat(messages: Any, tokenizer: Any, parse_special_tokens: bool) -> list[int]:
-    _check_messages(messages)
+def _encode_chat(prompt: Any, tokenizer: Any, parse_special_tokens: bool) -> list[int]:
+    messages = chat_messages(prompt)
     if tokenizer.chat_template is None:
         raise ValueError(
             "the prompt is a list of chat messages, but the tokenizer has no chat template: use a chat model's "
@@ -191,24 +196,22 @@ def _special_names(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
-def _render(messages: Any, tokenizer: Any) -> str:
+def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """The rendered template. A turn of tool calls is given without its null `content`, for templates that print it, and
+    with it to a template that cannot do without."""
+    without = [{k: v for k, v in message.items() if k != "content" or v is not None} for message in messages]
+    render = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = render(without)
+        except Exception:
+            if without == messages:
+                raise
+            text = render(messages)
     except Exception as error:  # templates raise whatever their authors chose
         raise ValueError(f"the tokenizer's chat template does not take these messages: {error}") from error
     _check_unicode(text)
     return text
-
-
-def _check_messages(messages: Sequence[Any]) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f'message {i} must be a mapping with a "role" and a "content"')
-        content = message.get("content")
-        if isinstance(content, str) or (content is None and message.get("tool_calls")):
-            continue
-        if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-            raise ValueError(f"the content of message {i} must be a string or a list of parts, got {content!r:.80}")
 
 
 def _check_parts(messages: Sequence[Any], names: re.Pattern[str]) -> None:

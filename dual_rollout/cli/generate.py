@@ -32,7 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     data = parser.add_argument_group("input")
-    data.add_argument("--input", nargs="+", help=".jsonl or .parquet files, or the name or folder of one dataset")
+    data.add_argument(
+        "--input", nargs="+", help=".jsonl, .jsonl.gz or .parquet files, or the name or folder of one dataset"
+    )
     data.add_argument("--input-config", help="configuration of the dataset")
     data.add_argument("--split", default="train", help="split of the dataset. Default: train.")
     data.add_argument("--limit", type=int, help="use the first rows only")
@@ -41,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     data.add_argument(
         "--t-prompt-template", help='the user turn π_t sees instead, e.g. "{question} (The answer is {answer}.)"'
     )
+    data.add_argument("--t-system-prompt", help="a system turn that only π_t sees, with columns in braces")
     data.add_argument("--keep-columns", nargs="+", default=[], help="columns of the input to copy to the output")
 
     what = parser.add_argument_group("output")
@@ -98,6 +101,7 @@ async def _produce(args: argparse.Namespace, config: CoordinatorConfig) -> int:
         prompt=args.prompt_column,
         t_prompt=args.t_prompt_column,
         t_prompt_template=args.t_prompt_template,
+        t_system_prompt=args.t_system_prompt,
         keep=tuple(args.keep_columns),
     )
     job = Job(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import itertools
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dual_rollout.config import did_you_mean
+from dual_rollout.prompts import target_prompt, template_columns, without_nulls
 from dual_rollout.types import Prompt
 
 Row = Mapping[str, Any]
 
 _BATCH = 1000  # rows read, checked and typed at once
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,60 +33,77 @@ class Columns:
         prompt: what π_θ sees: strings, chat messages or token ids.
         t_prompt: what π_t sees instead, if anything.
         t_prompt_template: the user turn that π_t sees instead, with columns in braces.
+        t_system_prompt: a system turn that π_t alone sees, with columns in braces.
         keep: columns to copy to the output.
     """
 
     prompt: str = "prompt"
     t_prompt: str | None = None
     t_prompt_template: str | None = None
+    t_system_prompt: str | None = None
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.t_prompt is not None and self.t_prompt_template is not None:
             raise ValueError("set --t-prompt-column or --t-prompt-template, not both")
-        for name in self._in_template():
-            if not name.isidentifier():
-                raise ValueError(
-                    f"--t-prompt-template: {name!r} in braces is no column; braces that are text are written twice"
-                )
+        self._in_templates()
 
     @property
     def needed(self) -> tuple[str, ...]:
         """All columns that the input must have."""
-        named = (self.prompt, self.t_prompt, *self._in_template(), *self.keep)
+        named = (self.prompt, self.t_prompt, *self._in_templates(), *self.keep)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
+    def has_template(self) -> bool:
+        return self.t_prompt_template is not None or self.t_system_prompt is not None
+
+    @property
     def shows_t_prompt(self) -> bool:
-        return self.t_prompt is not None or self.t_prompt_template is not None
+        return self.t_prompt is not None or self.has_template
 
     def prompt_of(self, row: Row) -> Prompt:
-        return _without_nulls(row[self.prompt])
+        return without_nulls(row[self.prompt])
 
     def t_prompt_of(self, row: Row) -> Prompt | None:
-        """What π_t sees; None for the same as π_θ. In chat messages the template replaces the last turn."""
-        if self.t_prompt is not None:
-            return _without_nulls(row[self.t_prompt])
-        prompt: Any = self.prompt_of(row)
-        if self.t_prompt_template is None or not prompt:
-            return None
-        if any(row[name] is None for name in self._in_template()):
-            return type(prompt)()  # of nothing: it is refused, and the row has an error
-        content = self.t_prompt_template.format(**row)
-        return content if isinstance(prompt, str) else [*prompt[:-1], {"role": "user", "content": content}]
-
-    def _in_template(self) -> list[str]:
-        if self.t_prompt_template is None:
-            return []
+        """What π_t sees; None for the same as π_θ; empty, and so refused, where `t_prompt_error` says why."""
+        if not self.has_template:
+            return None if self.t_prompt is None else without_nulls(row[self.t_prompt])
         try:
-            parts = list(string.Formatter().parse(self.t_prompt_template))
-        except ValueError as error:
-            raise ValueError(f"--t-prompt-template is not valid: {error}") from error
-        return [
-            f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
-            for _, name, spec, conversion in parts
-            if name is not None
-        ]
+            return self._target_prompt(row)
+        except ValueError:
+            prompt = row[self.prompt]
+            return None if prompt is None else type(prompt)()
+
+    def t_prompt_error(self, row: Row) -> str | None:
+        """Why there is nothing that π_t could see of a row; None where there is."""
+        if self.has_template:
+            try:
+                self._target_prompt(row)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    def _target_prompt(self, row: Row) -> Prompt:
+        return target_prompt(
+            row,
+            template=self.t_prompt_template,
+            system_prompt=self.t_system_prompt,
+            prompt_column=self.prompt,
+            t_prompt_column=self.t_prompt,
+        )
+
+    def _in_templates(self) -> list[str]:
+        named = []
+        for flag, template in (
+            ("--t-prompt-template", self.t_prompt_template),
+            ("--t-system-prompt", self.t_system_prompt),
+        ):
+            try:
+                named += template_columns(template or "")
+            except ValueError as error:
+                raise ValueError(f"{flag} is not valid: {error}; braces that are text are written twice") from error
+        return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +136,7 @@ def open_source(
     """Check the whole input, where it is files, before anything expensive.
 
     Args:
-        inputs: JSONL or Parquet files, or the name (or folder) of one dataset.
+        inputs: JSONL (also compressed, .jsonl.gz) or Parquet files, or the name (or folder) of one dataset.
         config_name, split: of a dataset.
         limit: use the first rows only.
 
@@ -127,7 +146,9 @@ def open_source(
     """
     kinds = {_kind(name) for name in inputs}
     if len(kinds) != 1 or (kinds == {"dataset"} and len(inputs) > 1):
-        raise ValueError("--input must be files of one kind (.jsonl or .parquet), or the name of one dataset")
+        raise ValueError(
+            "--input must be files of one kind (.jsonl, .jsonl.gz or .parquet), or the name of one dataset"
+        )
     source = {"jsonl": _json_source, "parquet": _parquet_source}.get(kinds.pop())
     found = source(inputs, columns) if source else _dataset_source(inputs[0], config_name, split, columns)
     if found.total == 0:
@@ -137,7 +158,8 @@ def open_source(
 
 
 def _kind(name: str) -> str:
-    kind = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(Path(name).suffix, "dataset")
+    path = Path(name)
+    kind = _KINDS.get("".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix, "dataset")
     if kind != "dataset" and not Path(name).is_file():
         raise ValueError(f"--input: there is no file {name}")
     return kind
@@ -148,7 +170,7 @@ def _json_source(paths: Sequence[str], columns: Columns) -> Source:
     types, total, files = _Types(), 0, []
     for path in paths:
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with _named(path), _open_lines(path) as file:
             rows = _parse_lines(path, _hashed(file, digest), columns)
             while batch := list(itertools.islice(rows, _BATCH)):
                 with _of_one_type(path):
@@ -159,7 +181,7 @@ def _json_source(paths: Sequence[str], columns: Columns) -> Source:
         files.append(_file_identity(path, digest))
 
     def read(path: str) -> Iterator[Row]:
-        with open(path, "rb") as file:
+        with _named(path), _open_lines(path) as file:
             yield from _parse_lines(path, file, columns)
 
     return _checked_files(paths, files, total, types, read)
@@ -205,6 +227,10 @@ def _of_one_type(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: the rows of a column must be of one type: {error}") from error
 
 
+def _open_lines(path: str) -> Any:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
 def _hashed(lines: Iterable[bytes], digest: Any) -> Iterator[bytes]:
     for line in lines:
         digest.update(line)
@@ -234,7 +260,7 @@ def _parquet_source(paths: Sequence[str], columns: Columns) -> Source:
             stored = pq.ParquetFile(path)
             found = stored.schema_arrow.remove_metadata()
             _check_columns(found.names, columns, path)
-            types.add(pa.schema([(name, found.field(name).type) for name in columns.needed]))
+            types.add(pa.schema([(name, _plain_type(found.field(name).type)) for name in columns.needed]))
         total += stored.metadata.num_rows
 
     def read(path: str) -> Iterator[Row]:
@@ -256,7 +282,8 @@ def _dataset_source(name: str, config_name: str | None, split: str, columns: Col
             dataset = dataset._resolve_features()
     _check_columns(list(dataset.features or ()), columns, where)
     wanted = list(columns.needed)
-    schema = pa.schema([dataset.features.arrow_schema.field(column).remove_metadata() for column in wanted])
+    stored = dataset.features.arrow_schema
+    schema = pa.schema([(column, _plain_type(stored.field(column).type)) for column in wanted])
     known = (builder.info.splits or {}).get(split)
     identity = {"dataset": name, "config": config_name, "split": split, "hash": builder.hash}
 
@@ -267,6 +294,21 @@ def _dataset_source(name: str, config_name: str | None, split: str, columns: Col
                 yield row
 
     return Source(identity, known and known.num_examples, schema, read)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the same values without the ways to store them: dictionaries, views, lists of a fixed length."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(_plain_type(kind.value_type))
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _plain_type(field.type)) for field in kind])
+    return kind
 
 
 @contextlib.contextmanager
@@ -290,15 +332,3 @@ def _check_columns(found: list[str], columns: Columns, where: str) -> None:
             raise ValueError(f"{where} has no column {name!r}, but {', '.join(found)}{did_you_mean(name, found)}")
         if found.count(name) > 1:
             raise ValueError(f"{where} has {found.count(name)} columns {name!r}: rename all but one")
-
-
-def _without_nulls(prompt: Any) -> Any:
-    """Chat messages without the empty keys that Arrow adds where messages differ: templates ask for their presence."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
-        return [
-            {key: value for key, value in message.items() if value is not None or key == "content"}
-            if isinstance(message, Mapping)
-            else message
-            for message in prompt
-        ]
-    return prompt

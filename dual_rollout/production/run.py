@@ -141,10 +141,11 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
     fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", kind)]
     if columns.t_prompt is not None:
         fields.append(("t_prompt", _prompt_type(source, columns.t_prompt)))
-    elif columns.t_prompt_template is not None:
+    elif columns.has_template:
         if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
             raise ValueError(
-                f"--t-prompt-template needs text or chat messages, but column {columns.prompt} has token ids"
+                "--t-prompt-template and --t-system-prompt need text or chat messages, but column "
+                f"{columns.prompt} has token ids"
             )
         fields.append(("t_prompt", kind))
     fields += [
@@ -279,7 +280,7 @@ class _Run:
             "logprobs_t": output.logprobs_t,
             "importance_weights": output.importance_weights,
             "without_target": output.without_target,
-            "error": output.error,
+            "error": columns.t_prompt_error(row) or output.error,
             **self._described,
             **{name: row[name] for name in columns.keep},
         }

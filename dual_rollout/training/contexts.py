@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from dual_rollout.prompts import target_prompt
 from dual_rollout.types import Prompt
 
 T_PROMPT_COLUMN = "t_prompt"
@@ -75,30 +74,6 @@ class ContextsByPrompt:
         return Contexts.from_rows(rows)
 
 
-def target_prompt(row: Mapping[str, Any], *, template: str | None = None, system_prompt: str | None = None) -> Prompt:
-    """What π_t sees of a dataset row: its `t_prompt`, or else its `prompt`, with turns of its own.
-
-    Args:
-        row: at least `prompt`, a string or chat messages.
-        template: replaces the last turn (a prompt that is a string: all of it); the row's columns in braces.
-        system_prompt: the system turn, in place of the prompt's own if it has one; the row's columns in braces.
-
-    Raises:
-        ValueError: a template whose braces hold no column of the row, or one that is null there; a system turn for a
-            prompt that is a string.
-    """
-    prompt = row["prompt"] if row.get(T_PROMPT_COLUMN) is None else row[T_PROMPT_COLUMN]
-    if template is not None:
-        content = _fill(template, row, "t_prompt_template")
-        prompt = content if isinstance(prompt, str) else [*prompt[:-1], {"role": "user", "content": content}]
-    if system_prompt is not None:
-        if isinstance(prompt, str):
-            raise ValueError("t_system_prompt needs prompts that are chat messages; use t_prompt_template for strings")
-        turns = prompt[1:] if prompt[0]["role"] == "system" else prompt
-        prompt = [{"role": "system", "content": _fill(system_prompt, row, "t_system_prompt")}, *turns]
-    return prompt
-
-
 def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str | None = None) -> Any:
     """The dataset with a column `t_prompt` made by `target_prompt`; without template and system prompt as it is."""
     if template is None and system_prompt is None:
@@ -106,24 +81,14 @@ def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str
     return rows.map(lambda row: {T_PROMPT_COLUMN: target_prompt(row, template=template, system_prompt=system_prompt)})
 
 
-def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        for column in (re.split(r"[.[]", field)[0] for field in fields):
-            if column not in row:
-                raise ValueError(f"{column!r} is none of the dataset's columns {', '.join(row)}")
-            if row[column] is None:
-                raise ValueError(f"the column {column!r} is null in a row: fill it, or leave the row out")
-        return template.format(**row)
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(
-            f"{name} {template!r}: {error}. Columns stand in braces; write {{{{ and }}}} for braces themselves"
-        ) from error
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset; of a stream that does not say, those of its first row."""
+    return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def _by_prompt(dataset: Any) -> dict[bytes, dict[str, Any]]:
     """The context of every prompt; empty where the dataset has none of the columns."""
-    named = {*(dataset.column_names or next(iter(dataset)))} & {*CONTEXT_COLUMNS}
+    named = {*column_names(dataset)} & {*CONTEXT_COLUMNS}
     if not named:
         return {}
     if not isinstance(dataset, Dataset):

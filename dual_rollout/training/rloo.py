@@ -10,6 +10,7 @@ from trl import RLOOTrainer
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import check_training_args
 from dual_rollout.training.trainer import DualTrainerMixin
+from dual_rollout.types import Prompt
 
 
 class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
@@ -37,6 +38,10 @@ class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
         if args.use_vllm:
             raise ValueError("RLOO sends no weights to a server that it does not ask for completions: use_vllm=false")
         check_training_args(args)
+
+    def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        with fail_together():  # as GRPO's are, and π_t's
+            return self.rollout.encode(prompts, self), None, {}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any

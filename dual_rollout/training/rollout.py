@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import functools
 import logging
 import math
-import threading
 import time
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -18,12 +16,15 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dual_rollout.config import NO_TARGET, CoordinatorConfig
+from dual_rollout.config import NO_TARGET, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.engines import EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.functional.weights import pareto_k
-from dual_rollout.training.contexts import Contexts, ContextsByPrompt
+from dual_rollout.prompts import check_prompt_is_text
+from dual_rollout.text import encode_prompt, with_template_options
+from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
+from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import GenerationOutput, Prompt
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SAME_DISTRIBUTION = 1e-3  # nats per token; the numerics of two servers stay below it
 _NAME_WITHIN_S = 5.0  # for a model card, which no run should wait for long
 
 ADAPTER_NAME = "dual-rollout-policy"
@@ -96,8 +98,9 @@ class DualRollout:
     """Draws rollouts from q* between two servers.
 
     Give it to a trainer, `GRPOTrainer(rollout_func=DualRollout(config))`, or call `generate` in a loop of your own.
-    Synchronous outside; inside, one event loop in a background thread keeps its connections for its whole life.
-    Use as a context manager, or `close()` it.
+    Synchronous outside; inside, one event loop in a background thread keeps its connections for its whole life: until
+    `close()`, the end of a `with` block, or of the process. A forked process opens connections of its own, and draws
+    from the same random streams as its parent would: give each a seed of its own.
 
     With `config.seed` a trainer's random streams depend on the seed, the process, the training step, whether it trains
     or evaluates, and the number of the rollout within that step, and on nothing else: a resumed run goes on with the
@@ -110,22 +113,34 @@ class DualRollout:
         config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
         schedule: how the bounds on α move over the trainer's steps. `generate`, which knows no steps, uses `config`.
+        allow_uncorrected: whether a trainer may use the rollouts that neither sends its weights to π_θ's server nor
+            applies importance weights, as a plain `GRPOTrainer` with `use_vllm=False`.
 
     Raises:
         ValueError: a schedule that does not fit `config`.
     """
 
-    def __init__(self, config: CoordinatorConfig, tokenizer: Any = None, *, schedule: AlphaSchedule | None = None):
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        tokenizer: Any = None,
+        *,
+        schedule: AlphaSchedule | None = None,
+        allow_uncorrected: bool = False,
+    ):
         self.config = config
         self.tokenizer = tokenizer
+        self.allow_uncorrected = allow_uncorrected
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
         self._streams: dict[str, tuple[int, int]] = {}
         self._contexts = ContextsByPrompt()
         self._warned: set[str] = set()
         self._served_models: dict[str, EngineInfo] = {}
-        self._loop: _LoopThread | None = None
+        self._compared = False  # whether a rollout has shown that π_t differs from π_θ, or not
+        self._loop: LoopThread | None = None
         self._coordinator: DualVLLMCoordinator | None = None
+        self._close_at_exit: Any = None
 
     def __call__(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, Any]:
         """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
@@ -140,18 +155,13 @@ class DualRollout:
 
         Raises:
             RolloutError: a sequence failed.
-            ValueError: the trainer asks for what q* cannot honour, or a prompt's contexts cannot be looked up.
+            ValueError: the trainer asks for what q* cannot honour, or a prompt's contexts cannot be looked up, or the
+                trainer corrects nothing and `allow_uncorrected` is not set.
         """
         check_training_args(trainer.args)
-        if self.tokenizer is None:
-            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-            self.tokenizer = with_template_options(tokenizer, trainer.chat_template_kwargs)
         corrects = getattr(trainer, "rollout", None) is self
-        if not (corrects or trainer.use_vllm):
-            self._warn_once(
-                "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
-                "policy's server: use DualGRPOTrainer, or use_vllm=True"
-            )
+        if not corrects:
+            self._check_corrected(trainer)
         self._warn_of_settings(trainer)
         state = trainer.state
         config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
@@ -170,7 +180,9 @@ class DualRollout:
                 max_tokens=trainer.max_completion_length,
                 temperature=trainer.temperature,
                 stream=(_mode(trainer), state.global_step, trainer.accelerator.process_index),
+                tokenizer=self._tokenizer_under(trainer),
             )
+        self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
         _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
         _log_counts(trainer, self._counts() - before)
         for name in self.schedule.ends:
@@ -233,10 +245,21 @@ class DualRollout:
             max_tokens=max_tokens,
             temperature=temperature,
             stream=("loop", 0, process_index()),
+            tokenizer=self.tokenizer,
         )
+        self._warn_if_target_is_policy(outputs, t_prompts)
         tokenizer = self._open().tokenizer
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
         return RolloutBatch.from_outputs(outputs, 0 if pad is None else pad)
+
+    def encode(self, prompts: Sequence[Prompt], trainer: Any) -> list[list[int]]:
+        """Token ids of a trainer's prompts, as π_θ sees them in `__call__`.
+
+        Raises:
+            ValueError: a prompt that cannot be encoded.
+        """
+        tokenizer, parse = self._tokenizer_under(trainer), self.config.parse_special_tokens
+        return [encode_prompt(prompt, tokenizer, parse_special_tokens=parse) for prompt in prompts]
 
     def reload_policy_weights(self, folder: str) -> None:
         """Make π_θ's server load the safetensors in `folder` and drop its prefix cache; π_t's is left alone."""
@@ -302,13 +325,12 @@ class DualRollout:
         self._open().weight_version = version
 
     def close(self) -> None:
-        """Close the connections and end the background thread."""
-        if self._coordinator is not None:
-            self._run(self._coordinator.aclose())
-            self._coordinator = None
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        """Close the connections and end the background thread; the next rollout would open them again."""
+        if self._loop is not None and self._loop.is_of_this_process:
+            self._close_at_exit()
+        elif self._loop is not None:
+            _OF_PARENT_PROCESSES.append((self._loop, self._coordinator))
+        self._loop = self._coordinator = None
 
     def __enter__(self) -> Self:
         return self
@@ -328,8 +350,11 @@ class DualRollout:
         max_tokens: int,
         temperature: float | None,
         stream: tuple[str, int, int],
+        tokenizer: Any,
     ) -> list[GenerationOutput]:
         coordinator = self._open()
+        if tokenizer is not None:
+            coordinator.tokenizer = tokenizer
         coordinator.config = config  # differs from the one it was opened with in bounds on α alone
         outputs = self._run(
             coordinator.generate_batch(
@@ -363,6 +388,55 @@ class DualRollout:
                 'right are asked for again; to be safe, use support "union" with missing "floor", or one process'
             )
 
+    def _check_corrected(self, trainer: Any) -> None:
+        """Refuse a trainer that would take samples from q* for its policy's.
+
+        Raises:
+            ValueError: it applies no weights, and `allow_uncorrected` is not set.
+        """
+        if not trainer.use_vllm:
+            fault = "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
+            fault += "policy's server: use DualGRPOTrainer, or use_vllm=True"
+        elif not trainer.args.vllm_importance_sampling_correction:
+            fault = "vllm_importance_sampling_correction=False leaves rollouts from q* without their importance "
+            fault += "weights: set it to True, or use DualGRPOTrainer"
+        else:
+            return
+        if not self.allow_uncorrected:
+            raise ValueError(f"{fault}. To train like that on purpose, set allow_uncorrected=True in DualRollout")
+        self._warn_once(fault)
+
+    def _tokenizer_under(self, trainer: Any) -> Any:
+        """The policy's tokenizer, with the trainer's arguments for its chat template."""
+        own = self.tokenizer
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class) if own is None else own
+        return with_template_options(tokenizer, trainer.chat_template_kwargs)
+
+    def _warn_if_target_is_policy(
+        self, outputs: Sequence[GenerationOutput], t_prompts: Sequence[Prompt] | None, dataset: Any = None
+    ) -> None:
+        """Say, at the first rollout that tells, that π_t and π_θ are one distribution: nothing else would show it."""
+        rows = [output for output in outputs if not all(output.without_target)]
+        if self._compared or not rows:
+            return
+        self._compared = True
+        divergence = np.nanmean([row.diagnostics[f"{name}_mean"] for row in rows for name in ("kl_theta", "kl_t")])
+        if not divergence < _SAME_DISTRIBUTION or process_index() != 0:
+            return
+        seen = "the prompts that π_t sees, t_prompts, make no difference"
+        if t_prompts is None:
+            seen = "π_t sees the policy's prompt, for no t_prompts were given"
+            if dataset is not None:
+                columns = [name for name in column_names(dataset) if name != "prompt"]
+                seen = f"π_t sees the policy's prompt, for the dataset has no column {T_PROMPT_COLUMN!r} that is not "
+                seen += f"null{did_you_mean(T_PROMPT_COLUMN, columns)}"
+        logger.warning(
+            "π_t gives the same probabilities as π_θ in this rollout (%.1e nats apart per token), so that every weight "
+            "is 1 and q* is the policy itself: the two servers have one model, and %s",
+            divergence,
+            seen,
+        )
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -384,47 +458,42 @@ class DualRollout:
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
     def _open(self) -> DualVLLMCoordinator:
+        if self._loop is not None and not self._loop.is_of_this_process:
+            self._leave_to_parent_process()
         if self._coordinator is None:
-            self._coordinator = DualVLLMCoordinator(self.config)
-        if self.tokenizer is not None:  # a trainer's is known only when its first rollout begins
-            self._coordinator.tokenizer = self.tokenizer
+            self._coordinator = DualVLLMCoordinator(self.config, tokenizer=self.tokenizer)
+            self._loop = LoopThread()
+            self._close_at_exit = weakref.finalize(self, _close, self._loop, self._coordinator)
         return self._coordinator
 
+    def _leave_to_parent_process(self) -> None:
+        """In a forked process: forget the parent's connections, which are not to be touched here.
+
+        Raises:
+            ValueError: the parent has given π_θ's server weights, of which this process would not know.
+        """
+        assert self._coordinator is not None
+        if self._coordinator.weight_version is not None:
+            raise ValueError(
+                "this process was forked from the one that sends π_θ's server its weights, and would not know of them: "
+                "roll out in that one, or make a DualRollout here"
+            )
+        _OF_PARENT_PROCESSES.append((self._loop, self._coordinator))
+        self._loop = self._coordinator = None
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
-            self._loop = _LoopThread()
+        assert self._loop is not None
         return self._loop.run(coroutine)
 
 
-class _LoopThread:
-    """An event loop in a daemon thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dual-rollout", daemon=True)
-        self._thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # on Ctrl-C the requests end with the caller
-            raise
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+_OF_PARENT_PROCESSES: list[Any] = []
+"""Never collected: closing inherited sockets would unregister the parent's, whose epoll instance is the same."""
 
 
-def with_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
-    """The tokenizer, with further arguments for its chat template."""
-    if not options:
-        return tokenizer
-    bound = copy.copy(tokenizer)
-    bound.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
-    return bound
+def _close(loop: LoopThread, coordinator: DualVLLMCoordinator) -> None:
+    """Of a rollout that is closed, collected, or still open when Python ends."""
+    if loop.is_of_this_process:
+        loop.close(coordinator.aclose())
 
 
 def check_training_args(args: Any) -> None:
@@ -471,10 +540,7 @@ def check_rollout_is_all(trainer: Any, prompts: Sequence[Prompt]) -> None:
             "itself, outside q*: leave them out, and run tools in a loop of your own around DualRollout.generate"
         )
     for prompt in prompts:
-        for turn in () if isinstance(prompt, str) else prompt:
-            content = turn["content"] if isinstance(turn, Mapping) else None
-            if isinstance(content, list) and any(part.get("type") != "text" for part in content):
-                raise ValueError("a prompt has an image, and rollouts from q* are of text alone")
+        check_prompt_is_text(prompt)
 
 
 _NEUTRAL = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}

@@ -16,7 +16,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
 from trl import get_peft_config, get_quantization_config
 
 from dual_rollout.exceptions import exit_status
@@ -105,13 +104,19 @@ def check_processes() -> None:
         )
 
 
-def load_data(recipe: Recipe) -> tuple[DatasetDict, list[str | Callable[..., Any]]]:
-    """The dataset, with a `t_prompt` column where the recipe has a template, and the rewards.
+def load_data(recipe: Recipe) -> tuple[dict[str, Any], list[str | Callable[..., Any]]]:
+    """The splits that the run uses, with a `t_prompt` column where the recipe has a template, and the rewards.
 
     Raises:
-        ValueError: neither or both sources of data, or a template that names a column the dataset lacks.
+        ValueError: neither or both sources of data, a stream without `max_steps`, or a template that names a column the
+            dataset lacks.
     """
     dual, script = recipe.dual, recipe.script
+    if script.dataset_streaming:
+        if dual.dual_task is not None:
+            raise ValueError("dataset_streaming streams a dataset_name: leave it out with dual_task")
+        if recipe.training.max_steps <= 0:
+            raise ValueError("dataset_streaming: a stream has no known length, set max_steps")
     if (dual.dual_task is None) == (script.dataset_name is None):
         raise ValueError("set exactly one of dual_task and dataset_name")
     reward_funcs: list[str | Callable[..., Any]] = [reward_function(name) for name in script.reward_funcs or []]
@@ -122,17 +127,20 @@ def load_data(recipe: Recipe) -> tuple[DatasetDict, list[str | Callable[..., Any
         rows, task_reward = load_task(
             dual.dual_task, size=dual.dual_task_size, seed=recipe.training.seed, options=options
         )
-        dataset = DatasetDict({script.dataset_train_split: rows, script.dataset_test_split: rows})
+        dataset: dict[str, Any] = {script.dataset_train_split: rows, script.dataset_test_split: rows}
         reward_funcs.append(task_reward)
     else:
         splits = [script.dataset_train_split]
         if recipe.training.eval_strategy != "no":
             splits.append(script.dataset_test_split)
-        dataset = load_rows(str(script.dataset_name), script.dataset_config, splits)
+        dataset = load_rows(str(script.dataset_name), script.dataset_config, splits, streaming=script.dataset_streaming)
     if not reward_funcs:
         raise ValueError("no reward: set reward_funcs or reward_model_name_or_path")
     turns = {"template": dual.dual_t_prompt_template, "system_prompt": dual.dual_t_system_prompt}
-    return DatasetDict({name: with_t_prompts(rows, **turns) for name, rows in dataset.items()}), reward_funcs
+    dataset = {name: with_t_prompts(rows, **turns) for name, rows in dataset.items()}
+    for rows in dataset.values():
+        next(iter(rows))  # a stream tries a template when it is read, which is late for the first row
+    return dataset, reward_funcs
 
 
 @contextlib.contextmanager
@@ -203,17 +211,19 @@ def _server_env(dual: DualArguments) -> dict[str, str]:
 def reward_function(name: str) -> Callable[..., Any]:
     """The reward function of a name that TRL's own script knows, or of a dotted import path.
 
+    A path is looked for in the current folder and then where Python looks. As under `python -m`, the folder stays on
+    `sys.path`, for what the function imports when it is called.
+
     Raises:
         ValueError: there is none, or it needs a package that is not installed.
     """
     module, _, attribute = (name if "." in name else f"trl.rewards.{name}").rpartition(".")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: cannot import {name!r}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
+        raise ValueError(f"reward_funcs: cannot import {name!r}, looked for in {os.getcwd()} first: {error}") from error
     if function.__module__ == "trl.rewards.accuracy_rewards" and importlib.util.find_spec("math_verify") is None:
         raise ValueError(f"reward_funcs: {name} needs the package math-verify: pip install 'dual_rollout[math]'")
     if name == "get_soft_overlong_punishment":  # not a reward but what makes one, here with the values of TRL's script

@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
+
+from dual_rollout.training.contexts import column_names
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -70,14 +72,16 @@ def task_options(text: str) -> dict[str, Any]:
     return options
 
 
-def load_rows(name: str, config: str | None, splits: Sequence[str]) -> DatasetDict:
-    """A dataset by name or folder, with rows and a column `prompt` in each of the splits that the run uses.
+def load_rows(
+    name: str, config: str | None, splits: Sequence[str], *, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """The splits that a run uses of a dataset by name or folder, each with rows and a column `prompt`.
 
     Raises:
         ValueError: it cannot be read, or lacks a split or the column.
     """
     try:
-        dataset = load_dataset(name, name=config)
+        dataset = load_dataset(name, name=config, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"dataset_name={name!r} cannot be loaded: {error}") from error
     for split in splits:
@@ -85,12 +89,12 @@ def load_rows(name: str, config: str | None, splits: Sequence[str]) -> DatasetDi
             raise ValueError(
                 f"{name} has no split {split!r} but {', '.join(dataset)}: set dataset_train_split, dataset_test_split"
             )
-        columns = dataset[split].column_names
+        columns = column_names(dataset[split])
+        if next(iter(dataset[split]), None) is None:
+            raise ValueError(f"the split {split!r} of {name} has no rows")
         if "prompt" not in columns:
             raise ValueError(f"{name} has no column 'prompt' but {', '.join(columns)}: rename the one with the prompts")
-        if len(dataset[split]) == 0:
-            raise ValueError(f"the split {split!r} of {name} has no rows")
-    return dataset
+    return {split: dataset[split] for split in splits}
 
 
 def final_answer(text: str) -> str:

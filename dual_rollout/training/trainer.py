@@ -14,7 +14,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts
+from dual_rollout.prompts import without_nulls
+from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts, column_names
 from dual_rollout.training.correction import (
     IMPORTANCE_SAMPLING_MODES,
     ImportanceSamplingMode,
@@ -95,7 +96,7 @@ class DualTrainerMixin(_Trainer):
         self._synced_step: int | None = None
         self.contexts = Contexts()
         self.rollout = self._make_rollout(dual_config, alpha_schedule)
-        if "args" in kwargs:
+        if kwargs.get("args") is not None:
             self._check_args(kwargs["args"])  # before the model is loaded
         super().__init__(*args, **self._rollout_arguments(), **kwargs)
         self._check_args(self.args)
@@ -201,6 +202,9 @@ class DualTrainerMixin(_Trainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
+        for row in inputs:
+            if "prompt" in row:  # as the servers get it, so that reward functions and models see the same
+                row["prompt"] = without_nulls(row["prompt"])
         self.contexts = Contexts.from_rows(inputs)
         output = super()._generate_and_score_completions(inputs)
         # What the rollout returned per row has been merged into `inputs`.
@@ -281,12 +285,12 @@ class _UpdateTimer(TrainerCallback):
 
 
 def check_columns(dataset: Any) -> None:
-    """Refuse a dataset with columns of the names under which the rollout gives its own to the reward functions.
+    """Refuse a dataset, or a stream, with columns that the rollout would overwrite.
 
     Raises:
         ValueError: names them.
     """
-    taken = sorted({*(getattr(dataset, "column_names", None) or [])} & {*_TENSORS, "weight_version"})
+    taken = sorted({*([] if dataset is None else column_names(dataset))} & {*_TENSORS, "weight_version"})
     if taken:
         raise ValueError(f"the dataset's columns {', '.join(taken)} would be overwritten by the rollout's: rename them")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +15,11 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
 from dual_rollout.exceptions import RolloutError
-from dual_rollout.training.contexts import ContextsByPrompt, target_prompt, with_t_prompts
+from dual_rollout.training.contexts import ContextsByPrompt
 from dual_rollout.training.rollout import check_rollout_is_all
 from dual_rollout.training.trainer import check_columns
 from tests.integration.conftest import TinyPair
@@ -36,7 +39,7 @@ def plain_run(pair: TinyPair, folder: Path, dataset: Any, **options: Any) -> lis
 
     arguments = {"eval_dataset": options.pop("eval_dataset")} if "eval_dataset" in options else {}
     evaluate_on = options.pop("evaluate_on", None)
-    with DualRollout(options.pop("config", None) or dual_config(pair)) as rollout:
+    with DualRollout(options.pop("config", None) or dual_config(pair), allow_uncorrected=True) as rollout:
         trainer = GRPOTrainer(
             model=str(pair.theta_model),
             reward_funcs=reward,
@@ -185,37 +188,6 @@ def test_generate_takes_prompts_and_targets(tiny_pair: TinyPair, routed: Coordin
     assert (batch.alpha[2:4] == 0).all() and batch.alpha[0].max() > 0
 
 
-def test_templates() -> None:
-    chat = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}], "answer": "4"}
-    system = {"role": "system", "content": "The answer is 4."}
-    assert target_prompt(chat, system_prompt="The answer is {answer}.") == [system, chat["prompt"][1]]
-    assert target_prompt({**chat, "prompt": chat["prompt"][1:]}, system_prompt="The answer is {answer}.") == [
-        system,
-        chat["prompt"][1],
-    ]
-    both = target_prompt(chat, template="2+2? ({answer})", system_prompt="The answer is {answer}.")
-    assert both == [system, {"role": "user", "content": "2+2? (4)"}]
-    assert target_prompt({"prompt": "2+2?", "answer": "4"}, template="2+2={answer}") == "2+2=4"
-    assert target_prompt({**chat, "t_prompt": SECRET}) == SECRET
-    with pytest.raises(ValueError, match=r"t_system_prompt .*'key' is none of the dataset's columns prompt, answer"):
-        target_prompt(chat, system_prompt="{key}")
-    with pytest.raises(ValueError, match="chat messages"):
-        target_prompt({"prompt": "2+2?"}, system_prompt="no")
-    nested = {"prompt": "2+2?", "reward_model": {"truth": "4"}}
-    assert target_prompt(nested, template="{reward_model[truth]} in {{braces}}") == "4 in {braces}"
-    for template, named in (
-        ("{answer", "expected '}'"),
-        (r"\boxed{}", "'' is none of the dataset's columns"),
-        ("{reward_model[lie]}", "lie"),
-        ("{empty}", "'empty' is null in a row"),
-    ):
-        with pytest.raises(ValueError, match=f"t_prompt_template .*{named}.*write {{{{ and }}}} for braces"):
-            target_prompt({**nested, "empty": None}, template=template)
-    dataset = Dataset.from_list([chat])
-    assert with_t_prompts(dataset) is dataset
-    assert with_t_prompts(dataset, system_prompt="{answer}")[0]["t_prompt"][0]["content"] == "4"
-
-
 def test_template_arguments_reach_both_models(tiny_pair: TinyPair, tmp_path: Path) -> None:
     """`chat_template_kwargs`, for example of a template that can be told not to think."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
@@ -234,6 +206,61 @@ def test_template_arguments_reach_both_models(tiny_pair: TinyPair, tmp_path: Pat
         marked.chat_template = tokenizer.chat_template.replace("{% if mark is defined %}{{ mark }}{% endif %}", "is of")
         trainer.processing_class = marked
         check_target(trainer, tiny_pair)
+
+
+def test_template_arguments_are_those_of_each_trainer(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """Also where the rollout was given a tokenizer, or was used by another trainer before."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if mark is defined %}{{ mark }}{% endif %}"
+    seen: list[str] = []
+    for given in (tokenizer, None):
+        with DualRollout(dual_config(tiny_pair), given, allow_uncorrected=True) as rollout:
+
+            def observed(prompts: Any, trainer: Any, rollout: DualRollout = rollout) -> Any:
+                output = rollout(prompts, trainer)
+                seen.extend(tokenizer.batch_decode(output["prompt_ids"][:1]))
+                return output
+
+            for mark in ("is of", "to in"):
+                GRPOTrainer(
+                    model=str(tiny_pair.theta_model),
+                    processing_class=tokenizer,
+                    reward_funcs=count_of_the,
+                    args=grpo_config(tmp_path, max_steps=1, chat_template_kwargs={"mark": mark}),
+                    train_dataset=Dataset.from_list(rows()),
+                    rollout_func=observed,
+                ).train()
+    assert [text.rpartition("assistant\n")[2] for text in seen] == ["is of", "to in"] * 2
+
+
+TURNS = [
+    {"role": "user", "content": "what", "name": "ann"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}]},
+    {"role": "tool", "content": "<|im_end|>"},
+]
+
+
+@pytest.mark.parametrize("kind", [ObservedGRPO, ObservedRLOO])
+def test_a_trainer_sees_the_prompts_that_generate_sees(tiny_pair: TinyPair, tmp_path: Path, kind: type) -> None:
+    """A turn of tool calls, null keys, a special token's name: the same ids under GRPO, RLOO and without a trainer."""
+    prompts: list[Any] = [TURNS, [{"role": "user", "content": "is that"}]]
+    trainer = run(
+        tiny_pair,
+        tmp_path,
+        kind,
+        dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        max_steps=1,
+    )
+    with DualRollout(dual_config(tiny_pair)) as rollout:
+        alone = rollout.generate(prompts, max_tokens=1)
+    expected = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(alone.prompt_ids, alone.prompt_mask, strict=True)}
+    batch = trainer.rollouts[0].batch
+    found = {
+        tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    }
+    assert found == expected and len(found) == 2
+    shown = [turn for row in trainer.rollouts[0].rows for turn in row["prompt"]]
+    assert all(value is not None or key == "content" for turn in shown for key, value in turn.items())
 
 
 def test_a_resumed_run_has_the_streams_of_one_that_was_not_stopped(tiny_pair: TinyPair, tmp_path: Path) -> None:
@@ -363,8 +390,10 @@ def test_images_are_refused_in_rloo() -> None:
 def test_columns_that_the_rollout_would_overwrite_are_refused() -> None:
     check_columns(Dataset.from_list(rows()))
     check_columns(None)
-    with pytest.raises(ValueError, match="alpha, logprobs_t would be overwritten"):
-        check_columns(Dataset.from_list([{**row, "logprobs_t": 0.0, "alpha": 1.0} for row in rows()]))
+    taken = [{**row, "logprobs_t": 0.0, "alpha": 1.0} for row in rows()]
+    for dataset in (Dataset.from_list(taken), IterableDataset.from_generator(lambda: iter(taken))):
+        with pytest.raises(ValueError, match="alpha, logprobs_t would be overwritten"):
+            check_columns(dataset)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +448,98 @@ def test_what_several_processes_should_know_is_said_once(caplog: pytest.LogCaptu
     trainer.accelerator.num_processes = 1
     DualRollout(CoordinatorConfig(support="tail"))._warn_of_settings(trainer)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({}, "applies no importance weights"), ({"use_vllm": True}, "vllm_importance_sampling_correction=False leaves")],
+)
+def test_a_trainer_that_corrects_nothing_is_refused(options: dict[str, Any], named: str) -> None:
+    args = GRPOConfig(use_cpu=True, bf16=False, report_to="none", vllm_importance_sampling_correction=False)
+    trainer = SimpleNamespace(args=args, **{"use_vllm": False, **options})
+    with pytest.raises(ValueError, match=f"{named}.* set allow_uncorrected=True in DualRollout"):
+        DualRollout(CoordinatorConfig())(["the user"], trainer)
+
+
+def same_server_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if "same probabilities" in record.message]
+
+
+def test_a_target_that_is_the_policy_is_said_once(
+    tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = dataclasses.replace(dual_config(tiny_pair), t_url=tiny_pair.theta_url)
+    with DualRollout(same) as rollout:
+        for _ in range(2):
+            rollout.generate(["what is that"], max_tokens=3)
+    (message,) = same_server_warnings(caplog)
+    assert "no t_prompts were given" in message
+    caplog.clear()
+    misspelt = [{"prompt": row["prompt"], "t_promt": row["t_prompt"]} for row in rows()]
+    run(tiny_pair, tmp_path, config=same, dataset=Dataset.from_list(misspelt), max_steps=2, learning_rate=0.0)
+    (message,) = same_server_warnings(caplog)
+    assert "no column 't_prompt'" in message and "did you mean 't_promt'?" in message
+    caplog.clear()
+    with DualRollout(same) as rollout:
+        rollout.generate(["what is that"], t_prompts=["the user"], max_tokens=3)
+    with DualRollout(dual_config(tiny_pair)) as rollout:
+        rollout.generate(["what is that"], max_tokens=3)
+    assert not same_server_warnings(caplog)
+
+
+AT_EXIT = """
+import gc, os, sys, weakref
+from dual_rollout import CoordinatorConfig, DualRollout
+config = CoordinatorConfig(theta_url=sys.argv[1], t_url=sys.argv[2], top_k=20, seed=1)
+def draw(rollout):
+    return rollout.generate(["the user"], max_tokens=4).completion_ids.tolist()
+collected = DualRollout(config)
+expected = [draw(collected), draw(collected)]
+del collected
+gc.collect()
+rollout = DualRollout(config)
+assert draw(rollout) == expected[0]
+child = os.fork()
+if child == 0:
+    ok = draw(rollout) == expected[1]
+    rollout.close()
+    os._exit(0 if ok else 1)
+assert os.waitpid(child, 0)[1] == 0, "what a forked process draws"
+assert draw(rollout) == expected[1], "the parent goes on"
+rollout.weight_version = 1
+child = os.fork()
+if child == 0:
+    try:
+        draw(rollout)
+    except ValueError as error:
+        os._exit(0 if "forked" in str(error) else 1)
+    os._exit(1)
+assert os.waitpid(child, 0)[1] == 0, "a forked process does not know of the weights"
+print("drawn")
+"""
+
+
+def test_a_rollout_closes_itself_and_survives_a_fork(tiny_pair: TinyPair) -> None:
+    """Neither `close()` nor `with`: nothing is said of unclosed connections, at the end or when it is collected."""
+    command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", AT_EXIT, tiny_pair.theta_url, tiny_pair.t_url]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0 and ended.stdout == "drawn\n", ended.stderr
+    assert "nclosed" not in ended.stderr
+
+
+def test_args_none_is_no_args() -> None:
+    errors = []
+    for more in ({}, {"args": None}):
+        with pytest.raises((ValueError, OSError)) as raised:  # TRL's defaults on this machine, or the model's name
+            DualGRPOTrainer(
+                model="no/model",
+                reward_funcs=count_of_the,
+                train_dataset=Dataset.from_list(rows()),
+                dual_config=CoordinatorConfig(),
+                **more,
+            )
+        errors.append((raised.type, str(raised.value)))
+    assert errors[0] == errors[1]
 
 
 def test_a_plain_trainer_is_warned_once(tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

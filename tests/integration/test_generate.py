@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +33,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
-from dual_rollout.production.run import Job, Summary, _owned, produce
+from dual_rollout.production.run import Job, Summary, _owned, output_schema, produce
 from dual_rollout.production.shards import Journal, OutputFolder, Share
 from dual_rollout.types import GenerationOutput, GenerationRequest
 from tests.fault_proxy import FaultProxy
@@ -832,6 +834,44 @@ def test_shares_are_disjoint_and_their_sizes_are_known(total):
         owners = [[share.has(number // 4) for share in shares] for number in range(total)]
         assert all(sum(row) == 1 for row in owners)
         assert [_owned(total, job) for job in jobs] == [sum(row[i] for row in owners) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.string_view(),
+        pa.large_string(),
+        pa.list_(pa.int64(), 2),
+        pa.list_view(pa.int64()),
+        pa.list_(pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string())])),
+    ],
+    ids=str,
+)
+def test_columns_of_any_way_to_store_them(tmp_path, kind):
+    if "struct" in str(kind):
+        values: list[Any] = [[{"role": "user", "content": text}] for text in "aba"]
+    else:
+        values = [[1, 2], [3, 4], [5, 6]] if "list" in str(kind) else ["a", "b", "a"]
+    pq.write_table(pa.table({"prompt": pa.array(values, kind), "n": [1, 2, 3]}), tmp_path / "in.parquet")
+    source = open_source([str(tmp_path / "in.parquet")], Columns(keep=("n",)))
+    schema = output_schema(source.schema, Columns(keep=("n",)))
+    rows = list(source)
+    assert [row["prompt"] for row in rows] == values
+    written = pa.Table.from_pylist([{"prompt": row["prompt"]} for row in rows], pa.schema([schema.field("prompt")]))
+    assert written["prompt"].to_pylist() == values
+
+
+def test_compressed_lines(tmp_path):
+    rows = [{"prompt": f"{n} is"} for n in range(50)]
+    content = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    assert list(open_source([str(path)], Columns())) == rows
+    for damaged in (gzip.compress(content)[:-20], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"in\.jsonl\.gz: "):
+            open_source([str(path)], Columns())
 
 
 def test_empty_keys_that_arrow_adds_to_messages_are_dropped(tmp_path):

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer
-from dual_rollout.training.rollout import _LoopThread
+from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.weight_sync import TrlWeightSync
 from tests.integration.test_training import grpo_config
 from tests.markov_server import MarkovServer, random_chain
@@ -109,7 +109,7 @@ def urls() -> Iterator[tuple[str, str]]:
     with torch.no_grad():
         theta = transitions(bigram_model()).double().numpy()
     theta /= theta.sum(axis=1, keepdims=True)
-    loop = _LoopThread()
+    loop = LoopThread()
     running = [MarkovServer(chain).running() for chain in (theta, random_chain(np.random.default_rng(5), V, 1.0))]
     servers = [loop.run(server.__aenter__()) for server in running]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
+from datasets import IterableDataset
 
 from dual_rollout.training.arguments import parse_recipe
-from dual_rollout.training.script import load_data, main
+from dual_rollout.training.script import load_data, main, reward_function
 from dual_rollout.training.tasks import final_answer
 from tests.integration.conftest import TinyPair
 
@@ -164,6 +166,39 @@ def test_the_target_prompt_is_filled_from_the_columns(tmp_path: Path) -> None:
     for row in dataset["train"]:
         assert row["prompt"][-1]["content"] == row["question"]
         assert row["t_prompt"][-1]["content"] == f"{row['question']} (The correct answer is {row['answer']}.)"
+
+
+def test_a_dataset_is_streamed_where_the_recipe_says(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"prompt": f"what {split} {n}", "answer": n}) + "\n" for n in range(3)]
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(lines))
+    changes = {"dual_task": None, "dataset_name": str(tmp_path / "data"), "dataset_streaming": True, "max_steps": 2}
+    changes |= {"reward_funcs": ["think_format_reward"], "dual_t_prompt_template": "{prompt}: {answer}"}
+    dataset, _ = load_data(parse_recipe(["--config", write_recipe(tmp_path, **changes)]))
+    assert list(dataset) == ["train"] and isinstance(dataset["train"], IterableDataset)
+    assert [row["t_prompt"] for row in dataset["train"]] == [f"what train {n}: {n}" for n in range(3)]
+    for more, named in (
+        ({"max_steps": -1}, "set max_steps"),
+        ({"dual_t_prompt_template": "{solution}"}, "'solution' is none of"),
+        ({"dual_task": "chain_sum", "dataset_name": None}, "leave it out with dual_task"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            load_data(parse_recipe(["--config", write_recipe(tmp_path, **{**changes, **more})]))
+
+
+def test_a_reward_may_import_its_neighbours_when_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dotted name is looked for in the current folder first, as under `python -m`, and so is what it imports."""
+    source = (
+        "def score(completions, **_):\n    import late_neighbour\n    return [late_neighbour.VALUE] * len(completions)"
+    )
+    (tmp_path / "late_reward.py").write_text(source)
+    (tmp_path / "late_neighbour.py").write_text("VALUE = 7.0\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert reward_function("late_reward.score")(["a", "b"]) == [7.0, 7.0]
+    with pytest.raises(ValueError, match=rf"'no_such.reward', looked for in {tmp_path} first"):
+        reward_function("no_such.reward")
 
 
 @pytest.mark.parametrize(

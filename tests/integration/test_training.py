@@ -157,7 +157,7 @@ def test_a_plain_grpo_trainer_takes_the_rollout_function(tiny_pair: TinyPair, tm
         seen.append(columns)
         return count_of_the(completions)
 
-    with DualRollout(dual_config(tiny_pair)) as rollout:
+    with DualRollout(dual_config(tiny_pair), allow_uncorrected=True) as rollout:
         trainer = GRPOTrainer(
             model=str(tiny_pair.theta_model),
             reward_funcs=reward,
