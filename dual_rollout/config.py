@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
+
+from dual_rollout.types import AlphaMethod, AlphaRule
 
 NO_TARGET = "none"
 """The name, in `targets` of a call, of no target: plain generation from π_θ."""
@@ -34,14 +36,14 @@ class CoordinatorConfig:
         '"dual": a server for each model. "native": one server at theta_url that samples from q* itself (dual-rollout '
         "serve-native); t_url, top_k, support, missing and decoding then mean nothing.",
     )
-    theta_url: str | list[str] = _option(  # noqa: RUF009
+    theta_url: str | list[str] = _option(
         "http://127.0.0.1:8000", "Base URL of the policy's server (π_θ), or several of replicas."
     )
-    t_url: str | list[str] = _option(  # noqa: RUF009
+    t_url: str | list[str] = _option(
         "http://127.0.0.1:8001", "Base URL of the target's server (π_t), or several of replicas."
     )
     theta_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_θ.")
-    targets: dict[str, str | list[str]] | None = _option(  # noqa: RUF009
+    targets: dict[str, str | list[str]] | None = _option(
         None, "Further targets by name: URLs of their servers, all of t_engine. generate_batch takes the names."
     )
     on_target_failure: Literal["fail", "policy", "wait"] = _option(
@@ -83,7 +85,7 @@ class CoordinatorConfig:
     num_draft_tokens: int | None = _option(
         None, "Tokens per draft at most; adapted to the measured acceptance when unset."
     )
-    alpha_method: Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"] = _option(
+    alpha_method: AlphaMethod = _option(
         "kl_symmetry",
         'How α is chosen per token: "kl_symmetry" (equally far from both), "fixed", "ess_balance" (equal effective '
         'sample sizes), "entropy" (the surer model has the larger say), "kl_budget" (as far from π_θ as allowed).',
@@ -163,6 +165,22 @@ class CoordinatorConfig:
         if self.seed is not None:
             self._check("seed", lambda v: _is_int(v) and v >= 0, "a whole number >= 0, or None")
 
+    @property
+    def alpha_rule(self) -> AlphaRule:
+        """How α is chosen for each token."""
+        return AlphaRule(
+            method=self.alpha_method,
+            fixed_alpha=self.fixed_alpha,
+            kl_budget=self.kl_budget,
+            alpha_min=self.alpha_min,
+            alpha_max=self.alpha_max,
+        )
+
+    def with_alpha_rule(self, rule: AlphaRule) -> CoordinatorConfig:
+        """The same with another rule for α."""
+        values = asdict(rule)
+        return replace(self, alpha_method=values.pop("method"), **values)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CoordinatorConfig:
         """A config from plain key-value pairs; an unknown key is a `ValueError` that names the nearest valid one."""
@@ -240,5 +258,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "support": ("union", "tail"),
     "missing": ("floor", "exact"),
     "decoding": ("auto", "lockstep", "block"),
-    "alpha_method": ("kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"),
+    "alpha_method": get_args(AlphaMethod),
 }

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+
+from dual_rollout.record import SequenceRecord
 
 ChatMessages = Sequence[Mapping[str, str]]
 Prompt = str | ChatMessages | Sequence[int]
 """A raw string, chat messages (rendered with the model's own chat template), or token ids."""
 
 FinishReason = Literal["stop", "length"]
+
+AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
+"""How α is chosen for each token; `functional.distribution` says what each is."""
 
 NO_TOKEN = -1
 """Padding in arrays of token ids."""
@@ -35,65 +41,111 @@ class TopK:
     vocab_size: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlphaRule:
+    """How α is chosen for each token.
+
+    Attributes:
+        method: see `AlphaMethod`.
+        fixed_alpha: the α of "fixed", in [0, 1].
+        kl_budget: the bound of "kl_budget" on KL(q_α‖π_θ), nats.
+        alpha_min, alpha_max: bounds on α, whatever the method says.
+    """
+
+    method: AlphaMethod = "kl_symmetry"
+    fixed_alpha: float | None = None
+    kl_budget: float | None = None
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
+
+
+class CallOptions(TypedDict, total=False):
+    """Options of one call of a coordinator's `generate_*`.
+
+    Attributes:
+        max_tokens: tokens per sequence at most (256).
+        temperature, seed, alpha_rule: instead of the config's, where not None.
+        stop_token_ids: stop at these too, besides EOS.
+        return_diagnostics: fill `GenerationOutput.diagnostics`.
+    """
+
+    max_tokens: int
+    temperature: float | None
+    seed: int | None
+    alpha_rule: AlphaRule | None
+    stop_token_ids: Collection[int]
+    return_diagnostics: bool
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to draw, for `generate_iter`.
+    """One sequence to draw.
 
     Attributes:
         index: names the sequence; its random stream is that of (seed, index), as in a batch at that position.
         prompt: what π_θ sees.
         t_prompt: what π_t sees instead, if not the same.
+        target: which π_t: a name in `CoordinatorConfig.targets`, None for the one at `t_url`, or "none" for no target:
+            plain generation from π_θ.
+        max_tokens, seed: of this sequence; those of the call when None.
     """
 
     index: int
     prompt: Prompt
     t_prompt: Prompt | None = None
+    target: str | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
 
 
 @dataclass(slots=True)
 class GenerationOutput:
-    """One sequence drawn from q*, with what the policy update needs. Lists hold one float per generated token.
+    """One sequence drawn from q*, with what the policy update needs: a view of its `SequenceRecord`.
 
     Attributes:
         prompt: the prompt as given.
         prompt_token_ids: the ids π_θ saw.
+        record: the tokens and their numbers. Its columns are also attributes here: `generated_tokens`, `alpha_history`,
+            `logprobs_q`, `logprobs_theta`, `logprobs_t`, `importance_weights`, `without_target`, `weight_versions`.
+            log π_θ, log π_t and the weights are NaN where `policy_logprobs` is False.
         generated_text: decoded without special tokens; None when no tokenizer could be loaded.
-        generated_tokens: sampled ids, the stop token included when there was one.
         finish_reason: "stop" (a stop token) or "length" (`max_tokens`); None when `error` is set.
-        alpha_history: α of every position, in [0, 1].
-        logprobs_q: log q*(y), nats. This is the law y was really drawn from.
-        logprobs_theta: log π_θ(y), nats, exact (never floored), at the requested temperature.
-        logprobs_t: log π_t(y), nats; exact (never floored), at the requested temperature.
-        importance_weights: π_θ(y) / q*(y). These three are NaN where `policy_logprobs` is False.
-        without_target: whether a token was drawn from π_θ alone, because its prompt has no target, or because π_t's
-            server was gone and `on_target_failure` is "policy". Then α = 0, log q* = log π_θ, the weight is exactly 1,
-            and log π_t is NaN, as are the diagnostics that need it.
-        weight_versions: the version of π_θ's weights that each token was sampled under, as the weight sync counts them:
-            the trainer's global step; None before the first sync. All the same unless `allow_mixed_versions` is set.
-        diagnostics: per-token lists and `<name>_mean`/`<name>_max` summaries, when asked for.
         error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.
     """
 
     prompt: Prompt
     prompt_token_ids: list[int]
+    record: SequenceRecord = field(default_factory=SequenceRecord)
     generated_text: str | None = None
-    generated_tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    alpha_history: list[float] = field(default_factory=list)
-    logprobs_q: list[float] = field(default_factory=list)
-    logprobs_theta: list[float] = field(default_factory=list)
-    logprobs_t: list[float] = field(default_factory=list)
-    importance_weights: list[float] = field(default_factory=list)
-    without_target: list[bool] = field(default_factory=list)
-    weight_versions: list[int | None] = field(default_factory=list)
-    diagnostics: dict[str, list[float] | float] = field(default_factory=dict)
     error: str | None = None
 
     @property
-    def weight_version(self) -> int | None:
-        """The version of the whole: the oldest of its tokens'; None where one is not known, or there are none."""
-        known = [version for version in self.weight_versions if version is not None]
-        return min(known) if known and len(known) == len(self.weight_versions) else None
+    def generated_tokens(self) -> list[int]:
+        return self.record.token_ids
+
+    @property
+    def alpha_history(self) -> list[float]:
+        return self.record.alpha
+
+    @property
+    def diagnostics(self) -> dict[str, list[float] | float]:
+        """The record's diagnostics, with the mean and the largest of each as `<name>_mean` and `<name>_max`.
+
+        Both leave out tokens for which a diagnostic is not known (NaN), as those without a target.
+        """
+        summary: dict[str, list[float] | float] = {}
+        for name, values in self.record.diagnostics.items():
+            known = np.array(values)[~np.isnan(values)]
+            summary[name] = values
+            summary[f"{name}_mean"] = float(known.mean()) if len(known) else math.nan
+            summary[f"{name}_max"] = float(known.max()) if len(known) else math.nan
+        return summary
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SequenceRecord.__slots__ or name in ("importance_weights", "weight_version"):
+            return getattr(self.record, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import orjson
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.engines import HttpStats, HttpTransport, VLLMEngine
-from dual_rollout.functional import merge_lists, position_law, sample_rows, solve_kl_symmetry
+from dual_rollout.functional import merge_lists, next_token_distribution, sample_rows, solve_kl_symmetry
 
 VOCABULARY = 49_152
 ANSWERS = 8  # different ones, replayed in turn
@@ -193,11 +193,11 @@ def main() -> None:
     (theta, seconds_theta), (t, seconds_t) = (asyncio.run(lists(own)) for own in bodies)
     parts["parse to arrays"] = 1e6 * (seconds_theta + seconds_t) / batch
     candidates = merge_lists(theta, t)
-    law = position_law(candidates)
+    law = next_token_distribution(candidates)
     uniforms = np.random.default_rng(2).random(batch)
     step = 1e3 / batch
     parts["merge"] = step * milliseconds(lambda: merge_lists(theta, t))
-    parts["solve alpha, q*"] = step * milliseconds(lambda: position_law(candidates))
+    parts["solve alpha, q*"] = step * milliseconds(lambda: next_token_distribution(candidates))
     parts["sample"] = step * milliseconds(lambda: sample_rows(np.exp(law.log_q), uniforms))
     total = per_position * seconds
     parts["record and loop"] = total - sum(parts.values())

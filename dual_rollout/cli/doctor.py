@@ -110,6 +110,7 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
     from dual_rollout.tokens import compare_tokens
 
     async with DualVLLMCoordinator(config) as coordinator:
+        assert coordinator.t is not None  # examine_native is for the other kind
         engines = (coordinator.theta, coordinator.t)
         deadline = asyncio.get_running_loop().time() + config.total_timeout
         found = await asyncio.gather(*(_by(deadline, engine.probe(PROMPT)) for engine in engines))

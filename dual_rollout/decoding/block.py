@@ -1,17 +1,17 @@
-"""Block decoding: π_θ drafts several tokens in one request, π_t scores them in one, rejection keeps the law exact.
+"""Block decoding: π_θ drafts several tokens in one request, π_t scores them in one, rejection keeps q* exact.
 
 At each drafted position the proposal is π_θ itself. A token y that π_θ's list holds, or whose π_θ(y) was asked for by
 name (missing="exact"), is kept with probability min(1, q*(y)/π_θ(y)); so is one outside S, with the probabilities of
 the tail, where π_θ's mass there is known exactly. Any other is dropped. The first dropped position is drawn from the
 residual, q* minus what was kept there: for each such y q*(y) − min(q*(y), π_θ(y)), for all others q*(y). Whatever the
-acceptance rule, kept plus residual is q*, so each token has exactly the law that lockstep gives it (Leviathan et al.
-2023, arXiv:2211.17192, with a target between the two models).
+acceptance rule, kept plus residual is q*, so each token has exactly the distribution that lockstep gives it (Leviathan
+et al. 2023, arXiv:2211.17192, with a target between the two models).
 
 There is no bonus position after a block that is kept whole, and nothing is lost by it. A bonus token would need π_θ's
 list there, for q* lies between both, and with the forward pass that gives this list π_θ draws a token too: n passes of
 π_θ give n lists and n tokens, and n positions of π_t scored, whether the last is called a bonus and drawn from q* or,
-as here, drafted and kept or redrawn. Either way it has the law q* and costs no request, and the tokens of a round are
-1 + (those of the first n − 1 that are kept). What π_t's server computes beyond that is the last token's own forward
+as here, drafted and kept or redrawn. Either way it is drawn from q* and costs no request, and the tokens of a round
+are 1 + (those of the first n − 1 that are kept). What π_t's server computes beyond that is the last token's own forward
 pass, in the methods that score a whole text; its list, for the position after the block, is not asked for.
 """
 
@@ -23,9 +23,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from dual_rollout.decoding.record import Positions, Recorder, both
+from dual_rollout.decoding.call import DecodingCall, both
+from dual_rollout.decoding.positions import Draws, Positions, append_draws, build_positions
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.engines.base import Context, Drafts, ScoringMethod, prefixes
+from dual_rollout.engine import Context, Drafts, ScoringMethod, prefixes
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
 from dual_rollout.types import NO_TOKEN
@@ -37,9 +38,8 @@ class Block:
     With `adaptive`, the length of each sequence's drafts follows its measured acceptance.
     """
 
-    def __init__(self, recorder: Recorder, limit: int, scoring: ScoringMethod, *, adaptive: bool):
-        self._recorder = recorder
-        self._config = recorder.config
+    def __init__(self, call: DecodingCall, limit: int, scoring: ScoringMethod, *, adaptive: bool):
+        self._call = call
         self._limit = limit
         self._scoring = scoring
         self._adaptive = adaptive
@@ -56,11 +56,10 @@ class Block:
 
         At temperature != 1, π_θ's server must report log-probabilities that follow it.
         """
-        recorder, temperature = self._recorder, self._config.temperature
-        theta = recorder.theta
+        call, temperature = self._call, self._call.config.temperature
         contexts_theta = [sequence.context_theta for sequence in sequences]
-        k = await recorder.lists_theta.length(contexts_theta[0])
-        drafts = await theta.draft(
+        k = await call.theta.length(contexts_theta[0])
+        drafts = await call.theta.engine.draft(
             contexts_theta,
             [self._length(sequence) for sequence in sequences],
             k,
@@ -69,7 +68,7 @@ class Block:
             sequences[0].stop_ids,
         )
         contexts_t = [sequence.context_t for sequence in sequences]
-        vocab_size_t = (await recorder.t.probe(contexts_t[0])).vocab_size
+        vocab_size_t = (await call.t.engine.probe(contexts_t[0])).vocab_size
         if vocab_size_t is not None:
             drafts = _until_unknown(drafts, vocab_size_t)
         positions = await self._positions(contexts_theta, contexts_t, drafts, k, vocab_size_t)
@@ -79,7 +78,7 @@ class Block:
         )
         drafted = np.concatenate(drafts.token_ids)
         kept, columns = _accept(drafted, positions, uniforms[:, 0])
-        self._recorder.stats.draft_tokens += len(drafted)
+        call.stats.draft_tokens += len(drafted)
 
         owners: list[DecodingSequence] = []
         rows: list[int] = []
@@ -88,13 +87,13 @@ class Block:
             taken = min(run + 1, length)  # with the redrawn one, unless the whole block was kept
             owners += [sequence] * taken
             rows += range(end - length, end - length + taken)
-            self._recorder.stats.accepted_tokens += run
+            call.stats.accepted_tokens += run
             sequence.note_draft(run)
         index = np.array(rows)
         redrawn = index[~kept[index]]
         columns[redrawn] = sample_rows(_residual(positions, redrawn), uniforms[redrawn, 1])
         drafted[redrawn] = NO_TOKEN
-        await self._recorder.record(owners, index, columns[index], positions, drafted[index])
+        await append_draws(call, Draws(owners, index, columns[index], drafted[index]), positions)
 
     async def _positions(
         self,
@@ -104,24 +103,25 @@ class Block:
         k: int,
         vocab_size_t: int | None,
     ) -> Positions:
-        """The laws at all drafted positions; `k` tokens were asked for in the drafts' own lists.
+        """The distributions at all drafted positions; `k` tokens were asked for in the drafts' own lists.
 
-        What stands at a draft's end is no matter for the law there, so that π_t gets another token in the place of one
-        that it does not have.
+        What stands at a draft's end does not change the distribution there, so that π_t gets another token in the place
+        of one that it does not have.
         """
-        recorder, tokens, temperature = self._recorder, drafts.token_ids, self._config.temperature
+        call, tokens, temperature = self._call, drafts.token_ids, self._call.config.temperature
         tokens_t = tokens if vocab_size_t is None else [np.minimum(draft, vocab_size_t - 1) for draft in tokens]
-        k_t = await recorder.lists_t.length(contexts_t[0])
-        scored = await recorder.t.score_drafts(contexts_t, tokens_t, k_t, temperature, self._scoring)
+        k_t = await call.t.length(contexts_t[0])
+        scored = await call.t.engine.score_drafts(contexts_t, tokens_t, k_t, temperature, self._scoring)
         top_theta, top_t = await both(
-            recorder.lists_theta.complete(drafts.lists, k, lambda: prefixes(contexts_theta, tokens)),
-            recorder.lists_t.complete(scored, k_t, lambda: prefixes(contexts_t, tokens)),
+            call.theta.complete(drafts.lists, k, lambda: prefixes(contexts_theta, tokens)),
+            call.t.complete(scored, k_t, lambda: prefixes(contexts_t, tokens)),
         )
-        return await recorder.positions(
+        return await build_positions(
+            call,
             top_theta,
             top_t,
-            lambda names: recorder.theta.score_named(contexts_theta, tokens, names, temperature),
-            lambda names: recorder.t.score_named(contexts_t, tokens_t, names, temperature),
+            lambda names: call.theta.engine.score_named(contexts_theta, tokens, names, temperature),
+            lambda names: call.t.engine.score_named(contexts_t, tokens_t, names, temperature),
         )
 
 
@@ -154,7 +154,7 @@ def _accept(drafted: np.ndarray, positions: Positions, uniforms: np.ndarray) -> 
     matches = candidates.token_ids == drafted[:, None]
     inside = matches.any(axis=1)
     columns = np.where(inside, matches.argmax(axis=1), matches.shape[1] - 1)
-    log_p, log_q = _proposal(candidates)[rows, columns], positions.law.log_q[rows, columns]
+    log_p, log_q = _proposal(candidates)[rows, columns], positions.q.log_q[rows, columns]
     with np.errstate(divide="ignore", invalid="ignore"):
         kept = np.log(uniforms) < log_q - log_p  # False for NaN
     return kept & (inside | candidates.has_tail), columns
@@ -162,7 +162,7 @@ def _accept(drafted: np.ndarray, positions: Positions, uniforms: np.ndarray) -> 
 
 def _residual(positions: Positions, rows: np.ndarray) -> np.ndarray:
     """q* minus the kept mass, `(len(rows), S)`, not normalised."""
-    q = np.exp(positions.law.log_q[rows])
+    q = np.exp(positions.q.log_q[rows])
     residual = np.maximum(q - np.exp(np.nan_to_num(_proposal(positions.candidates)[rows], nan=-np.inf)), 0.0)
     # Rounding can leave nothing where q* and π_θ are alike to the last digit; then q* itself is as right.
     return np.where(residual.sum(axis=1, keepdims=True) > 0, residual, q)

@@ -64,3 +64,16 @@ async def patiently(ask: Callable[[], Awaitable[T]], retries: int) -> T:
 def patience_s(attempt: int) -> float:
     """The pause before the question is asked again that has been answered badly in `attempt` + 1 attempts."""
     return min(_FIRST_PATIENCE_S * 2.0 ** min(attempt, 10), _LONGEST_PATIENCE_S)
+
+
+async def ask_target(ask: Callable[[], Awaitable[T]], url: str, on_target_failure: str) -> T | None:
+    """What π_t's server at `url` says to `ask`; None where it is gone and the sequences go on without."""
+    if on_target_failure == "wait":
+        return await until_back(ask, url)
+    try:
+        return await ask()
+    except EngineUnavailableError as error:
+        if on_target_failure != "policy":
+            raise
+        logger.warning("%s: the target is not there (on_target_failure is policy)", error)
+        return None

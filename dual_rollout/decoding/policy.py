@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 
 import numpy as np
 
-from dual_rollout.decoding.outage import Outage, patiently, until_back
-from dual_rollout.decoding.record import Recorder
-from dual_rollout.decoding.scheduler import Mode
-from dual_rollout.decoding.sequence import NOT_KNOWN_YET, DecodingSequence
-from dual_rollout.exceptions import EngineProtocolError, EngineUnavailableError
+from dual_rollout.decoding.call import DecodingCall
+from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.record import NOT_KNOWN_YET
 from dual_rollout.types import NO_TOKEN
 
-logger = logging.getLogger(__name__)
-
 _TOKENS_PER_REQUEST = 256
-_TOKENS_WHILE_GONE = 8  # few, so that π_t is soon asked again
 
 
 class Policy:
@@ -28,19 +21,19 @@ class Policy:
         lost: the sequences do have a target, whose server is gone.
     """
 
-    def __init__(self, recorder: Recorder, limit: int = _TOKENS_PER_REQUEST, *, lost: bool = False):
-        self._recorder = recorder
+    def __init__(self, call: DecodingCall, limit: int = _TOKENS_PER_REQUEST, *, lost: bool = False):
+        self._call = call
         self._limit = limit
         self._lost = lost
 
     async def advance(self, sequences: list[DecodingSequence]) -> None:
         """Draw tokens for every sequence, in one request each; log π_θ of one that no list holds comes in the end."""
-        recorder, config = self._recorder, self._recorder.config
-        drafts = await recorder.theta.draft(
+        call = self._call
+        drafts = await call.theta.engine.draft(
             [sequence.context_theta for sequence in sequences],
             [min(self._limit, sequence.room) for sequence in sequences],
-            await recorder.lists_theta.length(sequences[0].context_theta),
-            config.temperature,
+            await call.theta.length(sequences[0].context_theta),
+            call.config.temperature,
             [int(sequence.rewind().integers(2**31)) for sequence in sequences],
             sequences[0].stop_ids,
         )
@@ -59,21 +52,17 @@ class Policy:
         sequence.append(
             token,
             alpha=0.0,
-            log_q=logprob,
-            logp_theta=logprob,
-            logp_t=math.nan,
+            logprobs_q=logprob,
+            logprobs_theta=logprob,
+            logprobs_t=math.nan,
             log_weight=0.0,
-            top_theta=top,
-            top_t=math.nan,
-            diagnostics=_DIAGNOSTICS if self._recorder.with_diagnostics else {},
+            tops=(top, math.nan),
+            diagnostics=_DIAGNOSTICS if self._call.settings.with_diagnostics else {},
             without_target=True,
         )
-        stats = self._recorder.stats
-        stats.tokens += 1
-        stats.policy_tokens += 1
-        stats.lost_target_tokens += self._lost
-        if self._recorder.on_token is not None:
-            self._recorder.on_token(sequence)
+        self._call.stats.policy_tokens += 1
+        self._call.stats.lost_target_tokens += self._lost
+        self._call.count_token(sequence)
 
 
 _DIAGNOSTICS = {
@@ -88,52 +77,3 @@ _DIAGNOSTICS = {
     "coverage_t": math.nan,
 }
 """Of q* = π_θ, drawn from the whole vocabulary; what would need π_t, or all of π_θ, is not known."""
-
-
-class Surviving:
-    """A mode that goes on as `on_target_failure` says when π_t's server is gone."""
-
-    def __init__(self, mode: Mode, recorder: Recorder, outage: Outage):
-        self._mode = mode
-        self._recorder = recorder
-        self._outage = outage
-        self._policy = Policy(recorder, _TOKENS_WHILE_GONE, lost=True)
-
-    async def advance(self, sequences: list[DecodingSequence]) -> None:
-        """A round of the mode, or tokens of π_θ alone."""
-        on_failure = self._recorder.config.on_target_failure
-        if on_failure == "wait":
-            await until_back(lambda: self._mode.advance(sequences), self._recorder.t.url)
-        elif on_failure == "policy":
-            await self._advance_somehow(sequences)
-        else:
-            await self._mode.advance(sequences)
-
-    async def _advance_somehow(self, sequences: list[DecodingSequence]) -> None:
-        left = [sequence for sequence in sequences if sequence.unknown_to_t]
-        if left:
-            await self._policy.advance(left)
-            sequences = [sequence for sequence in sequences if not sequence.unknown_to_t]
-        if sequences:
-            await self._advance_with_target(sequences)
-
-    async def _advance_with_target(self, sequences: list[DecodingSequence]) -> None:
-        if not self._outage.lasts:
-            started = time.monotonic()
-            retries = self._recorder.config.max_retries if len(sequences) == 1 else 0
-            try:
-                await patiently(lambda: self._mode.advance(sequences), retries)
-                return
-            except (EngineUnavailableError, EngineProtocolError) as error:
-                if error.url != self._recorder.t.url:
-                    raise
-                if isinstance(error, EngineUnavailableError):
-                    self._outage.begin(time.monotonic() - started)
-                elif len(sequences) > 1:
-                    raise  # one prompt may be to blame; the scheduler finds it
-                logger.warning("going on without the target (on_target_failure is policy): %s", error)
-        await self._policy.advance(sequences)
-        vocab_size = (await self._recorder.t.probe(sequences[0].context_t)).vocab_size  # found before the first token
-        for sequence in sequences:
-            recent = sequence.tokens[-_TOKENS_WHILE_GONE:]
-            sequence.unknown_to_t = vocab_size is not None and any(token >= vocab_size for token in recent)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
+from dual_rollout.decoding.call import DecodingCall
+from dual_rollout.decoding.completion import complete_record
 from dual_rollout.decoding.outage import patience_s
-from dual_rollout.decoding.record import Recorder
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
+from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.exceptions import (
     DualRolloutError,
     EngineProtocolError,
     EngineRejectedError,
     EngineUnavailableError,
 )
-
-OnFinished = Callable[[DecodingSequence], Awaitable[None]]
-"""Awaited with each sequence whose record is complete; while it waits, fewer new sequences are begun."""
 
 
 class Mode(Protocol):
@@ -45,14 +44,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, sequences: Iterable[DecodingSequence], recorder: Recorder, on_finished: OnFinished | None = None
+        self,
+        sequences: Iterable[DecodingSequence],
+        call: DecodingCall,
+        weights: PolicyWeights,
     ):
         self._waiting = iter(sequences)
-        self._recorder = recorder
+        self._call = call
+        self._weights = weights
         self._gone: EngineUnavailableError | None = None
-        self._on_finished = on_finished
         self._groups: list[list[DecodingSequence]] = []
-        self._settling: set[asyncio.Task[None]] = set()
+        self._completing: set[asyncio.Task[None]] = set()
         self.tokens = 0
 
     @property
@@ -64,7 +66,7 @@ class Scheduler:
     async def run(self, mode: Mode, *, groups: int, rounds: int | None = None) -> None:
         """Advance every group by `rounds` rounds, or to the end of all sequences when None."""
         active = [sequence for group in self._groups for sequence in group]
-        await self._fill(active, self._recorder.config.max_concurrency)
+        await self._fill(active, self._call.config.max_concurrency)
         groups = max(1, min(groups, len(active)))
         self._groups = [active[i::groups] for i in range(groups)]
         tasks = [asyncio.create_task(self._run_group(group, mode, rounds)) for group in self._groups]
@@ -76,12 +78,12 @@ class Scheduler:
 
     async def finish(self) -> None:
         """Wait until the records of all finished sequences are complete."""
-        while self._settling:
+        while self._completing:
             await self._collect(asyncio.ALL_COMPLETED)
 
     def abandon(self) -> None:
         """Stop completing records: nobody waits for them any more."""
-        for task in self._settling:
+        for task in self._completing:
             task.cancel()
 
     @property
@@ -110,15 +112,15 @@ class Scheduler:
             rounds = None if rounds is None else rounds - 1
 
     async def _round(self, mode: Mode, group: list[DecodingSequence]) -> None:
-        recorder = self._recorder
-        async with recorder.weights.in_use(group):
-            await advance(mode, group, recorder.config.max_retries)
-            if recorder.config.allow_mixed_versions:  # what no list held is asked while its weights are there
-                await asyncio.gather(*(recorder.settle(sequence) for sequence in group))
+        config = self._call.config
+        async with self._weights.in_use(group):
+            await advance(mode, group, config.max_retries)
+            if config.allow_mixed_versions:  # what no list held is asked while its weights are there
+                await asyncio.gather(*(complete_record(self._call, sequence) for sequence in group))
 
     async def _fill(self, group: list[DecodingSequence], capacity: int) -> None:
         while len(group) < capacity:
-            while len(self._settling) >= self._recorder.config.max_concurrency:
+            while len(self._completing) >= self._call.config.max_concurrency:
                 await self._collect(asyncio.FIRST_COMPLETED)
             sequence = next(self._waiting, None)
             if sequence is None:
@@ -134,19 +136,18 @@ class Scheduler:
         """Complete the record aside, while the others go on."""
 
         async def complete() -> None:
-            recorder = self._recorder
-            async with recorder.weights.in_use():
-                await recorder.settle(sequence)
-                if not recorder.config.allow_mixed_versions:
-                    recorder.weights.refuse_mixed(sequence)
-            if self._on_finished is not None:
-                await self._on_finished(sequence)
+            async with self._weights.in_use():
+                await complete_record(self._call, sequence)
+                if not self._call.config.allow_mixed_versions:
+                    self._weights.refuse_mixed(sequence)
+            if self._call.settings.on_finished is not None:
+                await self._call.settings.on_finished(sequence)
 
-        self._settling.add(asyncio.create_task(complete()))
+        self._completing.add(asyncio.create_task(complete()))
 
     async def _collect(self, until: str) -> None:
-        ended, _ = await asyncio.wait(self._settling, return_when=until)
-        self._settling -= ended
+        ended, _ = await asyncio.wait(self._completing, return_when=until)
+        self._completing -= ended
         for task in ended:
             task.result()
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from dual_rollout.engines.base import Context
+from dual_rollout.engine import Context
+from dual_rollout.record import SequenceRecord
 from dual_rollout.types import FinishReason
-
-NOT_KNOWN_YET = math.nan
-"""A log-probability that no list held; fetched from the server when the sequence ends, never floored."""
 
 
 class DecodingSequence:
-    """Tokens so far and their record. Each sequence has its own random stream, set by `key` (seed and number), so its
-    tokens do not depend on what else is in flight.
+    """A record that grows, and what is needed to let it grow. Each sequence has its own random stream, set by `key`
+    (seed and number), so its tokens do not depend on what else is in flight.
 
     Attributes:
         context_theta, context_t: token ids each model sees: its own prompt, then the shared completion.
-        tokens: the completion.
-        alpha, log_q, logp_theta, logp_t, log_weight: one float per token, nats (α plain).
+        record: the completion and its numbers.
+        top_theta, top_t: log-probability of the most likely token at each position, nats; NaN where not known.
+        log_weights: log w = log π_θ − log q* by position, where it is known before both terms are: outside both lists.
         weight_version: the version of π_θ's weights that the round under way asks.
-        weight_versions: that of each token.
-        without_target: whether the token was drawn from π_θ alone.
-        top_theta, top_t: log-probability of the most likely token at each position, nats.
-        diagnostics: per-token lists by name.
         run_length: running mean of the accepted tokens per draft; None before the first draft.
+        unknown_to_t: whether it holds a token that π_t does not have, drawn from π_θ alone while π_t's server was gone:
+            π_t is asked no more.
         unknown_to_t: whether it holds a token that π_t does not have, drawn from π_θ alone while π_t's server was gone:
             π_t is asked no more.
         failure: what ended this sequence early, if anything did.
@@ -46,24 +44,23 @@ class DecodingSequence:
         self.context_t = Context(prompt_t)
         self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
         self.rng = np.random.Generator(self._bits)
-        self.tokens: list[int] = []
-        self.alpha: list[float] = []
-        self.log_q: list[float] = []
-        self.logp_theta: list[float] = []
-        self.logp_t: list[float] = []
-        self.log_weight: list[float] = []
-        self.weight_version: int | None = None
-        self.weight_versions: list[int | None] = []
-        self.without_target: list[bool] = []
+        self.record = SequenceRecord()
         self.top_theta: list[float] = []
         self.top_t: list[float] = []
-        self.diagnostics: dict[str, list[float]] = {}
+        self.log_weights: dict[int, float] = {}
+        self.weight_version: int | None = None
         self.run_length: float | None = None
         self.finish_reason: FinishReason | None = None
+        self.unknown_to_t = False
         self.unknown_to_t = False
         self.failure: Exception | None = None
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
+
+    @property
+    def tokens(self) -> list[int]:
+        """The completion."""
+        return self.record.token_ids
 
     @property
     def done(self) -> bool:
@@ -78,6 +75,12 @@ class DecodingSequence:
     def room(self) -> int:
         """Tokens that may still come."""
         return self._max_tokens - len(self.tokens)
+
+    @property
+    def last_log_weight(self) -> float:
+        """log w of the last token, NaN where it is not known yet."""
+        position = len(self.tokens) - 1
+        return self.log_weights.get(position, self.record.logprobs_theta[-1] - self.record.logprobs_q[-1])
 
     def rewind(self) -> np.random.Generator:
         """`rng`, set to the stream of the next position: the same numbers whenever it is asked before that token.
@@ -95,30 +98,32 @@ class DecodingSequence:
         self,
         token: int,
         *,
-        alpha: float,
-        log_q: float,
-        logp_theta: float,
-        logp_t: float,
-        log_weight: float,
-        top_theta: float,
-        top_t: float,
-        diagnostics: Mapping[str, float],
+        tops: tuple[float, float] = (math.nan, math.nan),
+        log_weight: float | None = None,
+        diagnostics: Mapping[str, float] | None = None,
         without_target: bool = False,
+        **columns: Any,
     ) -> None:
-        """Add a sampled token; of `log_q`, `logp_theta`, `log_weight` two determine the third, see `settle`."""
-        for context in (self.context_theta, self.context_t, self.tokens):
-            context.append(token)
-        self.alpha.append(alpha)
-        self.log_q.append(log_q)
-        self.logp_theta.append(logp_theta)
-        self.logp_t.append(logp_t)
-        self.log_weight.append(log_weight)
-        self.weight_versions.append(self.weight_version)
-        self.without_target.append(without_target)
-        self.top_theta.append(top_theta)
-        self.top_t.append(top_t)
-        for name, value in diagnostics.items():
-            self.diagnostics.setdefault(name, []).append(value)
+        """Add a sampled token, whose record `complete` may have to finish.
+
+        Args:
+            tops: log-probability of the most likely token for π_θ and for π_t, nats.
+            log_weight: where log q* follows from it and log π_θ, instead of the other way round.
+            columns: of the record.
+        """
+        if log_weight is not None:
+            self.log_weights[len(self.tokens)] = log_weight
+        self.context_theta.append(token)
+        self.context_t.append(token)
+        self.top_theta.append(tops[0])
+        self.top_t.append(tops[1])
+        self.record.append(
+            token_ids=token,
+            without_target=without_target,
+            weight_versions=self.weight_version,
+            diagnostics=diagnostics or {},
+            **columns,
+        )
         if token in self._stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._max_tokens:

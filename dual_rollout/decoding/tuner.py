@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.engines.base import ScoringMethod
+from dual_rollout.engine import ScoringMethod
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ class PolicyWeights:
 
     def refuse_mixed(self, sequence: DecodingSequence) -> None:
         """End a sequence with an error unless all of it, and the record that was just completed, is of `version`."""
-        other = next((version for version in sequence.weight_versions if version != self.version), self.version)
+        other = next((version for version in sequence.record.weight_versions if version != self.version), self.version)
         if other != self.version and sequence.failure is None:
             sequence.fail(
                 RolloutError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_rollout.engines.base import TokenIds
+from dual_rollout.engine import TokenIds
 from dual_rollout.engines.vllm import VLLMEngine, _token_ids
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dual_rollout.engine import Capabilities, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.answers import asked_again
-from dual_rollout.engines.base import Capabilities, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engine import Capabilities, Context, Drafts, Engine, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.engines.answers import joined
-from dual_rollout.engines.base import Capabilities, Context, Drafts, Engine, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.exceptions import (
     EngineError,
     EngineOversizedError,

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engine import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
-from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.candidates import at_temperature

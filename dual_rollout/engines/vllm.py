@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dual_rollout.engine import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
-from dual_rollout.engines.base import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.engines.probe import Probe, summary

@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from dual_rollout import __version__
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.coordinator import DualVLLMCoordinator, ask_target
+from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.decoding.outage import ask_target
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.production.rows import Columns, Row, Source, open_source
 from dual_rollout.production.shards import Format, Journal, OutputFolder, Share
+from dual_rollout.record import STORED_COLUMNS, output_name
 from dual_rollout.types import GenerationOutput, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ _OPERATION = frozenset(
 )
 _LOG_EVERY_S = 30.0
 _MOST = 2**31 - 1  # of anything that is counted
+_ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
 _ANY_PROMPT = (1, 2, 3, 4)  # ids that any vocabulary has
 
 
@@ -136,7 +139,6 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
     Raises:
         ValueError: a column that JSON or Parquet cannot hold, prompts that are none, a column with the name of another.
     """
-    floats = pa.list_(pa.float64())
     kind = _prompt_type(source, columns.prompt)
     fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", kind)]
     if columns.t_prompt is not None:
@@ -151,14 +153,8 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
     fields += [
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("generated_text", pa.string()),
-        ("generated_tokens", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
-        ("alpha_history", floats),
-        ("logprobs_q", floats),
-        ("logprobs_theta", floats),
-        ("logprobs_t", floats),
-        ("importance_weights", floats),
-        ("without_target", pa.list_(pa.bool_())),
+        *((output_name(name), pa.list_(_ARROW_TYPES[entry])) for name, entry in STORED_COLUMNS.items()),
         ("error", pa.string()),
         ("versions", pa.string()),
         ("settings", pa.string()),
@@ -272,14 +268,8 @@ class _Run:
             **t_prompt,
             "prompt_token_ids": output.prompt_token_ids,
             "generated_text": output.generated_text,
-            "generated_tokens": output.generated_tokens,
             "finish_reason": output.finish_reason,
-            "alpha_history": output.alpha_history,
-            "logprobs_q": output.logprobs_q,
-            "logprobs_theta": output.logprobs_theta,
-            "logprobs_t": output.logprobs_t,
-            "importance_weights": output.importance_weights,
-            "without_target": output.without_target,
+            **output.record.stored_columns(),
             "error": columns.t_prompt_error(row) or output.error,
             **self._described,
             **{name: row[name] for name in columns.keep},
@@ -350,9 +340,13 @@ async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
                 server = (await engine.probe(_ANY_PROMPT)).version
         return {"model": info.model, "root": info.root, "server": server}
 
-    theta, t = await asyncio.gather(
-        ask(coordinator.theta), ask_target(lambda: ask(coordinator.t), coordinator.t.url, config.on_target_failure)
-    )
+    async def ask_of_target() -> dict[str, str | None] | None:
+        t = coordinator.t
+        if t is None:  # the policy's server holds it
+            return await ask(coordinator.theta)
+        return await ask_target(lambda: ask(t), t.url, config.on_target_failure)
+
+    theta, t = await asyncio.gather(ask(coordinator.theta), ask_of_target())
     return {"dual_rollout": __version__, "theta": theta, "t": t or {"model": None, "root": None, "server": None}}
 
 

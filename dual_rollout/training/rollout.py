@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -22,12 +22,13 @@ from dual_rollout.engines import EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.functional.weights import pareto_k
 from dual_rollout.prompts import check_prompt_is_text
+from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
-from dual_rollout.types import GenerationOutput, Prompt
+from dual_rollout.types import AlphaRule, GenerationOutput, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -47,51 +48,52 @@ class RolloutBatch:
     Attributes:
         prompt_ids, prompt_mask: `(B, P)` long; mask 1 at real tokens.
         completion_ids, completion_mask: `(B, T)` long.
-        alpha: `(B, T)` float32; 0 at padding, like all of the following.
-        importance_weights: `(B, T)` π_θ(y)/q*(y), untruncated.
-        logprobs_q, logprobs_theta, logprobs_t: `(B, T)` nats; log π_t is NaN at tokens without a target. All but log q*
-            are NaN where `policy_logprobs` is False.
         weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
+        columns: the numbers of the record, `(B, T)` float32 each, 0 at padding; they are attributes too. `alpha`;
+            `importance_weights`, π_θ(y)/q*(y), untruncated; `logprobs_q`, `logprobs_theta`, `logprobs_t` in nats, log
+            π_t NaN at tokens without a target. All but α and log q* are NaN where `policy_logprobs` is False.
     """
 
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
-    alpha: torch.Tensor
-    importance_weights: torch.Tensor
-    logprobs_q: torch.Tensor
-    logprobs_theta: torch.Tensor
-    logprobs_t: torch.Tensor
     weight_version: torch.Tensor
+    columns: dict[str, torch.Tensor]
 
     @classmethod
     def from_outputs(cls, outputs: Sequence[GenerationOutput], pad_token_id: int) -> RolloutBatch:
         """Pad and stack outputs that all succeeded."""
         prompts = [output.prompt_token_ids for output in outputs]
-        completions = [output.generated_tokens for output in outputs]
+        completions = [output.record.token_ids for output in outputs]
+        versions = [output.record.weight_version for output in outputs]
         return cls(
             prompt_ids=pad_rows(prompts, pad_token_id, left=True),
             prompt_mask=pad_rows([[1] * len(row) for row in prompts], 0, left=True),
             completion_ids=pad_rows(completions, pad_token_id),
             completion_mask=pad_rows([[1] * len(row) for row in completions], 0),
-            alpha=pad_rows([output.alpha_history for output in outputs], 0.0),
-            importance_weights=pad_rows([output.importance_weights for output in outputs], 0.0),
-            logprobs_q=pad_rows([output.logprobs_q for output in outputs], 0.0),
-            logprobs_theta=pad_rows([output.logprobs_theta for output in outputs], 0.0),
-            logprobs_t=pad_rows([output.logprobs_t for output in outputs], 0.0),
-            weight_version=torch.tensor(
-                [-1 if output.weight_version is None else output.weight_version for output in outputs]
-            ),
+            weight_version=torch.tensor([-1 if version is None else version for version in versions]),
+            columns={
+                name: pad_rows([getattr(output.record, name) for output in outputs], 0.0) for name in FLOAT_COLUMNS
+            },
         )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name in FLOAT_COLUMNS:
+            return self.columns[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, rows: torch.Tensor | slice) -> RolloutBatch:
         """Some of the rows, `rows` as in the indexing of a tensor, as wide as before."""
-        return RolloutBatch(**{spec.name: getattr(self, spec.name)[rows] for spec in fields(self)})
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with all tensors on `device`."""
-        return RolloutBatch(**{spec.name: getattr(self, spec.name).to(device) for spec in fields(self)})
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RolloutBatch:
+        tensors = {spec.name: change(getattr(self, spec.name)) for spec in fields(self) if spec.name != "columns"}
+        return RolloutBatch(**tensors, columns={name: change(column) for name, column in self.columns.items()})
 
 
 class DualRollout:
@@ -168,13 +170,13 @@ class DualRollout:
         before, started = self._counts(), time.perf_counter()
         with fail_together():
             check_rollout_is_all(trainer, prompts)
-            if _mode(trainer) == "eval" and config.engine != "native":
+            if _mode(trainer) == "eval" and NO_TARGET in self._open().targets:
                 contexts = Contexts(targets=[NO_TARGET] * len(prompts))
             else:
                 contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
             outputs = self._generate(
                 prompts,
-                config=config,
+                alpha_rule=config.alpha_rule,
                 t_prompts=contexts.t_prompts,
                 targets=contexts.targets,
                 max_tokens=trainer.max_completion_length,
@@ -191,12 +193,8 @@ class DualRollout:
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [output.generated_tokens for output in outputs],
-            "logprobs": [output.logprobs_q for output in outputs],
-            "alpha": [output.alpha_history for output in outputs],
-            "importance_weights": [output.importance_weights for output in outputs],
-            "logprobs_theta": [output.logprobs_theta for output in outputs],
-            "logprobs_t": [output.logprobs_t for output in outputs],
-            "logprobs_q": [output.logprobs_q for output in outputs],
+            "logprobs": [output.record.logprobs_q for output in outputs],
+            **{name: [getattr(output.record, name) for output in outputs] for name in FLOAT_COLUMNS},
             "weight_version": [output.weight_version for output in outputs],
         }
 
@@ -239,7 +237,6 @@ class DualRollout:
 
         outputs = self._generate(
             [prompt for prompt in prompts for _ in range(num_generations)],
-            config=self.config,
             t_prompts=repeat(t_prompts),
             targets=repeat(targets),
             max_tokens=max_tokens,
@@ -344,7 +341,7 @@ class DualRollout:
         self,
         prompts: Sequence[Prompt],
         *,
-        config: CoordinatorConfig,
+        alpha_rule: AlphaRule | None = None,
         t_prompts: Sequence[Prompt] | None,
         targets: Sequence[str | None] | None,
         max_tokens: int,
@@ -355,7 +352,6 @@ class DualRollout:
         coordinator = self._open()
         if tokenizer is not None:
             coordinator.tokenizer = tokenizer
-        coordinator.config = config  # differs from the one it was opened with in bounds on α alone
         outputs = self._run(
             coordinator.generate_batch(
                 prompts,
@@ -363,6 +359,7 @@ class DualRollout:
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=self._seed(*stream),
+                alpha_rule=alpha_rule,
                 return_diagnostics=True,
                 targets=targets,
             )
@@ -375,7 +372,7 @@ class DualRollout:
 
     def _warn_of_settings(self, trainer: Any) -> None:
         config = self.config
-        if _mode(trainer) == "eval" and config.engine == "native":
+        if _mode(trainer) == "eval" and NO_TARGET not in self._open().targets:
             self._warn_once(
                 "evaluation measures q*, not the policy: a native server samples from q* alone. Evaluate checkpoints "
                 "on a server of their own"

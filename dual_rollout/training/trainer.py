@@ -15,6 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.prompts import without_nulls
+from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts, column_names
 from dual_rollout.training.correction import (
     IMPORTANCE_SAMPLING_MODES,
@@ -209,8 +210,8 @@ class DualTrainerMixin(_Trainer):
         output = super()._generate_and_score_completions(inputs)
         # What the rollout returned per row has been merged into `inputs`.
         device, width = output["completion_ids"].device, output["completion_ids"].shape[1]
-        for name, key in _TENSORS.items():
-            output[key] = pad_rows([row[name] for row in inputs], 0.0, width=width).to(device)
+        for name in FLOAT_COLUMNS:
+            output[_BATCH_NAMES.get(name, name)] = pad_rows([row[name] for row in inputs], 0.0, width=width).to(device)
         old_logps = self._old_per_token_logps(output)
         if old_logps is None and not self.rollout.config.policy_logprobs:
             old_logps = output["old_per_token_logps"] = self._policy_logps(output)
@@ -290,21 +291,15 @@ def check_columns(dataset: Any) -> None:
     Raises:
         ValueError: names them.
     """
-    taken = sorted({*([] if dataset is None else column_names(dataset))} & {*_TENSORS, "weight_version"})
+    taken = sorted({*([] if dataset is None else column_names(dataset))} & {*FLOAT_COLUMNS, "weight_version"})
     if taken:
         raise ValueError(f"the dataset's columns {', '.join(taken)} would be overwritten by the rollout's: rename them")
 
 
 _DEFAULT_CORRECTION = ("token_truncate", 0.0, 3.0)
 
-_TENSORS = {
-    "alpha": "alpha",
-    "importance_weights": "importance_weights",
-    "logprobs_theta": "logprobs_theta",
-    "logprobs_t": "logprobs_t",
-    "logprobs_q": "sampling_per_token_logps",  # TRL's name for the law that sampled
-}
-"""What the rollout returns per row, and the names under which it stands in the batch, `(B, T)`."""
+_BATCH_NAMES = {"logprobs_q": "sampling_per_token_logps"}
+"""The record's columns stand in the batch as `(B, T)` tensors, but for TRL's own name of the one that it uses."""
 
 
 class DualGRPOTrainer(DualTrainerMixin, GRPOTrainer):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.coordinator import CoordinatorStats
-from dual_rollout.decoding.lists import Lists
-from dual_rollout.decoding.record import DecodingStats
+from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.decoding.top_k import TopKSource
 from dual_rollout.engines import HttpTransport, VLLMEngine
 from dual_rollout.functional.candidates import most_likely, tokens_to_mass
+from dual_rollout.stats import CoordinatorStats
 from dual_rollout.types import NO_TOKEN, TopK
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import FEWEST_LISTED, listed, position_law
@@ -129,13 +129,13 @@ class NoServer:
         return TopK(np.broadcast_to(np.arange(count), shape), np.full(shape, -math.log(self.length)))
 
 
-def ask(engine: NoServer, lists: Lists, contexts: int = 8) -> TopK:
+def ask(engine: NoServer, lists: TopKSource, contexts: int = 8) -> TopK:
     engine.asked.clear()
     return asyncio.run(lists.next_top_k([[1]] * contexts))
 
 
-def adaptive(engine: Any) -> Lists:
-    return Lists(engine, CoordinatorConfig(**AUTO), DecodingStats())
+def adaptive(engine: Any) -> TopKSource:
+    return TopKSource(engine, CoordinatorConfig(**AUTO), DecodingStats())
 
 
 def test_what_is_asked_for_follows_what_was_needed():

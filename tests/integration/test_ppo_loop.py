@@ -49,10 +49,10 @@ def test_advantages_by_their_definition(example: ModuleType, gamma: float, lam: 
 
 def test_alpha_is_bounded_where_the_weights_are_worth_too_little(example: ModuleType) -> None:
     """(Σw)²/(nΣw²) of the weights 1 and 3 is 0.8."""
-    rows = {name: torch.zeros(1, 3) for name in ("prompt_ids", "prompt_mask", "completion_ids", "logprobs_q")}
-    rows |= {name: torch.zeros(1, 3) for name in ("logprobs_theta", "logprobs_t", "weight_version")}
+    rows = {name: torch.zeros(1, 3) for name in ("prompt_ids", "prompt_mask", "completion_ids", "weight_version")}
     mask, alpha = torch.tensor([[1, 1, 0]]), torch.tensor([[0.4, 0.6, 0.0]])
-    batch = RolloutBatch(**rows, completion_mask=mask, alpha=alpha, importance_weights=torch.tensor([[1.0, 3.0, 0.0]]))
+    columns = {"alpha": alpha, "importance_weights": torch.tensor([[1.0, 3.0, 0.0]])}
+    batch = RolloutBatch(**rows, completion_mask=mask, columns=columns)
     assert example.means(Accelerator(cpu=True), batch) == pytest.approx((0.5, 0.8))
     assert example.next_alpha_max(1.0, 0.5, 0.8, min_ess=0.9) == pytest.approx(0.45)
     assert example.next_alpha_max(0.45, 0.4, 0.95, min_ess=0.9) == pytest.approx(0.5)

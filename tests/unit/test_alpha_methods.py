@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_rollout import compute_diagnostics, compute_q_star
-from dual_rollout.functional import merge_lists, position_law
+from dual_rollout.functional import merge_lists, next_token_distribution
 from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
-from dual_rollout.types import TopK
+from dual_rollout.types import AlphaRule, TopK
 
 GRID = np.linspace(0.0, 1.0, 2001)[1:-1]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -255,10 +255,12 @@ def test_the_law_follows_the_method_and_then_the_bounds():
         "fixed": np.full(8, 0.3),
     }
     for method, alpha in expected.items():
-        free = position_law(candidates(theta, t), method=method, **options)
+        free = next_token_distribution(candidates(theta, t), AlphaRule(method=method, **options))
         np.testing.assert_allclose(free.alpha, alpha, atol=1e-9)
         low, high = np.quantile(alpha, [0.3, 0.6])
-        bound = position_law(candidates(theta, t), method=method, alpha_min=low, alpha_max=high, **options)
+        bound = next_token_distribution(
+            candidates(theta, t), AlphaRule(method=method, alpha_min=low, alpha_max=high, **options)
+        )
         np.testing.assert_allclose(bound.alpha, np.clip(alpha, low, high), atol=1e-9)
         np.testing.assert_allclose(np.exp(bound.log_q).sum(axis=1), 1.0)
 
@@ -266,7 +268,7 @@ def test_the_law_follows_the_method_and_then_the_bounds():
 @pytest.mark.parametrize("method", ["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"])
 def test_disjoint_rows_are_left_to_the_policy(method):
     theta, t = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0], [0.9, 0.1]])
-    law = position_law(candidates(theta, t), method=method, fixed_alpha=0.4, kl_budget=0.01)
+    law = next_token_distribution(candidates(theta, t), AlphaRule(method=method, fixed_alpha=0.4, kl_budget=0.01))
     assert law.disjoint.tolist() == [True, False]
     assert law.alpha[0] == 0 and 0 < law.alpha[1] < 1
     assert np.exp(law.log_q[0]).max() == 1.0
@@ -275,4 +277,4 @@ def test_disjoint_rows_are_left_to_the_policy(method):
 @pytest.mark.parametrize(("method", "needs"), [("fixed", "fixed_alpha"), ("kl_budget", "kl_budget")])
 def test_a_method_without_its_number_is_refused(method, needs):
     with pytest.raises(ValueError, match=f"needs {needs}"):
-        position_law(candidates(*laws(1)), method=method)
+        next_token_distribution(candidates(*laws(1)), AlphaRule(method=method))

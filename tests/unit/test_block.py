@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dual_rollout.decoding import block
-from dual_rollout.decoding.record import Positions
-from dual_rollout.functional import TAIL_TOKEN, merge_lists, position_law
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.decoding.positions import Positions
+from dual_rollout.functional import TAIL_TOKEN, merge_lists, next_token_distribution
+from dual_rollout.types import NO_TOKEN, AlphaRule, TopK
 from tests.chi_square import chi_square_p_value
 from tests.integration.test_coordinator_law import CASES, FALSE_ALARM, THETA, Case, T, V, sequence_law
 
@@ -30,7 +30,9 @@ def positions(p: np.ndarray, r: np.ndarray, k: int, support: Any, **law: Any) ->
     """One position, once for each token that may have been drafted there."""
     theta, t = top_k(p, k, len(p)), top_k(r, k, len(p))
     candidates = merge_lists(theta, t, support)
-    return Positions(candidates, position_law(candidates, **law), theta.logprobs[:, 0], t.logprobs[:, 0], {})
+    return Positions(
+        candidates, next_token_distribution(candidates, AlphaRule(**law)), theta.logprobs[:, 0], t.logprobs[:, 0], {}
+    )
 
 
 def acceptance(accept: Accept, at: Positions, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +83,7 @@ def test_kept_and_redrawn_tokens_have_the_law_q_star(kind, support, method):
             p, r = laws(kind, size, rng)
             at = positions(p, r, k, support, **method)
             law = output_law(p, at, block._accept, block._residual)
-            np.testing.assert_allclose(law, np.exp(at.law.log_q[0]), atol=1e-12)
+            np.testing.assert_allclose(law, np.exp(at.q.log_q[0]), atol=1e-12)
 
 
 def test_a_token_that_only_the_target_listed_is_redrawn():
@@ -97,7 +99,7 @@ def test_a_token_outside_both_lists_is_kept_where_the_policys_mass_there_is_know
     p = np.array([0.5, 0.3, 0.1, 0.1])
     at = positions(p, np.array([0.3, 0.5, 0.1, 0.1]), 2, "tail")
     kept, columns = acceptance(block._accept, at, 4)
-    np.testing.assert_allclose(kept[2:], min(1.0, np.exp(at.law.log_q[0, -1]) / 0.2))
+    np.testing.assert_allclose(kept[2:], min(1.0, np.exp(at.q.log_q[0, -1]) / 0.2))
     assert columns[2:].tolist() == [at.candidates.token_ids.shape[1] - 1] * 2
     floored = positions(p, np.array([0.1, 0.3, 0.5, 0.1]), 2, "tail")
     assert acceptance(block._accept, floored, 4)[0][2:].tolist() == [0.0, 0.0]
@@ -119,16 +121,16 @@ def keep_by_the_policy_on_s(drafted: np.ndarray, at: Positions, uniforms: np.nda
     _, columns = block._accept(drafted, at, uniforms)
     inside = (at.candidates.token_ids == drafted[:, None]).any(axis=1)
     log_p = np.where(inside, at.candidates.logp_theta[rows, columns], np.inf)
-    return np.log(uniforms) < at.law.log_q[rows, columns] - log_p, columns
+    return np.log(uniforms) < at.q.log_q[rows, columns] - log_p, columns
 
 
 def redraw_from_q(at: Positions, rows: np.ndarray) -> np.ndarray:
-    return np.exp(at.law.log_q[rows])
+    return np.exp(at.q.log_q[rows])
 
 
 def redraw_less_floors(at: Positions, rows: np.ndarray) -> np.ndarray:
     """Subtracts from tokens that π_θ did not list too, though none of them was kept."""
-    residual = np.maximum(np.exp(at.law.log_q[rows]) - np.exp(at.candidates.logp_theta[rows]), 0.0)
+    residual = np.maximum(np.exp(at.q.log_q[rows]) - np.exp(at.candidates.logp_theta[rows]), 0.0)
     return np.where(residual.sum(axis=1, keepdims=True) > 0, residual, redraw_from_q(at, rows))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_rollout import merge_top_k_candidates
-from dual_rollout.functional import TAIL_TOKEN, merge_lists, position_law
+from dual_rollout.functional import TAIL_TOKEN, merge_lists, next_token_distribution
 from dual_rollout.functional.candidates import ROUNDING, at_temperature
 from dual_rollout.types import NO_TOKEN, TopK
 
@@ -117,7 +117,9 @@ def test_the_law_does_not_jump_where_a_list_sums_to_one(seed, k, support):
         logp = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
         tops.append({int(i): float(logp[i]) for i in np.argsort(-logp)[:k]})
     law, nearby = (
-        position_law(merge_lists(*(as_top_k([{i: v - step for i, v in top.items()}]) for top in tops), support))
+        next_token_distribution(
+            merge_lists(*(as_top_k([{i: v - step for i, v in top.items()}]) for top in tops), support)
+        )
         for step in (0.0, 1e-10)
     )
     listed = len({*tops[0], *tops[1]})
@@ -130,7 +132,7 @@ def test_the_law_does_not_jump_where_a_list_sums_to_one(seed, k, support):
 def test_a_certain_policy_leaves_the_target_its_say():
     """π_θ lists one token at 0.0, which a hair less would not change: q* keeps a tail, which π_θ can draw."""
     laws = [
-        position_law(merge_lists(as_top_k([{5: certain}]), as_top_k([{5: math.log(0.9)}]), "tail"))
+        next_token_distribution(merge_lists(as_top_k([{5: certain}]), as_top_k([{5: math.log(0.9)}]), "tail"))
         for certain in (0.0, -1e-9, -1.2e-7)
     ]
     for law in laws:
@@ -146,7 +148,7 @@ def test_a_complete_list_leaves_nothing_open():
             assert candidates.logp_theta[0, -1] == candidates.logp_t[0, -1] == -np.inf
     impossible = TopK(np.array([[0, 1]]), np.log([[0.5, 0.5]]), complete=True)
     disjoint = TopK(np.array([[2, 3]]), np.log([[0.5, 0.5]]), complete=True)
-    assert position_law(merge_lists(impossible, disjoint, "tail")).disjoint.all()
+    assert next_token_distribution(merge_lists(impossible, disjoint, "tail")).disjoint.all()
 
 
 def test_there_is_no_tail_where_both_lists_hold_the_vocabulary_together():
@@ -337,7 +339,7 @@ def test_ids_that_only_one_model_has_are_no_candidates(seed, support):
 def test_a_policy_that_can_only_say_what_the_target_lacks_leaves_the_position_to_the_target():
     theta = TopK(np.array([[5, NO_TOKEN]]), np.array([[0.0, -np.inf]]), np.array([True]), 6)
     t = TopK(np.array([[0, 1]]), np.log([[0.6, 0.3]]), np.array([False]), 4)
-    law = position_law(merge_lists(theta, t))
+    law = next_token_distribution(merge_lists(theta, t))
     assert law.disjoint.tolist() == [True] and law.alpha.tolist() == [1.0]
     assert np.exp(law.log_q[0]).max() == pytest.approx(2 / 3)
 

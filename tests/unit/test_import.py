@@ -59,6 +59,12 @@ def test_help_imports_nothing_that_takes_long():
     assert {*HEAVY, "numpy", "aiohttp"}.isdisjoint(measured["modules"])
 
 
+@pytest.mark.parametrize("module", ["decoding.lockstep", "decoding.block", "decoding.scheduler"])
+def test_the_decoding_loops_need_no_client(module):
+    modules = probe(f"dual_rollout.{module}")["modules"]
+    assert HEAVY.isdisjoint(modules) and "aiohttp" not in modules and "dual_rollout.engines" not in modules
+
+
 def test_an_unknown_command_is_refused():
     result = subprocess.run(
         [sys.executable, "-m", "dual_rollout.cli", "surf"], capture_output=True, text=True, timeout=60, check=False

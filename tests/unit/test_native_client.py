@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig
-from dual_rollout.decoding.native import NativeDecoder
-from dual_rollout.decoding.record import DecodingStats
+from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engines.http import HttpStats
 from dual_rollout.engines.native import NativeEngine, NativeSample
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, SCALES
+from dual_rollout.samplers.native import NativeSampler
 
 VOCAB_SIZE = 20
 ALPHA, KL_THETA, KL_T = 0.25, 0.5, 0.75
@@ -179,7 +181,8 @@ def test_no_sequence_is_begun_once_the_server_is_gone() -> None:
         engine = NativeEngine(server)  # type: ignore[arg-type]
         await engine.attach(1.0)
         config = CoordinatorConfig(engine="native", policy_logprobs=False, max_concurrency=2, seed=0)
-        await NativeDecoder(engine, config, DecodingStats()).decode(all_of_them, note)
+        sampler = NativeSampler(engine, PolicyWeights(), DecodingStats())
+        await sampler.sample(all_of_them, CallSettings(config, on_finished=note))
 
     asyncio.run(run())
     assert server.asked == 2
@@ -207,16 +210,20 @@ def test_log_policy_costs_a_request_only_where_it_is_wanted(policy_logprobs: boo
         await engine.attach(1.0)
         asked = len(server.payloads)
         config = CoordinatorConfig(engine="native", policy_logprobs=policy_logprobs)
-        await NativeDecoder(engine, config, stats, with_diagnostics=True).decode([sequence])
+        sampler = NativeSampler(engine, PolicyWeights(), stats)
+        await sampler.sample([sequence], CallSettings(config, with_diagnostics=True))
         return len(server.payloads) - asked
 
     assert asyncio.run(run()) == 1 + policy_logprobs
     assert sequence.failure is None and sequence.tokens == [1, 2, 3]
-    assert sequence.log_q == [LOG_Q] * 3 and sequence.alpha == [ALPHA] * 3
-    assert sequence.diagnostics["kl_diff"] == [KL_T - KL_THETA] * 3
+    record = sequence.record
+    assert record.logprobs_q == [LOG_Q] * 3 and record.alpha == [ALPHA] * 3
+    assert record.diagnostics["kl_diff"] == [KL_T - KL_THETA] * 3
     assert stats.scored_tokens == 3 * policy_logprobs
     psi = -(1 - ALPHA) * KL_THETA - ALPHA * KL_T
     logp_t = (LOG_Q + psi - (1 - ALPHA) * LOGP_THETA) / ALPHA
-    expected = [LOGP_THETA, logp_t, LOGP_THETA - LOG_Q] if policy_logprobs else [math.nan] * 3
-    for column, value in zip((sequence.logp_theta, sequence.logp_t, sequence.log_weight), expected, strict=True):
+    weight = math.exp(LOGP_THETA - LOG_Q)
+    expected = [LOGP_THETA, logp_t, weight] if policy_logprobs else [math.nan] * 3
+    columns = (record.logprobs_theta, record.logprobs_t, record.importance_weights)
+    for column, value in zip(columns, expected, strict=True):
         assert column == pytest.approx([value] * 3, nan_ok=True)

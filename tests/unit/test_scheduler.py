@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding import outage
-from dual_rollout.decoding.record import DecodingStats, Recorder
+from dual_rollout.decoding.call import CallSettings, DecodingCall
 from dual_rollout.decoding.scheduler import Scheduler, advance
 from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Choice, Load, Tuner
+from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 
 
@@ -22,9 +25,7 @@ def sequences(count: int, max_tokens: int = 4) -> list[DecodingSequence]:
 
 
 def add_token(sequence: DecodingSequence) -> None:
-    sequence.append(
-        1, alpha=0.5, log_q=0.0, logp_theta=0.0, logp_t=0.0, log_weight=0.0, top_theta=0.0, top_t=0.0, diagnostics={}
-    )
+    sequence.append(1, alpha=0.5, logprobs_q=0.0, logprobs_theta=0.0, logprobs_t=0.0, tops=(0.0, 0.0))
 
 
 class OneToken:
@@ -50,16 +51,18 @@ class OneToken:
             add_token(sequence)
 
 
-def recorder(max_concurrency: int) -> Recorder:
+def scheduler_of(sequences: Iterable[DecodingSequence], max_concurrency: int, **settings: Any) -> Scheduler:
+    nobody: Any = None
     config = CoordinatorConfig(max_concurrency=max_concurrency)
-    nobody: object = None
-    return Recorder(nobody, nobody, config, DecodingStats())  # type: ignore[arg-type]
+    return Scheduler(
+        sequences, DecodingCall(nobody, nobody, CallSettings(config, **settings), DecodingStats()), PolicyWeights()
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_every_sequence_ends_and_no_round_exceeds_the_limit(groups: int) -> None:
     all_of_them = sequences(23, max_tokens=3)
-    mode, scheduler = OneToken(), Scheduler(all_of_them, recorder(8))
+    mode, scheduler = OneToken(), scheduler_of(all_of_them, 8)
 
     async def run() -> None:
         await scheduler.run(mode, groups=groups)
@@ -74,7 +77,7 @@ def test_every_sequence_ends_and_no_round_exceeds_the_limit(groups: int) -> None
 
 def test_rounds_can_be_counted_and_resumed() -> None:
     all_of_them = sequences(4, max_tokens=5)
-    scheduler = Scheduler(all_of_them, recorder(4))
+    scheduler = scheduler_of(all_of_them, 4)
 
     async def run() -> None:
         await scheduler.run(OneToken(), groups=2, rounds=2)
@@ -115,7 +118,7 @@ def test_a_server_that_answers_everything_badly_is_given_time(monkeypatch: pytes
 def test_no_sequence_begins_once_a_server_is_gone() -> None:
     all_of_them = sequences(50)
     mode = OneToken(down=True)
-    scheduler = Scheduler(all_of_them, recorder(4))
+    scheduler = scheduler_of(all_of_them, 4)
 
     async def run() -> None:
         await scheduler.run(mode, groups=2)
@@ -250,7 +253,7 @@ def test_a_sequence_that_cannot_begin_ends_all_groups() -> None:
         yield from sequences(3, max_tokens=10**6)
         raise ValueError("a bad row")
 
-    mode, scheduler = OneToken(), Scheduler(rows(), recorder(4))
+    mode, scheduler = OneToken(), scheduler_of(rows(), 4)
 
     async def run() -> None:
         with pytest.raises(ValueError, match="a bad row"):

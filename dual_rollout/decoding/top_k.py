@@ -1,4 +1,4 @@
-"""The lists that one server is asked for: of `top_k` tokens, or with "auto" as long as the context needs.
+"""Fetching top-k lists from one server: of `top_k` tokens, or with "auto" as long as the context needs.
 
 With "auto", S at a position is a matter of its context alone: each list is cut to its fewest most likely tokens that
 hold `top_k_mass`, whatever was asked for. How much is asked for only decides what that costs. A list that does not hold
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
-from dual_rollout.engines.base import Engine, TokenIds
+from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.engine import ScoringEngine, TokenIds
 from dual_rollout.functional.candidates import most_likely, tokens_to_mass
 from dual_rollout.types import NO_TOKEN, TopK
-
-if TYPE_CHECKING:
-    from dual_rollout.decoding.record import DecodingStats
 
 _FEWEST_TOKENS = 16  # a shorter list would bound the tokens it lacks too loosely
 _ASKED_FIRST = 128
@@ -27,11 +24,15 @@ _REQUEST = 300  # tokens of a list that cost as much as one more request for it
 _REMEMBERED = 1024  # lists
 
 
-class Lists:
-    """Asks one server for lists, and remembers how long they had to be."""
+class TopKSource:
+    """Asks one server for lists, and remembers how long they had to be.
 
-    def __init__(self, engine: Engine, config: CoordinatorConfig, stats: DecodingStats):
-        self._engine = engine
+    Attributes:
+        engine: the server's client.
+    """
+
+    def __init__(self, engine: ScoringEngine, config: CoordinatorConfig, stats: DecodingStats):
+        self.engine = engine
         self._config = config
         self._stats = stats
         self._steps: list[int] = []
@@ -40,7 +41,7 @@ class Lists:
     async def next_top_k(self, contexts: Sequence[TokenIds]) -> TopK:
         """The list after each of B contexts."""
         k = await self.length(contexts[0])
-        top = await self._engine.next_top_k(contexts, k, self._config.temperature)
+        top = await self.engine.next_top_k(contexts, k, self._config.temperature)
         return await self.complete(top, k, lambda: contexts)
 
     async def length(self, context: TokenIds) -> int:
@@ -48,13 +49,13 @@ class Lists:
         if self._config.top_k != "auto":
             return self._config.top_k
         if not self._steps:
-            most = min((await self._engine.probe(context)).max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K)
+            most = min((await self.engine.probe(context)).max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K)
             doubled = (_FEWEST_TOKENS << i for i in range(most.bit_length()))
             self._steps = [k for k in doubled if k < most] + [most]
         return self._cheapest() if self._needs else min(_ASKED_FIRST, self._steps[-1])
 
     async def complete(self, top: TopK, k: int, contexts: Callable[[], Sequence[TokenIds]]) -> TopK:
-        """The lists that the law is made of, from those that came when `k` tokens were asked for after `contexts`."""
+        """The lists that q* is built from, out of those that came when `k` tokens were asked for after `contexts`."""
         self._count(top)
         if self._config.top_k != "auto":
             return top
@@ -71,7 +72,7 @@ class Lists:
         rows, every = np.flatnonzero(short), contexts()
         longer, left = self._cheapest(above=k), [every[row] for row in rows]
         self._stats.repeated_lists += len(rows)
-        again = await self._engine.next_top_k(left, longer, self._config.temperature)
+        again = await self.engine.next_top_k(left, longer, self._config.temperature)
         self._count(again)
         return _replaced(top, rows, await self._until_enough(again, longer, lambda: left))
 

@@ -1,4 +1,5 @@
-"""What the decoding loops ask of a server."""
+"""The contract of a server: what the decoding loops ask of it (`ScoringEngine`), and how the policy's gets new weights
+(`WeightReceiver`). The clients in `dual_rollout.engines` implement both; nothing here knows of HTTP."""
 
 from __future__ import annotations
 
@@ -116,8 +117,11 @@ class Capabilities:
         return self.named_logprobs and (temperature == 1.0 or self.logprobs_mode == "processed")
 
 
-class Engine(Protocol):
-    """One model behind a server. All methods raise the errors of `dual_rollout.exceptions`."""
+class ScoringEngine(Protocol):
+    """One model behind a server, asked for probabilities and draws.
+
+    All methods raise the errors of `dual_rollout.exceptions`.
+    """
 
     url: str
 
@@ -216,13 +220,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def detokenize(self, token_ids: TokenIds) -> str:
-        """The server's text of these tokens."""
-        ...
 
-    async def health(self) -> None:
-        """Return if the server says that it is well."""
-        ...
+class WeightReceiver(Protocol):
+    """The policy's server, where it gets new weights. All methods raise the errors of `dual_rollout.exceptions`."""
+
+    url: str
 
     async def reset_prefix_cache(self) -> None:
         """Forget everything computed for earlier requests."""
@@ -243,6 +245,14 @@ class Engine(Protocol):
         """From now on ask for the model with this adapter."""
         ...
 
+    async def loads_lora(self) -> bool:
+        """Whether the server takes LoRA adapters while it runs."""
+        ...
+
+    async def check_sees(self, path: str) -> None:
+        """Raise unless the server can read folder `path`, which holds a safetensors file without tensors."""
+        ...
+
     def weights_given(self) -> Any:
         """What another process must know to notice when the server loses the weights given here; picklable."""
         ...
@@ -251,10 +261,14 @@ class Engine(Protocol):
         """From now on take the server to have the weights that another process gave it, whose `weights_given` it is."""
         ...
 
-    async def loads_lora(self) -> bool:
-        """Whether the server takes LoRA adapters while it runs."""
+
+class Engine(ScoringEngine, WeightReceiver, Protocol):
+    """A client of a server in both roles, with what is asked of the server as such."""
+
+    async def detokenize(self, token_ids: TokenIds) -> str:
+        """The server's text of these tokens."""
         ...
 
-    async def check_sees(self, path: str) -> None:
-        """Raise unless the server can read folder `path`, which holds a safetensors file without tensors."""
+    async def health(self) -> None:
+        """Return if the server says that it is well."""
         ...

@@ -1,0 +1,64 @@
+"""The distribution of the next token: α and q* on the candidates of both lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
+from dual_rollout.functional.candidates import Candidates
+from dual_rollout.functional.kl_symmetry import disjoint_rows, log_q_star, solve_alpha
+from dual_rollout.types import AlphaRule
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokenDistribution:
+    """q* of B positions.
+
+    Attributes:
+        alpha: `(B,)`.
+        log_q: `(B, S)` nats; `-inf` where q* has no mass.
+        disjoint: `(B,)` bool; the lists shared no possible token there, so q* does not exist and the position is
+            sampled from the policy (α = 0), or from the target (α = 1, weight 0) where all that the policy can say are
+            tokens that the target does not have. Counted in the statistics, never silent.
+    """
+
+    alpha: np.ndarray
+    log_q: np.ndarray
+    disjoint: np.ndarray
+
+
+def next_token_distribution(candidates: Candidates, rule: AlphaRule = AlphaRule()) -> NextTokenDistribution:  # noqa: B008
+    """α by `rule`, clipped to its bounds, and q_α ∝ π_θ^(1−α) π_t^α on the candidates.
+
+    Raises:
+        ValueError: the method's own number is missing, or the method is unknown.
+    """
+    logp_theta, logp_t = candidates.logp_theta, candidates.logp_t
+    disjoint = disjoint_rows(logp_theta, logp_t)
+    alpha = np.zeros(len(disjoint))
+    if disjoint.any():
+        rows = ~disjoint
+        alpha[rows] = _alpha(rule, logp_theta[rows], logp_t[rows])
+    else:
+        alpha[:] = _alpha(rule, logp_theta, logp_t)
+    alpha = np.where(disjoint, np.isneginf(logp_theta).all(axis=1), np.clip(alpha, rule.alpha_min, rule.alpha_max))
+    return NextTokenDistribution(alpha, log_q_star(logp_theta, logp_t, alpha)[0], disjoint)
+
+
+def _alpha(rule: AlphaRule, logp_theta: np.ndarray, logp_t: np.ndarray) -> np.ndarray | float:
+    if rule.method == "kl_symmetry":
+        return solve_alpha(logp_theta, logp_t)
+    if rule.method == "ess_balance":
+        return ess_balance_alpha(logp_theta, logp_t)
+    if rule.method == "entropy":
+        return entropy_alpha(logp_theta, logp_t)
+    if rule.method == "fixed" and rule.fixed_alpha is not None:
+        return rule.fixed_alpha
+    if rule.method == "kl_budget" and rule.kl_budget is not None:
+        return kl_budget_alpha(logp_theta, logp_t, rule.kl_budget)
+    needs = {"fixed": "fixed_alpha", "kl_budget": "kl_budget"}.get(rule.method)
+    raise ValueError(
+        f"alpha_method {rule.method!r} needs {needs}" if needs else f"unknown alpha_method {rule.method!r}"
+    )

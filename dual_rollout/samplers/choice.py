@@ -1,0 +1,55 @@
+"""From a config to its samplers: the one place that asks for the kind of engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
+from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.engine import Engine
+from dual_rollout.engines.connections import Connections
+from dual_rollout.engines.http import HttpStats
+from dual_rollout.samplers.base import Sampler
+from dual_rollout.samplers.native import NativeSampler
+from dual_rollout.samplers.policy import PolicySampler
+from dual_rollout.samplers.two_servers import TwoServerSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Samplers:
+    """What a coordinator draws with.
+
+    Attributes:
+        theta: the policy's server, for new weights.
+        t: the server of the target at `t_url`; None where the policy's holds it too.
+        by_target: a sampler for each name of a target; None for the one at `t_url`, "none" for π_θ alone.
+        traffic: requests and bytes of each server, "theta", "t" or the target's name.
+    """
+
+    theta: Engine
+    t: Engine | None
+    by_target: Mapping[str | None, Sampler]
+    traffic: Mapping[str, HttpStats]
+
+
+def choose_samplers(
+    config: CoordinatorConfig, connections: Connections, weights: PolicyWeights, stats: DecodingStats
+) -> Samplers:
+    """The samplers of a config, with their clients."""
+    traffic = {"theta": HttpStats(), "t": HttpStats(), **{name: HttpStats() for name in config.targets or {}}}
+    if config.engine == "native":
+        native = connections.native(url_list(config.theta_url)[0], config.theta_model, traffic["theta"])
+        return Samplers(native, None, {None: NativeSampler(native, weights, stats)}, traffic)
+
+    theta = connections.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
+    t = connections.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
+    by_target: dict[str | None, Sampler] = {
+        None: TwoServerSampler(theta, t, "t_url", weights, stats),
+        NO_TARGET: PolicySampler(theta, weights, stats),
+    }
+    for name, urls in (config.targets or {}).items():
+        target = connections.client(config.t_engine, urls, None, traffic[name])
+        by_target[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
+    return Samplers(theta, t, by_target, traffic)
