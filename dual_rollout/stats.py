@@ -47,6 +47,16 @@ class CoordinatorStats:
         return {name: tuner.report() for name, tuner in self.tuners.items() if tuner.chosen is not None}
 
     @property
+    def truncated_prompts(self) -> int:
+        """Prompts that lost tokens at their beginning (`long_prompts`)."""
+        return self.prompts.truncated_prompts
+
+    @property
+    def special_names(self) -> int:
+        """Prompts whose text named a special token that was read as plain characters (`parse_special_tokens`)."""
+        return self.prompts.special_names
+
+    @property
     def tokens_per_second(self) -> float:
         return self.decoding.tokens / self.seconds if self.seconds else 0.0
 

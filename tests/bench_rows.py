@@ -57,26 +57,25 @@ def measure(rows: int) -> None:
 
 
 def replace_servers() -> None:
-    from dual_rollout.coordinator import DualVLLMCoordinator
-    from dual_rollout.decoding import DecodingSequence
+    from dual_rollout.decoding.call import CallSettings
+    from dual_rollout.decoding.sequence import DecodingSequence
     from dual_rollout.engines import EngineInfo, VLLMEngine
     from dual_rollout.production import run
+    from dual_rollout.samplers.two_servers import TwoServerSampler
 
     async def describe(_: Any) -> EngineInfo:
         return EngineInfo("none", None, None)
 
-    async def preflight(*_: Any) -> bool:
-        return True
+    async def ready(sampler: TwoServerSampler, *_: Any) -> TwoServerSampler:
+        return sampler
 
-    async def decode(
-        _: Any, sequences: Iterable[DecodingSequence], *args: Any, on_finished: Any, **options: Any
-    ) -> None:
+    async def sample(_: Any, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
         for sequence in sequences:
             for token in range(TOKENS):
-                numbers = sequence.rng.random(7).tolist()
-                names = ("alpha", "log_q", "logp_theta", "logp_t", "log_weight", "top_theta", "top_t")
-                sequence.append(token, **dict(zip(names, numbers, strict=True)), diagnostics={})
-            await on_finished(sequence)
+                numbers = sequence.rng.random(6).tolist()
+                names = ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t")
+                sequence.append(token, **dict(zip(names, numbers[:4], strict=True)), tops=(numbers[4], numbers[5]))
+            await settings.on_finished(sequence)
 
     async def versions(_: Any) -> dict[str, Any]:
         nothing = {"model": "none", "root": None, "server": None}
@@ -84,8 +83,8 @@ def replace_servers() -> None:
 
     run._versions = versions
     VLLMEngine.describe = describe  # type: ignore[method-assign,assignment]
-    DualVLLMCoordinator._preflight = preflight  # type: ignore[method-assign]
-    DualVLLMCoordinator._decode = decode  # type: ignore[method-assign,assignment]
+    TwoServerSampler.ready = ready  # type: ignore[method-assign,assignment]
+    TwoServerSampler.sample = sample  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":

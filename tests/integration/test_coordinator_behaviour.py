@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput, generate_with_optimal_sampling
 from dual_rollout.exceptions import DualRolloutError, EngineError, PreflightError
+from dual_rollout.preflight import check_servers
+from dual_rollout.samplers import two_servers
 from dual_rollout.types import GenerationRequest, StreamChunk
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
@@ -483,26 +485,29 @@ def test_a_sequence_mixes_no_weights_unless_allowed(tiny_pair: TinyPair) -> None
 
 
 @pytest.mark.parametrize("bad", [1, 2, 5])
-def test_servers_are_checked_however_many_prompts_are_bad_before(tiny_pair: TinyPair, bad: int) -> None:
+def test_servers_are_checked_however_many_prompts_are_bad_before(
+    tiny_pair: TinyPair, bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With `max_concurrency` 2 the first ones may all be bad; then come good ones, for servers with a lower cap."""
     prompts: list[Any] = [*[None, []] * 3][:bad] + ["the"] * 3
 
-    async def run(checked: list[int]) -> list[int]:
+    checked: list[int] = []
+
+    async def counted(theta: Any, t: Any, config: Any, contexts: Sequence[Any], *args: Any, **options: Any) -> Any:
+        checked.append(len(contexts))
+        return await check_servers(theta, t, config, contexts, *args, **options)
+
+    monkeypatch.setattr(two_servers, "check_servers", counted)
+
+    async def run() -> None:
         config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, max_concurrency=2)
         async with DualVLLMCoordinator(config) as coordinator:
-            check = coordinator._preflight
-
-            async def counted(sequences: Any, *args: Any) -> bool:
-                checked.append(len(sequences))
-                return await check(sequences, *args)
-
-            coordinator._preflight = counted  # type: ignore[method-assign]
             requests = (GenerationRequest(i, prompt) for i, prompt in enumerate(prompts))
             outputs = dict([item async for item in coordinator.generate_iter(requests, max_tokens=2)])
             assert [outputs[i].error is None for i in range(len(prompts))] == [False] * bad + [True] * 3
-            return checked
 
-    assert len(asyncio.run(asyncio.wait_for(run([]), 60))) == 1
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert len(checked) == 1
 
 
 def test_prompts_of_the_first_batch_are_counted_once(tiny_pair: TinyPair) -> None:

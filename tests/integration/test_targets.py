@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.coordinator import _shares
 from dual_rollout.exceptions import EngineUnavailableError, PreflightError
+from dual_rollout.samplers.dispatch import shares
 from tests.chi_square import chi_square_p_value
 from tests.markov_server import MarkovServer, random_chain
 
@@ -159,13 +159,13 @@ def test_diagnostics_of_a_token_without_a_target_say_what_is_known():
 
 
 @pytest.mark.parametrize(
-    ("counts", "limit", "shares"),
+    ("counts", "limit", "expected"),
     [([5], 64, [64]), ([10, 10], 5, [3, 2]), ([1000, 1], 64, [63, 1]), ([1, 1, 1], 2, [1, 1, 1]), ([3, 3, 2], 8, None)],
 )
-def test_the_places_are_shared_out(counts, limit, shares):
-    found = _shares(counts, limit)
+def test_the_places_are_shared_out(counts, limit, expected):
+    found = shares(counts, limit)
     assert min(found) >= 1 and sum(found) <= max(limit, len(counts))
-    assert shares is None or sorted(found) == sorted(shares)
+    assert expected is None or sorted(found) == sorted(expected)
 
 
 # ---- a target that is gone from the start; test_faults.py has those that go and come back ---------------------------
