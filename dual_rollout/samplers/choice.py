@@ -45,11 +45,9 @@ def choose_samplers(
 
     theta = connections.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
     t = connections.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
-    by_target: dict[str | None, Sampler] = {
-        None: TwoServerSampler(theta, t, "t_url", weights, stats),
-        NO_TARGET: PolicySampler(theta, weights, stats),
-    }
+    by_target: dict[str | None, Sampler] = {None: TwoServerSampler(theta, t, "t_url", weights, stats)}
     for name, urls in (config.targets or {}).items():
         target = connections.client(config.t_engine, urls, None, traffic[name])
         by_target[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
+    by_target[NO_TARGET] = PolicySampler(theta, weights, stats)
     return Samplers(theta, t, by_target, traffic)

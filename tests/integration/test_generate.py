@@ -35,6 +35,8 @@ from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.production.run import Job, Summary, _owned, output_schema, produce
 from dual_rollout.production.shards import Journal, OutputFolder, Share
+from dual_rollout.samplers.base import Sampler
+from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.types import GenerationOutput, GenerationRequest
 from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import TinyPair
@@ -777,18 +779,18 @@ def test_bad_requests_come_back_with_their_error(tiny_pair):
 
 
 def test_a_server_that_is_gone_ends_the_iteration(tiny_pair, tmp_path, monkeypatch):
-    real = DualVLLMCoordinator._preflight
+    real = TwoServerSampler.ready
 
-    async def then_lose_the_target(self: Any, *args: Any) -> bool:
-        there = await real(self, *args)
+    async def then_lose_the_target(self: TwoServerSampler, *args: Any) -> Sampler:
+        sampler = await real(self, *args)
 
         async def gone(*_: Any, **__: Any) -> Any:
-            raise EngineUnavailableError("gone", url=self.t.url)
+            raise EngineUnavailableError("gone", url=self._t.url)
 
-        monkeypatch.setattr(self.t, "next_top_k", gone)
-        return there
+        monkeypatch.setattr(self._t, "next_top_k", gone)
+        return sampler
 
-    monkeypatch.setattr(DualVLLMCoordinator, "_preflight", then_lose_the_target)
+    monkeypatch.setattr(TwoServerSampler, "ready", then_lose_the_target)
     with pytest.raises(EngineUnavailableError, match="gone"):
         collect(tiny_pair, [GenerationRequest(i, "the") for i in range(1000)])
 

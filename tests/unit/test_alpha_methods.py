@@ -193,7 +193,7 @@ def test_a_solved_alpha_never_leaves_the_common_support(method, seed, certain):
     if certain:  # a model of no entropy, and another of too little for float64
         theta[0], theta[1, 1:] = np.eye(theta.shape[1])[0], 1e-300
         theta[1] /= theta[1].sum()
-    law = position_law(candidates(theta, t), method=method, **SOLVED[method])
+    law = next_token_distribution(candidates(theta, t), AlphaRule(method=method, **SOLVED[method]))
     q, common = by_token(law), (theta > 0) & (t > 0)
     policy = (law.alpha == 0) & (method == "kl_budget")
     assert np.all(q[~policy][~common[~policy]] == 0)
@@ -210,7 +210,7 @@ def test_an_end_that_is_asked_for_is_the_model_itself(end):
         {"method": "fixed", "fixed_alpha": end},
         {"alpha_max": 0.0} if end == 0 else {"alpha_min": 1.0},
     ):
-        law = position_law(candidates(theta, t), **options)
+        law = next_token_distribution(candidates(theta, t), AlphaRule(**options))
         assert law.alpha[0] == end
         np.testing.assert_allclose(by_token(law), t if end else theta, rtol=1e-12)
 
