@@ -9,14 +9,34 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from dual_rollout.types import AlphaMethod, AlphaRule
-
 NO_TARGET = "none"
 """The name, in `targets` of a call, of no target: plain generation from π_θ."""
 
 
 MAX_AUTO_TOP_K = 1000
 """What `top_k: auto` asks for at most, where the server sets no lower limit."""
+
+
+AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
+"""How α is chosen for each token; `functional.distribution` says what each is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlphaRule:
+    """How α is chosen for each token.
+
+    Attributes:
+        method: see `AlphaMethod`.
+        fixed_alpha: the α of "fixed", in [0, 1].
+        kl_budget: the bound of "kl_budget" on KL(q_α‖π_θ), nats.
+        alpha_min, alpha_max: bounds on α, whatever the method says.
+    """
+
+    method: AlphaMethod = "kl_symmetry"
+    fixed_alpha: float | None = None
+    kl_budget: float | None = None
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
 
 
 def _option(default: Any, help: str) -> Any:

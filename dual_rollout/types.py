@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
 from dual_rollout.record import SequenceRecord
+
+if TYPE_CHECKING:
+    from dual_rollout.config import AlphaRule
 
 ChatMessages = Sequence[Mapping[str, str]]
 Prompt = str | ChatMessages | Sequence[int]
 """A raw string, chat messages (rendered with the model's own chat template), or token ids."""
 
 FinishReason = Literal["stop", "length"]
-
-AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
-"""How α is chosen for each token; `functional.distribution` says what each is."""
 
 NO_TOKEN = -1
 """Padding in arrays of token ids."""
@@ -39,24 +39,6 @@ class TopK:
     logprobs: np.ndarray
     complete: np.ndarray | bool = False
     vocab_size: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AlphaRule:
-    """How α is chosen for each token.
-
-    Attributes:
-        method: see `AlphaMethod`.
-        fixed_alpha: the α of "fixed", in [0, 1].
-        kl_budget: the bound of "kl_budget" on KL(q_α‖π_θ), nats.
-        alpha_min, alpha_max: bounds on α, whatever the method says.
-    """
-
-    method: AlphaMethod = "kl_symmetry"
-    fixed_alpha: float | None = None
-    kl_budget: float | None = None
-    alpha_min: float = 0.0
-    alpha_max: float = 1.0
 
 
 class CallOptions(TypedDict, total=False):

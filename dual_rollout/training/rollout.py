@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from dual_rollout.config import NO_TARGET, CoordinatorConfig, did_you_mean
+from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.engines import EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
@@ -28,7 +28,7 @@ from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsBy
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
-from dual_rollout.types import AlphaRule, GenerationOutput, Prompt
+from dual_rollout.types import GenerationOutput, Prompt
 
 logger = logging.getLogger(__name__)
 
