@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from dual_rollout.types import TopK
 
 TokenIds = Sequence[int]
+T = TypeVar("T")
 
 
 class Context(list[int]):
@@ -115,6 +116,19 @@ class Capabilities:
     def names_tokens_at(self, temperature: float) -> bool:
         """Whether it reports named tokens of the law at `temperature`."""
         return self.named_logprobs and (temperature == 1.0 or self.logprobs_mode == "processed")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWeights:
+    """What a server says of the weights that it serves now; None where it does not say.
+
+    Attributes:
+        version: the name that they were last given, `set_weight_version`; "default" for those that it was started with.
+        dtype: what it computes in, "bfloat16", or how the weights are quantised, "fp8".
+    """
+
+    version: str | None = None
+    dtype: str | None = None
 
 
 class ScoringEngine(Protocol):
@@ -261,9 +275,21 @@ class WeightReceiver(Protocol):
         """From now on take the server to have the weights that another process gave it, whose `weights_given` it is."""
         ...
 
+    async def weights(self) -> ServedWeights:
+        """What the server says of its weights now; of several, use `Engine.each`."""
+        ...
+
+    async def set_weight_version(self, version: str) -> None:
+        """Name the weights that the server has now, for all who ask; nothing where it has no place for a name."""
+        ...
+
 
 class Engine(ScoringEngine, WeightReceiver, Protocol):
     """A client of a server in both roles, with what is asked of the server as such."""
+
+    async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        """The answers of all servers behind this engine: of itself, or of its replicas that are in use."""
+        ...
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         """The server's text of these tokens."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from dual_rollout.engine import TokenIds
 from dual_rollout.engines.vllm import VLLMEngine, _token_ids
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
+from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
 from dual_rollout.types import FinishReason
 
@@ -108,11 +108,8 @@ class NativeEngine(VLLMEngine):
         """What the server is, for a report; `attach` and its errors included."""
         info = await self.describe()
         await self.attach(temperature)
-        version, schema, served = [
-            await self._told(path) for path in ("/version", "/openapi.json", "/server_info?config_format=json")
-        ]
-        model_config = (served.get("vllm_config") or {}).get("model_config") or {}
-        settings = (model_config.get("hf_overrides") or {}).get("dual_rollout") or {}
+        version, schema = [await self._told(path) for path in ("/version", "/openapi.json")]
+        settings = ((await self._model_config()).get("hf_overrides") or {}).get("dual_rollout") or {}
         names = ("fixed_alpha", "alpha_min", "alpha_max")
         return NativeServerInfo(
             model=info.model,
@@ -122,14 +119,6 @@ class NativeEngine(VLLMEngine):
             rule={name: settings[name] for name in names} if settings else None,
             reloads_weights={"/collective_rpc", "/reset_prefix_cache"} <= set(schema.get("paths", ())),
         )
-
-    async def _told(self, path: str) -> dict[str, Any]:
-        """The answer of a server that has that route; empty otherwise."""
-        try:
-            answer = await self._http.get(path)
-        except (EngineRejectedError, EngineProtocolError):
-            return {}
-        return answer if isinstance(answer, dict) else {}
 
     async def generate(
         self,
@@ -185,6 +174,11 @@ class NativeEngine(VLLMEngine):
             return self._answers.logprobs(own)
 
         return await self._ask([token_ids], read, temperature=temperature, prompt_logprobs=0)
+
+    async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """log π_θ at the server's temperature; of the most likely tokens nothing is known (NaN)."""
+        own = await self.policy_logprobs(token_ids, start)
+        return own, np.full(len(own), np.nan)
 
     async def _find_vocab_size(self) -> int:
         """From the refusal of a token that cannot be; vLLM says it nowhere else."""

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engine import Capabilities, Context, Drafts, Engine, EngineInfo, ScoringMethod, TokenIds
+from dual_rollout.engine import (
+    Capabilities,
+    Context,
+    Drafts,
+    Engine,
+    EngineInfo,
+    ScoringMethod,
+    ServedWeights,
+    TokenIds,
+)
 from dual_rollout.engines.answers import joined
 from dual_rollout.exceptions import (
     EngineError,
@@ -69,6 +78,7 @@ class Replicas:
         self._returning: dict[_Replica, asyncio.Task[None]] = {}
         self._last_error: EngineError | None = None
         self._door = asyncio.Lock()
+        self._weight_version: str | None = None
 
     # ---- what one replica answers -----------------------------------------------------------------------------------
 
@@ -218,6 +228,16 @@ class Replicas:
 
     async def check_sees(self, path: str) -> None:
         await self._ask_all(lambda engine: engine.check_sees(path))
+
+    async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        return await self._ask_all(ask)
+
+    async def weights(self) -> ServedWeights:
+        return (await self._ask_all(lambda engine: engine.weights()))[0]
+
+    async def set_weight_version(self, version: str) -> None:
+        self._weight_version = version
+        await self._ask_all(lambda engine: engine.set_weight_version(version))
 
     def use_lora(self, name: str) -> None:
         for replica in self._replicas:
@@ -404,6 +424,8 @@ class Replicas:
             if self._sync is not None and replica.version != self._version:
                 version = self._version
                 await self._sync(replica.engine)
+                if self._weight_version is not None:
+                    await replica.engine.set_weight_version(self._weight_version)
                 replica.version = version
             if self._sample is not None:
                 await replica.engine.probe(self._sample)  # where it was not there to be asked

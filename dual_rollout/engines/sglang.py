@@ -10,13 +10,22 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engine import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
+from dual_rollout.engine import (
+    Capabilities,
+    Drafts,
+    Engine,
+    EngineInfo,
+    ScoringMethod,
+    ServedWeights,
+    TokenIds,
+    prefixes,
+)
 from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
@@ -290,6 +299,21 @@ class SGLangEngine:
 
     def adopt_weights(self, given: None) -> None:
         pass  # a restart of SGLang's server goes unnoticed in any process
+
+    async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        return [await ask(self)]
+
+    async def weights(self) -> ServedWeights:
+        await self.describe()
+        model = await self._get("/model_info", "/get_model_info")
+        named, dtype = model.get("weight_version"), self._server.get("quantization") or self._server.get("dtype")
+        return ServedWeights(
+            named if isinstance(named, str) else None, dtype if isinstance(dtype, str) and dtype != "auto" else None
+        )
+
+    async def set_weight_version(self, version: str) -> None:
+        with contextlib.suppress(EngineRejectedError):  # an older version
+            await self._http.post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def loads_lora(self) -> bool:
         await self.describe()

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engine import Capabilities, Drafts, EngineInfo, ScoringMethod, TokenIds, prefixes
+from dual_rollout.engine import (
+    Capabilities,
+    Drafts,
+    Engine,
+    EngineInfo,
+    ScoringMethod,
+    ServedWeights,
+    TokenIds,
+    prefixes,
+)
 from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
 from dual_rollout.engines.npy import decoded_floats
@@ -59,6 +68,7 @@ class VLLMEngine:
         self._warned = False
         self._lora: str | None = None
         self._gate = _Gate()
+        self._config: Mapping[str, Any] | None = None
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
@@ -289,6 +299,38 @@ class VLLMEngine:
 
     def adopt_weights(self, given: float | None) -> None:
         self._questions.adopt(given)
+
+    async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        return [await ask(self)]
+
+    async def weights(self) -> ServedWeights:
+        version, config = await asyncio.gather(self._told("/weight_info"), self._model_config())
+        dtype = config.get("quantization") or config.get("dtype")
+        named = version.get("weight_version")
+        return ServedWeights(
+            named if isinstance(named, str) else None,
+            dtype.removeprefix("torch.") if isinstance(dtype, str) else None,
+        )
+
+    async def set_weight_version(self, version: str) -> None:
+        with contextlib.suppress(EngineRejectedError):  # an older vLLM, or not in development mode
+            await self._http.post("/update_weight_version", {"new_version": version})
+
+    async def _model_config(self) -> Mapping[str, Any]:
+        """vLLM's own, where it is in development mode; asked once."""
+        if self._config is None:
+            told = (await self._told("/server_info?config_format=json")).get("vllm_config")
+            config = told.get("model_config") if isinstance(told, dict) else None
+            self._config = config if isinstance(config, dict) else {}
+        return self._config
+
+    async def _told(self, path: str) -> dict[str, Any]:
+        """The answer of a server that has that route; empty otherwise."""
+        try:
+            answer = await self._http.get(path)
+        except (EngineRejectedError, EngineProtocolError):
+            return {}
+        return answer if isinstance(answer, dict) else {}
 
     async def loads_lora(self) -> bool:
         # An adapter that cannot exist is refused for that reason only by a server that could load one.

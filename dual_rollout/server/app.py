@@ -45,7 +45,13 @@ logger = logging.getLogger("dual_rollout.server")
 MAX_BODY_BYTES = 64 * 2**20
 LOWEST_LOGPROB = -9999.0
 
-CHANGING_ROUTES = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/reset_prefix_cache"}
+CHANGING_ROUTES = {
+    "/collective_rpc",
+    "/reset_prefix_cache",
+    "/update_weight_version",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+}
 OPEN_ROUTES = {"/health"}
 
 
@@ -87,6 +93,7 @@ class EmbeddedApp:
         self.api_key = api_key
         self.weights_dir = weights_dir
         self.adapters: dict[str, Adapter] = {}
+        self.weight_version = "default"
         self.started = time.time()
         self._adapter_numbers = itertools.count(1)
         self._id_keys = [f"token_id:{token_id}" for token_id in range(limits.vocab_size)]
@@ -97,6 +104,9 @@ class EmbeddedApp:
         app.router.add_get("/health", self.health)
         app.router.add_get("/version", self.version)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/server_info", self.server_info)
+        app.router.add_get("/weight_info", self.weight_info)
+        app.router.add_post("/update_weight_version", self.update_weight_version)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_post("/inference/v1/generate", self.generate)
@@ -146,6 +156,20 @@ class EmbeddedApp:
 
     async def version(self, request: web.Request) -> web.Response:
         return _json({"version": SERVER_VERSION})
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        """Of vLLM's what a client asks for."""
+        return _json({"vllm_config": {"model_config": {"dtype": str(self.runner.dtype), "quantization": None}}})
+
+    async def weight_info(self, request: web.Request) -> web.Response:
+        return _json({"weight_version": self.weight_version})
+
+    async def update_weight_version(self, request: web.Request) -> web.Response:
+        version = (await _body(request)).get("new_version")
+        if not isinstance(version, str):
+            raise invalid("new_version", "Input should be a valid string")
+        self.weight_version = version
+        return _json({"success": True, "new_version": version})
 
     async def models(self, request: web.Request) -> web.Response:
         cards = [
@@ -326,6 +350,8 @@ class EmbeddedApp:
         self.scheduler.recompute_running()
         self.scheduler.cache.clear()
         write_weights(self.runner.model, weights)
+        if weights:
+            self.weight_version = path  # until it is given a name; vLLM would go on with the last one
 
     async def load_lora_adapter(self, request: web.Request) -> web.Response:
         body = await _body(request)

@@ -81,6 +81,13 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
             "help": "Folder for the weights, which trainer and server see under one path; inside output_dir when unset."
         },
     )
+    dual_policy_check_bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats per token that log π_θ of the trainer and of its server may differ by on fixed texts, before "
+            "and after each rollout; what rounding explains when unset. Beyond it the run stops."
+        },
+    )
     dual_overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output_dir that is not empty; what is in it stays or goes."}
     )

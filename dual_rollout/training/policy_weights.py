@@ -112,7 +112,7 @@ def _collect(wrapped: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) 
             _collect(child, f"{prefix}{name}.", tensors)
 
 
-def _inside(module: nn.Module) -> nn.Module:
+def _inside(module: Any) -> Any:
     """The module of the plain model that this one stands for."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper

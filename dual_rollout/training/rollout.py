@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import DualVLLMCoordinator
-from dual_rollout.engines import EngineInfo
+from dual_rollout.engines import Engine, EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.functional.weights import pareto_k
 from dual_rollout.prompts import check_prompt_is_text
@@ -26,6 +27,7 @@ from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread
+from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import GenerationOutput, Prompt
@@ -117,9 +119,11 @@ class DualRollout:
         schedule: how the bounds on α move over the trainer's steps. `generate`, which knows no steps, uses `config`.
         allow_uncorrected: whether a trainer may use the rollouts that neither sends its weights to π_θ's server nor
             applies importance weights, as a plain `GRPOTrainer` with `use_vllm=False`.
+        policy_check_bound: nats per token that log π_θ may differ by between π_θ's server and the trainer, on fixed
+            texts before and after each rollout; by the number formats of both when None (`policy_check.BOUNDS`).
 
     Raises:
-        ValueError: a schedule that does not fit `config`.
+        ValueError: a schedule that does not fit `config`, or a bound that is not above 0.
     """
 
     def __init__(
@@ -129,8 +133,14 @@ class DualRollout:
         *,
         schedule: AlphaSchedule | None = None,
         allow_uncorrected: bool = False,
+        policy_check_bound: float | None = None,
     ):
+        if policy_check_bound is not None and not policy_check_bound > 0:
+            raise ValueError(f"policy_check_bound must be above 0, got {policy_check_bound!r}")
         self.config = config
+        self.policy_check_bound = policy_check_bound
+        self._run_name = f"dual_rollout run {secrets.token_hex(4)}"
+        self._given_version: str | None = None
         self.tokenizer = tokenizer
         self.allow_uncorrected = allow_uncorrected
         self.schedule = AlphaSchedule() if schedule is None else schedule
@@ -167,6 +177,7 @@ class DualRollout:
         self._warn_of_settings(trainer)
         state = trainer.state
         config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
+        check = self._policy_check(trainer) if corrects or trainer.use_vllm else None
         before, started = self._counts(), time.perf_counter()
         with fail_together():
             check_rollout_is_all(trainer, prompts)
@@ -187,6 +198,9 @@ class DualRollout:
         self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
         _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
         _log_counts(trainer, self._counts() - before)
+        if check is not None:
+            check.run(self.ask_policy_servers, "after the rollout")
+            check.log(trainer._metrics[_mode(trainer)])
         for name in self.schedule.ends:
             trainer._metrics[_mode(trainer)][f"sampling/{name}"].append(getattr(config, name))
         _log_completions(trainer, outputs)
@@ -291,6 +305,14 @@ class DualRollout:
         if process_index() != 0:
             engine.adopt_weights(given[0])
         self.weight_version = version
+        self._given_version = f"{self._run_name}, step {version}"
+        with fail_together():
+            if process_index() == 0:
+                self._run(engine.set_weight_version(self._given_version))
+
+    def ask_policy_servers(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        """The answers of π_θ's server, or of each of its replicas that is in use."""
+        return self._run(self._open().theta.each(ask))
 
     def served_model(self, which: Literal["theta", "t"]) -> str:
         """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
@@ -369,6 +391,18 @@ class DualRollout:
             i, error = failed[0]
             raise RolloutError(f"{len(failed)} of {len(outputs)} sequences failed; the first is number {i}: {error}")
         return outputs
+
+    def _policy_check(self, trainer: Any) -> PolicyCheck:
+        """Compare what π_θ's servers serve with the trainer's policy; to be run again after the rollout."""
+        check = PolicyCheck(
+            trainer,
+            self._tokenizer_under(trainer),
+            owner=None if trainer.use_vllm else self._given_version,
+            bound=self.policy_check_bound,
+            at_temperature=trainer.temperature if self.config.engine == "native" else 1.0,
+        )
+        check.run(self.ask_policy_servers, "before the rollout")
+        return check
 
     def _warn_of_settings(self, trainer: Any) -> None:
         config = self.config

@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             alpha_schedule=recipe.dual.alpha_schedule(),
             weight_sync=recipe.dual.dual_weight_sync,
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
+            policy_check_bound=recipe.dual.dual_policy_check_bound,
         )
         with trainer.rollout:
             with _told_when_it_stops(trainer):

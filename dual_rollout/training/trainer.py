@@ -23,6 +23,7 @@ from dual_rollout.training.correction import (
     corrected_weights,
 )
 from dual_rollout.training.model_card import add_to_card, rollout_section
+from dual_rollout.training.policy_check import evaluating, has_dropout
 from dual_rollout.training.report import RunReport
 from dual_rollout.training.rollout import DualRollout, check_training_args, log_over_processes, pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
@@ -46,7 +47,10 @@ class DualTrainerMixin(_Trainer):
     The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update (by TRL for
     `num_iterations > 1` or steps that share a rollout; here where `policy_logprobs` is False), and else with the
     server's, which has the same weights. `sampling/policy_drift` logs how far the two are apart: the numerics of two
-    implementations, or weights that did not arrive. Without the server's it is not logged.
+    implementations, or weights that did not arrive. It is without dropout: where the model has some, it is measured on
+    two rows of each rollout in evaluation mode. Without the server's it is not logged. Before and after each rollout,
+    log π_θ of fixed texts is compared as well (`sampling/policy_check`), and beyond what rounding explains the run
+    stops.
 
     Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
     step and evaluation are also written to `metrics.jsonl` in the output folder (`report`).
@@ -65,6 +69,7 @@ class DualTrainerMixin(_Trainer):
         alpha_schedule: how settings of the law move over the training steps.
         weight_sync: "disk" (all weights), "lora" (the adapter alone), or "auto"; see `choose_weight_sync`.
         weight_sync_dir: a folder that π_θ's server sees under the same path; inside `output_dir` when None.
+        policy_check_bound: as for `DualRollout`.
 
     Raises:
         ValueError: settings of TRL that are wrong for samples from q*, or a dataset whose columns would be overwritten.
@@ -83,6 +88,7 @@ class DualTrainerMixin(_Trainer):
         alpha_schedule: AlphaSchedule | None = None,
         weight_sync: WeightSyncMethod = "auto",
         weight_sync_dir: str | Path | None = None,
+        policy_check_bound: float | None = None,
         **kwargs: Any,
     ):
         if importance_sampling_mode not in IMPORTANCE_SAMPLING_MODES:
@@ -96,6 +102,7 @@ class DualTrainerMixin(_Trainer):
         self._clip = {"clip_min": importance_sampling_clip_min, "clip_max": importance_sampling_clip_max}
         self._synced_step: int | None = None
         self.contexts = Contexts()
+        self.policy_check_bound = policy_check_bound
         self.rollout = self._make_rollout(dual_config, alpha_schedule)
         if kwargs.get("args") is not None:
             self._check_args(kwargs["args"])  # before the model is loaded
@@ -107,12 +114,13 @@ class DualTrainerMixin(_Trainer):
         self.report = RunReport(Path(self.args.output_dir))
         self.add_callback(self.report)
         self.add_callback(_UpdateTimer(self))
+        self._has_dropout = has_dropout(self.model)
         self._weight_folder = weight_folder(self.args.output_dir, weight_sync_dir)
         self._weight_sync = self._make_weight_sync(weight_sync)
 
     def _make_rollout(self, config: CoordinatorConfig, schedule: AlphaSchedule | None) -> Any:
         """What draws the rollouts; to be overridden by a trainer that samples in its own process."""
-        return DualRollout(config, schedule=schedule)
+        return DualRollout(config, schedule=schedule, policy_check_bound=self.policy_check_bound)
 
     def _make_weight_sync(self, method: WeightSyncMethod) -> WeightSync:
         """What brings new weights to the policy that is sampled from."""
@@ -220,7 +228,9 @@ class DualTrainerMixin(_Trainer):
             weights = self._weights(policy - output["sampling_per_token_logps"], output["completion_mask"])
             output["importance_sampling_ratio"] = weights
             self._apply_weights(output, weights)
-        if old_logps is not None:
+        if self._drops_now():
+            self._log_drift_without_dropout(output)
+        elif old_logps is not None:
             self._log_drift(old_logps, output)
         self._scoring_seconds += time.perf_counter() - started
         return output
@@ -261,9 +271,20 @@ class DualTrainerMixin(_Trainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         # Without log-probabilities from before the update, the policy is still the one that the rollout was for.
-        if self._old_per_token_logps(inputs) is None:
+        if self._old_per_token_logps(inputs) is None and not self._drops_now():
             self._log_drift(self._last_logps, inputs)
         return loss
+
+    def _drops_now(self) -> bool:
+        return self._has_dropout and self.model.training
+
+    def _log_drift_without_dropout(self, output: dict[str, Any]) -> None:
+        """Of a few rows of this process's rollout, for it takes a forward pass of its own."""
+        if self.rollout.config.policy_logprobs:
+            rows = {name: output[name][:_DRIFT_ROWS] for name in _DRIFT_TENSORS}
+            with evaluating(self.model):
+                logps = self._policy_logps(rows)
+            self._log_drift(logps, rows)
 
     def _log_drift(self, policy_logps: torch.Tensor, batch: dict[str, Any]) -> None:
         """|log π_θ of the trainer − log π_θ of the server|, nats."""
@@ -295,6 +316,9 @@ def check_columns(dataset: Any) -> None:
     if taken:
         raise ValueError(f"the dataset's columns {', '.join(taken)} would be overwritten by the rollout's: rename them")
 
+
+_DRIFT_ROWS = 2
+_DRIFT_TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs_theta")
 
 _DEFAULT_CORRECTION = ("token_truncate", 0.0, 3.0)
 
