@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dual_rollout.engine import Engine, ServedWeights
+from dual_rollout.engines import Engine, ServedWeights
 from dual_rollout.exceptions import WeightSyncError
 from dual_rollout.training.processes import fail_together
 
