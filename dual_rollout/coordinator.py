@@ -247,12 +247,18 @@ class DualVLLMCoordinator:
         max_tokens, stop_token_ids = options.get("max_tokens", 256), options.get("stop_token_ids", ())
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number >= 1, got {max_tokens!r}")
-        if not isinstance(stop_token_ids, Collection) or not all(isinstance(token, int) for token in stop_token_ids):
-            raise ValueError(f"stop_token_ids must be token ids, got {stop_token_ids!r}")
+        eos_token_ids = options.get("eos_token_ids")
+        for name, ids in (("stop_token_ids", stop_token_ids), ("eos_token_ids", eos_token_ids or ())):
+            if not isinstance(ids, Collection) or not all(isinstance(token, int) for token in ids):
+                raise ValueError(f"{name} must be token ids, got {ids!r}")
         given = {name: options.get(name) for name in ("temperature", "seed")}
         config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
         if (rule := options.get("alpha_rule")) is not None:
             config = config.with_alpha_rule(rule)
+        if (
+            eos_token_ids is not None and not config.ignore_eos
+        ):  # they are stop ids, and what the model calls EOS is none
+            stop_token_ids, config = {*stop_token_ids, *eos_token_ids}, replace(config, ignore_eos=True)
         entropy = secrets.randbits(64) if config.seed is None else config.seed % 2**64
         return Call(config, max_tokens, stop_token_ids, entropy, options.get("return_diagnostics", False), on_token)
 

@@ -64,6 +64,47 @@ async def check_servers(
     return found_theta, found_t
 
 
+class TemperatureCheck:
+    """Whether servers take the temperatures that they are asked at: each one and each server once.
+
+    They would refuse some in the middle of a run: vLLM takes anything below 0.01 as that, and nothing above 2.
+    """
+
+    def __init__(self) -> None:
+        self._passed: set[tuple[str, float, bool]] = set()
+
+    async def check(
+        self, engine: Engine, temperature: float, contexts: Sequence[TokenIds], flag: str, *, draws: bool
+    ) -> None:
+        """Ask for a token at `temperature`, if the server is going to be asked for anything at that.
+
+        Args:
+            draws: whether tokens will be drawn; otherwise lists alone, which follow the temperature on some servers.
+
+        Raises:
+            PreflightError: it refuses the temperature, while it takes the same prompt at temperature 1.
+        """
+        if temperature == 1.0 or (engine.url, temperature, draws) in self._passed:
+            return
+        if draws or (await engine.probe(contexts[0])).logprobs_mode == "processed":
+            await _draw_at(engine, temperature, contexts, flag)
+        self._passed.add((engine.url, temperature, draws))
+
+
+async def _draw_at(engine: Engine, temperature: float, contexts: Sequence[TokenIds], flag: str) -> None:
+    for context in contexts[:_TRIED_PROMPTS]:
+        try:
+            await engine.draw_excluding(context[:_TRIED_TOKENS], [], temperature, 0)
+            return
+        except EngineRejectedError as error:
+            refusal = error
+        try:
+            await engine.draw_excluding(context[:_TRIED_TOKENS], [], 1.0, 0)
+        except EngineRejectedError:
+            continue  # the prompt is to blame
+        raise PreflightError(f"the server at {flag} refuses temperature {temperature:g}: {refusal}") from refusal
+
+
 async def check_policy(theta: Engine, config: CoordinatorConfig, contexts: Sequence[TokenIds]) -> None:
     """The same for π_θ's server alone; cheap when repeated."""
     await _check_server(theta, contexts, config, "theta_url")

@@ -66,11 +66,11 @@ class PromptEncoder:
                 name,
             )
 
-    def stop_ids(self, given: Collection[int], *, ignore_eos: bool) -> frozenset[int]:
-        """The stop ids of a call, with the model's own EOS ids unless they are ignored."""
+    def stop_ids(self, given: Collection[int], model: EngineInfo, *, ignore_eos: bool) -> frozenset[int]:
+        """The stop ids of a call, with the EOS ids of the tokenizer and of π_θ's model unless they are ignored."""
         stops = frozenset(given)
         if self.tokenizer is not None and not ignore_eos:
-            stops |= stop_token_ids(self.tokenizer)
+            stops |= stop_token_ids(self.tokenizer, model.root)
         return stops
 
     def encode(self, prompt: Prompt, max_tokens: int, readers: Mapping[str, EngineInfo | None]) -> list[int]:

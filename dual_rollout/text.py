@@ -73,10 +73,15 @@ def names_special_token(prompt: Prompt, tokenizer: Any) -> bool:
     return names is not None and any(names.search(text) for text in _strings(prompt))
 
 
-def stop_token_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's EOS and all of the model's generation config, where the model's folder has one."""
+def stop_token_ids(tokenizer: Any, model: str | None = None) -> frozenset[int]:
+    """The tokenizer's EOS, and all that the generation configs in its folder and in that of `model` name.
+
+    Args:
+        model: folder or hub name of the weights, which a tokenizer from elsewhere does not know.
+    """
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    ids.update(_generation_config_eos(tokenizer.name_or_path))
+    for folder in {tokenizer.name_or_path, model} - {None, ""}:
+        ids.update(_generation_config_eos(folder))
     return frozenset(ids)
 
 
@@ -119,7 +124,9 @@ def _encode_string(text: str, tokenizer: Any, parse_special_tokens: bool) -> lis
     _check_unicode(text)
     if not parse_special_tokens and names_special_token(text, tokenizer):
         _check_plain(tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"], tokenizer)
-    return list(tokenizer(text, split_special_tokens=not parse_special_tokens)["input_ids"])
+    ids = list(tokenizer(text, split_special_tokens=not parse_special_tokens)["input_ids"])
+    # A rendered template has its BOS, and the tokenizer would put another one before it.
+    return ids[1:] if parse_special_tokens and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def _encode_chat(prompt: Any, tokenizer: Any, parse_special_tokens: bool) -> list[int]:

@@ -69,6 +69,9 @@ class MarkovServer:
         options = {key: value for key, value in payload.items() if key not in self._ignore}
         prompts = options["prompt"] if isinstance(options["prompt"][0], list) else [options["prompt"]]
         vocabulary = len(self.transitions)
+        if options.get("temperature", 1.0) > 2.0:
+            message = f"temperature must be in [0, 2], got {options['temperature']}."
+            return web.json_response({"error": {"message": message, "code": 400}}, status=400)
         if any(int(token) >= vocabulary for token in options.get("logit_bias", {})):
             message = f"logit_bias contains out-of-vocab token ids. Vocabulary size: {vocabulary}"
             return web.json_response({"error": {"message": message, "code": 400}}, status=400)

@@ -43,6 +43,7 @@ _NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE
 _NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 _SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
 _ROUNDING = 1e-3  # nats
+_LOWEST_TEMPERATURE = 0.01  # vLLM takes anything lower, but for 0, as this
 
 # vLLM fills what is not said from the model's generation_config.json, so everything is said.
 _PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -136,6 +137,7 @@ class VLLMEngine:
         stop_ids: Collection[int] = (),
     ) -> Drafts:
         raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
+        self._check_draws_at(temperature)
 
         # The draft ends where the sequence would. vLLM refuses stop ids that the model cannot say.
         size = self._answers.vocab_size
@@ -227,6 +229,7 @@ class VLLMEngine:
         )
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+        self._check_draws_at(temperature)
         bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}
 
         def read(choices: list[dict[str, Any]]) -> int:
@@ -525,6 +528,15 @@ class VLLMEngine:
                 self.url,
             )
         return processed
+
+    def _check_draws_at(self, temperature: float) -> None:
+        if temperature < _LOWEST_TEMPERATURE:
+            raise EngineRejectedError(
+                f"takes temperature {temperature:g} as {_LOWEST_TEMPERATURE:g} where it draws: set temperature to "
+                f"{_LOWEST_TEMPERATURE:g} or more",
+                url=self.url,
+                status=400,
+            )
 
     async def _named_alone(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
         async with self._gate.alone():

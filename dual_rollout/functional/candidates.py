@@ -209,8 +209,9 @@ def at_temperature(top: TopK, temperature: float) -> TopK:
         smallest = np.where(np.isfinite(top.logprobs), top.logprobs, np.inf).min(axis=1, keepdims=True)
         open_log = np.log(open_mass) + (1.0 / temperature - 1.0) * smallest
     scaled = top.logprobs / temperature
-    log_z = np.logaddexp(np.log(np.exp(scaled).sum(axis=1, keepdims=True)), open_log)
-    return replace(top, logprobs=scaled - log_z)
+    peak = scaled.max(axis=1, keepdims=True)  # at low temperatures every one of them underflows
+    log_listed = peak + np.log(np.exp(scaled - peak).sum(axis=1, keepdims=True))
+    return replace(top, logprobs=scaled - np.logaddexp(log_listed, open_log))
 
 
 def _as_row(name: str, logprobs: Mapping[int, float], vocab_size: int | None) -> TopK:

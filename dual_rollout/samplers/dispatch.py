@@ -111,7 +111,7 @@ class Dispatcher:
         served = await sampler.served(call.config)
         text = any(is_text(request.prompt) or is_text(request.t_prompt or ()) for request in first)
         self._prompts.find_tokenizer(served.theta, needed=text)
-        stop_ids = self._prompts.stop_ids(call.stop_token_ids, ignore_eos=call.config.ignore_eos)
+        stop_ids = self._prompts.stop_ids(call.stop_token_ids, served.theta, ignore_eos=call.config.ignore_eos)
 
         def begin(request: GenerationRequest) -> DecodingSequence:
             sampler.check_request(request)

@@ -12,7 +12,7 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engine import Engine
-from dual_rollout.preflight import check_policy
+from dual_rollout.preflight import TemperatureCheck, check_policy
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.types import GenerationRequest
 
@@ -30,6 +30,7 @@ class PolicySampler:
         self._weights = weights
         self._stats = stats
         self._lost = lost
+        self._temperatures = TemperatureCheck()
 
     def check_request(self, request: GenerationRequest) -> None:
         """See `Sampler`: it draws any."""
@@ -40,7 +41,9 @@ class PolicySampler:
 
     async def ready(self, sequences: Sequence[DecodingSequence], config: CoordinatorConfig) -> Sampler:
         """See `Sampler`."""
-        await check_policy(self._theta, config, [sequence.context_theta for sequence in sequences])
+        contexts = [sequence.context_theta for sequence in sequences]
+        await check_policy(self._theta, config, contexts)
+        await self._temperatures.check(self._theta, config.temperature, contexts, "theta_url", draws=True)
         return self
 
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:

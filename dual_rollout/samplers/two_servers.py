@@ -20,7 +20,7 @@ from dual_rollout.decoding.tuner import Choice, Tuner
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.exceptions import EngineUnavailableError, PreflightError
-from dual_rollout.preflight import check_servers
+from dual_rollout.preflight import TemperatureCheck, check_servers
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.policy import PolicySampler
 from dual_rollout.types import GenerationRequest
@@ -49,6 +49,7 @@ class TwoServerSampler:
         self._stats = stats
         self._outage = Outage()
         self._checked = False
+        self._temperatures = TemperatureCheck()
 
     def check_request(self, request: GenerationRequest) -> None:
         """See `Sampler`: it draws any."""
@@ -70,6 +71,12 @@ class TwoServerSampler:
                 f"from, but the server at theta_url ({self._theta.url}) reports raw log-probabilities. Start it with "
                 '--logprobs-mode processed_logprobs, or set decoding to "lockstep".'
             )
+        draws = config.support == "tail" or config.decoding == "block" or config.on_target_failure == "policy"
+        contexts = [sequence.context_theta for sequence in sequences]
+        await self._temperatures.check(self._theta, config.temperature, contexts, "theta_url", draws=draws)
+        if config.on_target_failure == "fail":  # otherwise its server may be gone at the moment
+            contexts = [sequence.context_t for sequence in sequences]
+            await self._temperatures.check(self._t, config.temperature, contexts, self._flag, draws=False)
         return self
 
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:

@@ -33,7 +33,11 @@ class DualRolloutLoop(_AsyncRolloutLoop):
 
     async def _generate_one_turn(self, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
         (output,) = await self._coordinator.generate_batch(
-            [prompt_ids], max_tokens=self.max_tokens, temperature=self.temperature, seed=self._next_seed()
+            [prompt_ids],
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self._next_seed(),
+            eos_token_ids=self.eos_token_ids,
         )
         if output.error is not None:
             raise RolloutError(output.error)

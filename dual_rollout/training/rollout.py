@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -116,6 +116,8 @@ class DualRollout:
     Args:
         config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
+        eos_token_ids: the tokens that end a completion; when None, the trainer's, so that what it counts as finished is
+            what was finished, and without a trainer those of the tokenizer's and the served model's files.
         schedule: how the bounds on α move over the trainer's steps. `generate`, which knows no steps, uses `config`.
         allow_uncorrected: whether a trainer may use the rollouts that neither sends its weights to π_θ's server nor
             applies importance weights, as a plain `GRPOTrainer` with `use_vllm=False`.
@@ -131,6 +133,7 @@ class DualRollout:
         config: CoordinatorConfig,
         tokenizer: Any = None,
         *,
+        eos_token_ids: Collection[int] | None = None,
         schedule: AlphaSchedule | None = None,
         allow_uncorrected: bool = False,
         policy_check_bound: float | None = None,
@@ -142,6 +145,7 @@ class DualRollout:
         self._run_name = f"dual_rollout run {secrets.token_hex(4)}"
         self._given_version: str | None = None
         self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
         self.allow_uncorrected = allow_uncorrected
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
@@ -192,6 +196,7 @@ class DualRollout:
                 targets=contexts.targets,
                 max_tokens=trainer.max_completion_length,
                 temperature=trainer.temperature,
+                eos_token_ids=trainer.eos_token_ids,
                 stream=(_mode(trainer), state.global_step, trainer.accelerator.process_index),
                 tokenizer=self._tokenizer_under(trainer),
             )
@@ -370,6 +375,7 @@ class DualRollout:
         temperature: float | None,
         stream: tuple[str, int, int],
         tokenizer: Any,
+        eos_token_ids: Collection[int] | None = None,
     ) -> list[GenerationOutput]:
         coordinator = self._open()
         if tokenizer is not None:
@@ -382,6 +388,7 @@ class DualRollout:
                 temperature=temperature,
                 seed=self._seed(*stream),
                 alpha_rule=alpha_rule,
+                eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
                 return_diagnostics=True,
                 targets=targets,
             )

@@ -320,6 +320,22 @@ def test_without_named_logprobs_tail_weights_are_approximate_and_counted():
     assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("options", [{}, {"support": "tail"}, {"decoding": "block"}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 2.5])
+def test_a_temperature_that_a_server_does_not_draw_at_is_refused_at_once(options, temperature):
+    """vLLM takes anything below 0.01 as that, and nothing above 2. Where it draws nothing, any temperature will do."""
+    server = {"processed": options.get("decoding") == "block"}
+    values = {"top_k": V, "temperature": temperature, "server": server, **options}
+    if options:
+        with pytest.raises(PreflightError, match=f"theta_url refuses temperature {temperature:g}: .*temperature"):
+            generate([[START]] * 16, **values)
+        return
+    outputs, _ = generate([[START]] * 16, **values)
+    for output in outputs:
+        assert output.error is None
+        assert all(0 <= weight < 1e3 for weight in output.importance_weights)
+
+
 def test_exact_needs_named_logprobs():
     with pytest.raises(PreflightError, match='missing="floor"'):
         generate([[START]], top_k=2, missing="exact", server={"ignore": ("logprob_token_ids",)})

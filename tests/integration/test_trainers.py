@@ -8,6 +8,7 @@ has shuffled, split and reused the rollout. The datasets have a `t_prompt` of th
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
 import pickle
@@ -438,6 +439,47 @@ def test_rloo_weighted_per_sequence_has_the_on_policy_gradient(
     assert largest["sequence_truncate"] < LIMIT < 2 * LIMIT < largest["none"]
 
 
+EVERY_THIRD = list(range(0, 256, 3))
+
+
+@pytest.mark.parametrize("trainer_class", [ObservedGRPO, ObservedRLOO])
+@pytest.mark.parametrize("knows", ["the trainer", "the folder"])
+def test_completions_end_where_the_trainer_says(
+    tiny_pair: TinyPair, tmp_path: Path, trainer_class: type[Observed], knows: str
+) -> None:
+    """At the ids that TRL counts as an end, and at no other that the tokenizer's folder names."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.theta_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    if knows == "the trainer":
+        model.generation_config.eos_token_id = EVERY_THIRD
+    else:
+        (tmp_path / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": EVERY_THIRD}))
+    make_args = grpo_config if trainer_class is ObservedGRPO else rloo_config
+    trainer = trainer_class(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        reward_funcs=count_of_the,
+        args=make_args(tmp_path / "run", max_steps=1, max_completion_length=12),
+        train_dataset=Dataset.from_list(rows()),
+        dual_config=dual_config(tiny_pair),
+    )
+    with trainer.rollout:
+        trainer.train()
+    ends, batch = set(trainer.eos_token_ids), trainer.rollouts[0].batch
+    drawn = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    ]
+    for tokens in drawn:
+        assert ends.isdisjoint(tokens[:-1]) and (tokens[-1] in ends or len(tokens) == 12)
+    if knows == "the trainer":
+        assert {tokens[-1] for tokens in drawn} & set(EVERY_THIRD)
+    else:
+        assert any(set(tokens[:-1]) & set(EVERY_THIRD) for tokens in drawn)
+    clipped = sum(tokens[-1] not in ends for tokens in drawn) / len(drawn)
+    assert trainer.state.log_history[0]["completions/clipped_ratio"] == pytest.approx(clipped)
+
+
 def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> None:
     """TRL's own loop with our turns, here in a thread: `old_log_probs`, which its loss divides by, are those of q*.
 
@@ -458,7 +500,7 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
         dataset=Dataset.from_list(rows()),
         reward_funcs=[count_of_the],
         processing_class=tokenizer,
-        eos_token_ids=[tokenizer.eos_token_id],
+        eos_token_ids=[tokenizer.eos_token_id, *EVERY_THIRD],
         rollout_buffer=samples,
         model_version_value=context.Value("i", 3),
         heartbeat_value=context.Value("d", 0.0),
@@ -488,6 +530,9 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
         expected = np.log(q[np.arange(real.sum()), sample.input_ids[real]])
         np.testing.assert_allclose(sample.old_log_probs[real], expected, atol=2e-3)
         assert sample.model_version == 3
+        completion = sample.input_ids[real].tolist()
+        assert not set(EVERY_THIRD) & set(completion[:-1]), "it goes on after an end that TRL knows"
+        assert completion[-1] in (tokenizer.eos_token_id, *EVERY_THIRD) or len(completion) == 5
     same_prompt = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.group_id == b.group_id]
     assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in same_prompt), "turns have their own streams"
 

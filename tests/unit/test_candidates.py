@@ -348,3 +348,25 @@ def test_one_size_for_both_models():
     candidates, theta, t = merge_top_k_candidates({0: -0.5, 1: -1.5}, {0: -0.7, 4: -0.9}, vocab_size=3)
     assert candidates.tolist() == [0, 1]
     assert theta.sum() == pytest.approx(1) and t.sum() == pytest.approx(1)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-4, 1e-3, 0.03, 50.0]))
+def test_extreme_temperatures_neither_underflow_nor_overflow(seed, temperature):
+    """The most likely token keeps all but what the list leaves open, and weights are finite."""
+    rng = np.random.default_rng(seed)
+    lists = []
+    for _ in range(2):
+        p = rng.dirichlet(np.full(12, 0.5))
+        ids = np.argsort(-p)[:6]
+        raw = TopK(ids[None], np.log(p[ids])[None], False, 12)
+        tempered = at_temperature(raw, temperature)
+        assert np.exp(tempered.logprobs).sum() <= 1 + 1e-9 and not np.isnan(tempered.logprobs).any()
+        ratios = np.diff(raw.logprobs[0]) / temperature
+        np.testing.assert_allclose(np.diff(tempered.logprobs[0]), ratios, rtol=1e-6, atol=1e-9)
+        lists.append(tempered)
+    candidates = merge_lists(*lists)
+    law = next_token_distribution(candidates)
+    q = np.exp(law.log_q)
+    assert q.sum() == pytest.approx(1)
+    weights = np.exp((candidates.exact_theta - law.log_q)[(q > 1e-6) & ~np.isnan(candidates.exact_theta)])
+    assert np.all(weights <= 1e6 * (1 + 1e-9))

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
 from tests.tiny_model import make_tokenizer
@@ -135,6 +136,25 @@ def test_end_of_sequence_of_tokenizer_and_generation_config(tmp_path, eos, expec
 
 def test_end_of_sequence_of_a_tokenizer_without_a_folder():
     assert stop_token_ids(make_tokenizer()) == {TOKENIZER.eos_token_id}
+
+
+def test_the_models_folder_names_what_a_tokenizer_from_elsewhere_does_not_know(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert stop_token_ids(make_tokenizer(), str(tmp_path)) == {TOKENIZER.eos_token_id, 3, 4}
+    assert stop_token_ids(make_tokenizer(), "/not/on/this/machine") == {TOKENIZER.eos_token_id}
+
+
+def test_a_rendered_template_has_one_bos():
+    """Whether it writes its BOS itself or leaves that to the tokenizer."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    plain = tokenizer("what is", add_special_tokens=False)["input_ids"]
+    for text in ("<s>what is", "what is"):
+        assert encode_prompt(text, tokenizer, parse_special_tokens=True) == [bos, *plain]
+    twice = encode_prompt("<s>what is", tokenizer)
+    assert twice[0] == bos and bos not in twice[1:], "without parsing, the text's is a plain string"
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
