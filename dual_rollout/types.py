@@ -48,8 +48,8 @@ class CallOptions(TypedDict, total=False):
         max_tokens: tokens per sequence at most (256).
         temperature, seed, alpha_rule: instead of the config's, where not None.
         stop_token_ids: stop at these too, besides EOS.
-        eos_token_ids: what EOS is; when None, what the tokenizer and the generation config of π_θ's model say, as far as
-            they are on this machine.
+        eos_token_ids: what EOS is; what the tokenizer and the generation config of π_θ's model say when None, as far
+            as they are on this machine.
         return_diagnostics: fill `GenerationOutput.diagnostics`.
     """
 
