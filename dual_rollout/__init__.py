@@ -16,7 +16,8 @@ if TYPE_CHECKING:
         solve_kl_symmetry,
     )
     from dual_rollout.training.rloo import DualRLOOTrainer
-    from dual_rollout.training.rollout import DualRollout, RolloutBatch
+    from dual_rollout.training.rollout import DualRollout
+    from dual_rollout.training.rollout_batch import RolloutBatch
     from dual_rollout.training.trainer import DualGRPOTrainer
     from dual_rollout.types import GenerationOutput
 
@@ -30,7 +31,7 @@ _HOME = {
     "DualRollout": "dual_rollout.training.rollout",
     "DualVLLMCoordinator": "dual_rollout.coordinator",
     "GenerationOutput": "dual_rollout.types",
-    "RolloutBatch": "dual_rollout.training.rollout",
+    "RolloutBatch": "dual_rollout.training.rollout_batch",
     "compute_diagnostics": "dual_rollout.functional",
     "compute_q_star": "dual_rollout.functional",
     "generate_with_optimal_sampling": "dual_rollout.coordinator",

@@ -16,7 +16,7 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.exceptions import RolloutError
-from dual_rollout.training.rollout import check_sampling_is_plain
+from dual_rollout.training.trl_settings import check_sampling_is_plain
 
 
 class DualRolloutLoop(_AsyncRolloutLoop):

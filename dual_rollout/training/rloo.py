@@ -8,8 +8,8 @@ import torch
 from trl import RLOOTrainer
 
 from dual_rollout.training.processes import fail_together
-from dual_rollout.training.rollout import check_training_args
 from dual_rollout.training.trainer import DualTrainerMixin
+from dual_rollout.training.trl_settings import check_training_args
 from dual_rollout.types import Prompt
 
 

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.engines import Engine, EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
-from dual_rollout.functional.weights import pareto_k
-from dual_rollout.prompts import check_prompt_is_text
 from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
+from dual_rollout.training.rollout_batch import RolloutBatch
+from dual_rollout.training.rollout_metrics import (
+    log_completion_columns,
+    log_rollout,
+    log_token_counts,
+    mode_of,
+    token_counts,
+)
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
+from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args
 from dual_rollout.types import GenerationOutput, Prompt
 
 logger = logging.getLogger(__name__)
@@ -41,61 +45,6 @@ _NAME_WITHIN_S = 5.0  # for a model card, which no run should wait for long
 
 ADAPTER_NAME = "dual-rollout-policy"
 """The policy's adapter on its server."""
-
-
-@dataclass(slots=True)
-class RolloutBatch:
-    """Sequences from q* as tensors: prompts padded on the left, completions on the right.
-
-    Attributes:
-        prompt_ids, prompt_mask: `(B, P)` long; mask 1 at real tokens.
-        completion_ids, completion_mask: `(B, T)` long.
-        weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
-        columns: the numbers of the record, `(B, T)` float32 each, 0 at padding; they are attributes too. `alpha`;
-            `importance_weights`, π_θ(y)/q*(y), untruncated; `logprobs_q`, `logprobs_theta`, `logprobs_t` in nats, log
-            π_t NaN at tokens without a target. All but α and log q* are NaN where `policy_logprobs` is False.
-    """
-
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    weight_version: torch.Tensor
-    columns: dict[str, torch.Tensor]
-
-    @classmethod
-    def from_outputs(cls, outputs: Sequence[GenerationOutput], pad_token_id: int) -> RolloutBatch:
-        """Pad and stack outputs that all succeeded."""
-        prompts = [output.prompt_token_ids for output in outputs]
-        completions = [output.record.token_ids for output in outputs]
-        versions = [output.record.weight_version for output in outputs]
-        return cls(
-            prompt_ids=pad_rows(prompts, pad_token_id, left=True),
-            prompt_mask=pad_rows([[1] * len(row) for row in prompts], 0, left=True),
-            completion_ids=pad_rows(completions, pad_token_id),
-            completion_mask=pad_rows([[1] * len(row) for row in completions], 0),
-            weight_version=torch.tensor([-1 if version is None else version for version in versions]),
-            columns={
-                name: pad_rows([getattr(output.record, name) for output in outputs], 0.0) for name in FLOAT_COLUMNS
-            },
-        )
-
-    def __getattr__(self, name: str) -> torch.Tensor:
-        if name in FLOAT_COLUMNS:
-            return self.columns[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __getitem__(self, rows: torch.Tensor | slice) -> RolloutBatch:
-        """Some of the rows, `rows` as in the indexing of a tensor, as wide as before."""
-        return self._map(lambda tensor: tensor[rows])
-
-    def to(self, device: torch.device | str) -> RolloutBatch:
-        """The same batch with all tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RolloutBatch:
-        tensors = {spec.name: change(getattr(self, spec.name)) for spec in fields(self) if spec.name != "columns"}
-        return RolloutBatch(**tensors, columns={name: change(column) for name, column in self.columns.items()})
 
 
 class DualRollout:
@@ -182,10 +131,11 @@ class DualRollout:
         state = trainer.state
         config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
         check = self._policy_check(trainer) if corrects or trainer.use_vllm else None
-        before, started = self._counts(), time.perf_counter()
+        stats = self._open().stats
+        before, started = token_counts(stats.decoding), time.perf_counter()
         with fail_together():
             check_rollout_is_all(trainer, prompts)
-            if _mode(trainer) == "eval" and NO_TARGET in self._open().targets:
+            if mode_of(trainer) == "eval" and NO_TARGET in self._open().targets:
                 contexts = Contexts(targets=[NO_TARGET] * len(prompts))
             else:
                 contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
@@ -197,18 +147,18 @@ class DualRollout:
                 max_tokens=trainer.max_completion_length,
                 temperature=trainer.temperature,
                 eos_token_ids=trainer.eos_token_ids,
-                stream=(_mode(trainer), state.global_step, trainer.accelerator.process_index),
+                stream=(mode_of(trainer), state.global_step, trainer.accelerator.process_index),
                 tokenizer=self._tokenizer_under(trainer),
             )
         self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
-        _log_metrics(trainer, outputs, self._open().stats.retries, time.perf_counter() - started)
-        _log_counts(trainer, self._counts() - before)
+        log_rollout(trainer, outputs, stats.retries, time.perf_counter() - started)
+        log_token_counts(trainer, token_counts(stats.decoding) - before)
         if check is not None:
             check.run(self.ask_policy_servers, "after the rollout")
-            check.log(trainer._metrics[_mode(trainer)])
+            check.log(trainer._metrics[mode_of(trainer)])
         for name in self.schedule.ends:
-            trainer._metrics[_mode(trainer)][f"sampling/{name}"].append(getattr(config, name))
-        _log_completions(trainer, outputs)
+            trainer._metrics[mode_of(trainer)][f"sampling/{name}"].append(getattr(config, name))
+        log_completion_columns(trainer, outputs)
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [output.generated_tokens for output in outputs],
@@ -413,7 +363,7 @@ class DualRollout:
 
     def _warn_of_settings(self, trainer: Any) -> None:
         config = self.config
-        if _mode(trainer) == "eval" and NO_TARGET not in self._open().targets:
+        if mode_of(trainer) == "eval" and NO_TARGET not in self._open().targets:
             self._warn_once(
                 "evaluation measures q*, not the policy: a native server samples from q* alone. Evaluate checkpoints "
                 "on a server of their own"
@@ -480,11 +430,6 @@ class DualRollout:
             self._warned.add(message)
             logger.warning(message)
 
-    def _counts(self) -> np.ndarray:
-        """Tokens so far, in the order of `_COUNTS`."""
-        decoding = self._open().stats.decoding
-        return np.array([getattr(decoding, name) for name in _COUNTS])
-
     def _seed(self, mode: str, step: int, process: int) -> int | None:
         """The seed of the next call of its kind; None without `config.seed`, so that decoding is free to draft."""
         last_step, calls = self._streams.get(mode, (step, 0))
@@ -532,165 +477,3 @@ def _close(loop: LoopThread, coordinator: DualVLLMCoordinator) -> None:
     """Of a rollout that is closed, collected, or still open when Python ends."""
     if loop.is_of_this_process:
         loop.close(coordinator.aclose())
-
-
-def check_training_args(args: Any) -> None:
-    """Refuse settings of a TRL config that would make log q* something other than the law of its samples.
-
-    Raises:
-        ValueError: names the key and what to set it to.
-    """
-    check_sampling_is_plain({name: getattr(args, name) for name in _NEUTRAL})
-    if args.generation_kwargs:
-        raise ValueError("generation_kwargs do nothing to rollouts from q*: unset it")
-    if not args.use_vllm:
-        return
-    if args.vllm_mode != "server":
-        raise ValueError(f'rollouts from q* need vllm_mode: "server" (or use_vllm: false), got {args.vllm_mode!r}')
-    if args.vllm_importance_sampling_correction and args.vllm_importance_sampling_mode.startswith("sequence"):
-        raise ValueError(
-            f"vllm_importance_sampling_mode={args.vllm_importance_sampling_mode!r} multiplies the weights of a whole "
-            'sequence, which vanish exponentially for samples from q*: set it to "token_truncate"'
-        )
-
-
-def check_sampling_is_plain(options: Mapping[str, Any]) -> None:
-    """Refuse sampling options, by TRL's names, that would make log q* something other than the law of its samples.
-
-    Raises:
-        ValueError: names the key and what to set it to.
-    """
-    for name, neutral in _NEUTRAL.items():
-        value = options.get(name, neutral[0])
-        if value not in neutral:
-            raise ValueError(f"{name}={value} with q* would make its weights wrong: set it to {neutral[0]}")
-
-
-def check_rollout_is_all(trainer: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse what makes a trainer generate beside the rollout, or shows the policy more than the servers see.
-
-    Raises:
-        ValueError: tools, or images in a prompt.
-    """
-    if getattr(trainer, "tools", None):
-        raise ValueError(
-            "tools (or an environment_factory with methods) make TRL generate what follows a tool call from the policy "
-            "itself, outside q*: leave them out, and run tools in a loop of your own around DualRollout.generate"
-        )
-    for prompt in prompts:
-        check_prompt_is_text(prompt)
-
-
-_NEUTRAL = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-
-
-def pad_rows(
-    rows: Sequence[Sequence[float]], value: float, *, left: bool = False, width: int | None = None
-) -> torch.Tensor:
-    """Rows of unlike length as one `(B, T)` tensor: long for ints, float32 for floats."""
-    dtype = torch.float32 if isinstance(value, float) else torch.long
-    width = max(map(len, rows)) if width is None else width
-    padded = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        if row:
-            columns = slice(width - len(row), width) if left else slice(0, len(row))
-            padded[i, columns] = torch.tensor(row, dtype=dtype)
-    return padded
-
-
-def _log_metrics(trainer: Any, outputs: Sequence[GenerationOutput], retries: int, seconds: float) -> None:
-    """Add this rollout's figures to the trainer's metrics, over all tokens of all processes.
-
-    Tokens without a target count with α = 0 and the weight 1, and not at all where π_t is needed.
-    """
-    weights = np.concatenate([output.importance_weights for output in outputs])
-    mass = [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
-    residual = [output.diagnostics["kl_diff"] for output in outputs]
-    weights = weights[~np.isnan(weights)]  # without policy_logprobs the trainer has them
-    alpha = np.concatenate([output.alpha_history for output in outputs])
-    log_over_processes(trainer, "sampling/rollout_weight", weights)
-    log_over_processes(trainer, "sampling/alpha", alpha)
-    log_over_processes(trainer, "sampling/kl_residual", np.concatenate(residual), ("max",))
-    log_over_processes(trainer, "sampling/top_k_mass", np.concatenate(mass), ("min", "mean"))
-    tokens, first, second, tail, called, timed = (
-        over_processes(trainer.accelerator, values)
-        for values in (alpha, weights, weights**2, [pareto_k(weights)], [retries], [seconds])
-    )
-    metrics = trainer._metrics[_mode(trainer)]
-    if first:
-        metrics["sampling/effective_sample_size_ratio"].append(first["mean"] ** 2 / max(second["mean"], _TINY))
-    if tail:  # of the process with the heaviest
-        metrics["sampling/pareto_k"].append(tail["max"])
-    metrics["rollout/tokens_per_second"].append(tokens["count"] / timed["max"])
-    metrics["rollout/seconds"].append(timed["max"])
-    metrics["rollout/retry_total"].append(called["mean"] * called["count"])
-
-
-_TINY = 1e-37  # in place of a sum of squares that float32 has rounded to 0
-
-
-def log_over_processes(
-    trainer: Any, name: str, values: Any, reductions: Sequence[str] = ("min", "mean", "max")
-) -> None:
-    """Add `<name>/<reduction>` of all processes' values to the trainer's metrics, where any process has some.
-
-    All processes must call it.
-    """
-    found = over_processes(trainer.accelerator, values)
-    for reduce in reductions if found else ():
-        trainer._metrics[_mode(trainer)][f"{name}/{reduce}"].append(found[reduce])
-
-
-def over_processes(accelerator: Any, values: Any) -> dict[str, float]:
-    """`count`, `min`, `mean` and `max` of all processes' values, each of which counts once, but for NaN; {} for none.
-
-    All processes must call it.
-
-    Args:
-        values: 1-D, a tensor or what makes one; as many as this process has.
-    """
-    values = torch.as_tensor(values, dtype=torch.float32).to(accelerator.device)
-    values = values[~values.isnan()]
-    edges = (values.min(), values.max()) if len(values) else (values.new_tensor(math.inf), values.new_tensor(-math.inf))
-    own = torch.stack([values.new_tensor(float(len(values))), values.sum(), *edges])
-    count, total, low, high = accelerator.gather(own).view(-1, 4).T
-    if count.sum() == 0:
-        return {}
-    return {
-        "count": count.sum().item(),
-        "min": low.min().item(),
-        "mean": (total.sum() / count.sum()).item(),
-        "max": high.max().item(),
-    }
-
-
-_COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens")
-
-
-def _log_counts(trainer: Any, local: np.ndarray) -> None:
-    """Of this rollout, over all processes: the share of draft tokens that q* accepted, where any were drafted; tokens
-    drawn from π_θ alone, and those of them for which π_t's server was gone."""
-    counts = torch.tensor(local, dtype=torch.float32, device=trainer.accelerator.device)
-    total = trainer.accelerator.gather(counts).view(-1, len(_COUNTS)).sum(dim=0).tolist()
-    drafted, accepted, policy_only, lost = total
-    metrics = trainer._metrics[_mode(trainer)]
-    metrics["rollout/policy_only_tokens"].append(policy_only)
-    metrics["rollout/lost_target_tokens"].append(lost)
-    if drafted:
-        metrics["spec_decode/acceptance_rate"].append(accepted / drafted)
-
-
-def _log_completions(trainer: Any, outputs: Sequence[GenerationOutput]) -> None:
-    """Two columns of the table that `log_completions` shows: each completion's mean α and mean weight per token."""
-    if not hasattr(trainer, "_log_completion_extra"):
-        return
-    columns = {
-        "alpha": [output.alpha_history for output in outputs],
-        "importance_weight": [output.importance_weights for output in outputs],
-    }
-    for name, rows in columns.items():
-        trainer._log_completion_extra(name, [round(float(np.mean(row)), 4) for row in rows])
-
-
-def _mode(trainer: Any) -> str:
-    return "train" if trainer.model.training else "eval"

@@ -25,8 +25,11 @@ from dual_rollout.training.correction import (
 from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.policy_check import evaluating, has_dropout
 from dual_rollout.training.report import RunReport
-from dual_rollout.training.rollout import DualRollout, check_training_args, log_over_processes, pad_rows
+from dual_rollout.training.rollout import DualRollout
+from dual_rollout.training.rollout_batch import pad_rows
+from dual_rollout.training.rollout_metrics import log_over_processes
 from dual_rollout.training.schedules import AlphaSchedule
+from dual_rollout.training.trl_settings import check_training_args
 from dual_rollout.training.weight_sync import WeightSync, WeightSyncMethod, choose_weight_sync, weight_folder
 from dual_rollout.types import Prompt
 

@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.training.contexts import ContextsByPrompt
-from dual_rollout.training.rollout import check_rollout_is_all
 from dual_rollout.training.trainer import check_columns
+from dual_rollout.training.trl_settings import check_rollout_is_all
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import ObservedGRPO, ObservedRLOO, check_target, rloo_config, row_key, rows, run
 from tests.integration.test_training import count_of_the, dual_config, grpo_config

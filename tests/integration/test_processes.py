@@ -13,7 +13,7 @@ import torch
 
 from dual_rollout.functional.weights import effective_sample_size
 from dual_rollout.server.launch import EmbeddedServer
-from dual_rollout.training.rollout import over_processes
+from dual_rollout.training.rollout_metrics import over_processes
 from dual_rollout.training.script import check_processes
 from tests.integration.conftest import TinyPair
 from tests.recording_reward import read_records
