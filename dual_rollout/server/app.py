@@ -12,10 +12,11 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -54,6 +55,8 @@ CHANGING_ROUTES = {
 }
 OPEN_ROUTES = {"/health"}
 
+T = TypeVar("T")
+
 
 @dataclass
 class Adapter:
@@ -61,6 +64,19 @@ class Adapter:
 
     path: str
     internal_name: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request to the model: what to run, and how its answer is made of what comes out."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    adapter: str | None
+    render: Callable[[list[Sequence]], web.Response]
+
+
+Ask = Callable[[dict[str, Any]], Asked]
 
 
 class EmbeddedApp:
@@ -98,6 +114,8 @@ class EmbeddedApp:
         self._adapter_numbers = itertools.count(1)
         self._id_keys = [f"token_id:{token_id}" for token_id in range(limits.vocab_size)]
         self._decoded: dict[int, str] = {}
+        self._turns = asyncio.Semaphore(limits.max_num_requests)
+        self._worker = ThreadPoolExecutor(1, "worker")
 
     def routes(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_errors, self._check_access])
@@ -114,10 +132,14 @@ class EmbeddedApp:
         app.router.add_post("/detokenize", self.detokenize)
         app.router.add_post("/reset_prefix_cache", self.reset_prefix_cache)
         app.router.add_post("/collective_rpc", self.collective_rpc)
+        app.on_cleanup.append(self._close)
         if self.enable_lora:
             app.router.add_post("/v1/load_lora_adapter", self.load_lora_adapter)
             app.router.add_post("/v1/unload_lora_adapter", self.unload_lora_adapter)
         return app
+
+    async def _close(self, app: web.Application) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     @web.middleware
     async def _check_access(
@@ -194,8 +216,30 @@ class EmbeddedApp:
             "permission": [],
         }
 
+    async def _in_turn(self, request: web.Request, ask: Ask) -> web.Response:
+        """Answer one of the requests that run the model. Beyond `max_num_requests` they wait here, their bodies unread.
+
+        Parsing and rendering, which may take long, happen in a thread of their own, so that everything else is answered
+        meanwhile.
+        """
+        async with self._turns:
+            self.scheduler.check_open()
+            raw = await request.read()
+            asked = await self._work(lambda: self._ask(ask, request.content_type, raw))
+            sequences = await self._run(asked.prompts, asked.params, asked.adapter)
+            return await self._work(lambda: asked.render(sequences))
+
+    def _ask(self, ask: Ask, content_type: str, raw: bytes) -> Asked:
+        self.scheduler.check_open()
+        return ask(_parsed(content_type, raw))
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
     async def completions(self, request: web.Request) -> web.Response:
-        body = await _body(request)
+        return await self._in_turn(request, self._completions)
+
+    def _completions(self, body: dict[str, Any]) -> Asked:
         prompts = parse_prompts(body.get("prompt"))
         params = parse_completion_sampling(body, self.limits)
         check_count(len(prompts), params.n)
@@ -203,7 +247,11 @@ class EmbeddedApp:
         ids = [self._encode(p, body) if isinstance(p, str) else p for p in prompts]
         for prompt in ids:
             check_prompt(prompt, self.limits, params.max_tokens)
-        sequences = await self._run(ids, params, adapter)
+        return Asked(ids, params, adapter, lambda sequences: self._completions_answer(body, name, params, sequences))
+
+    def _completions_answer(
+        self, body: dict[str, Any], name: str, params: SamplingParams, sequences: list[Sequence]
+    ) -> web.Response:
         as_ids = bool(body.get("return_tokens_as_token_ids"))
         return_ids = bool(body.get("return_token_ids"))
         choices = [
@@ -237,7 +285,9 @@ class EmbeddedApp:
         )
 
     async def generate(self, request: web.Request) -> web.Response:
-        body = await _body(request)
+        return await self._in_turn(request, self._generate)
+
+    def _generate(self, body: dict[str, Any]) -> Asked:
         token_ids = parse_token_ids(body, "token_ids")
         if not token_ids:
             raise invalid("token_ids", "List should have at least 1 item after validation, not 0")
@@ -247,9 +297,18 @@ class EmbeddedApp:
         params = parse_generate_sampling(sampling, self.limits, len(token_ids))
         name, adapter = self._served(body)
         check_prompt(token_ids, self.limits, None)
-        sequences = await self._run([token_ids], params, adapter)
         # vLLM lists log-probabilities here only when `logprobs` itself is set.
         count = sampling.get("logprobs")
+        return Asked(
+            [token_ids],
+            params,
+            adapter,
+            lambda sequences: self._generate_answer(body, name, count, sequences),
+        )
+
+    def _generate_answer(
+        self, body: dict[str, Any], name: str, count: int | None, sequences: list[Sequence]
+    ) -> web.Response:
         choices = [
             {
                 "index": index,
@@ -267,10 +326,10 @@ class EmbeddedApp:
                 "model": name,
                 "created": int(time.time()),
                 "choices": choices,
-                "usage": _usage(sequences, params.n),
+                "usage": _usage(sequences, len(sequences)),
                 "prompt_logprobs": self._prompt_logprobs(sequences[0]),
                 "prompt_token_id_logprobs": _prompt_scores(sequences[0]),
-                "prompt_token_ids": token_ids if body.get("return_token_ids") else None,
+                "prompt_token_ids": body["token_ids"] if body.get("return_token_ids") else None,
                 "mm_placeholders": None,
                 "metrics": None,
                 "kv_transfer_params": None,
@@ -280,6 +339,9 @@ class EmbeddedApp:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await _body(request)
+        return await self._work(lambda: self._tokenize(body))
+
+    def _tokenize(self, body: dict[str, Any]) -> web.Response:
         self._served(body)
         if isinstance(body.get("messages"), list):
             ids = self._apply_chat_template(body)
@@ -299,6 +361,9 @@ class EmbeddedApp:
 
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await _body(request)
+        return await self._work(lambda: self._detokenize(body))
+
+    def _detokenize(self, body: dict[str, Any]) -> web.Response:
         self._served(body)
         ids = parse_token_ids(body, "tokens")
         if ids and max(ids) >= self.limits.vocab_size:
@@ -481,10 +546,10 @@ class EmbeddedApp:
         name = self._id_keys.__getitem__ if as_ids else self._decode
         # With logprobs=-1 vLLM's completions list nothing beside the sampled token's own value.
         listed = [] if sequence.params.logprobs == -1 else sequence.logprobs
-        tokens = [name(entry.token_ids[0]) for entry in sequence.logprobs]
+        tokens = [name(int(entry.token_ids[0])) for entry in sequence.logprobs]
         return {
             "text_offset": list(itertools.accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
-            "token_logprobs": [max(entry.logprobs[0], LOWEST_LOGPROB) for entry in sequence.logprobs],
+            "token_logprobs": [max(float(entry.logprobs[0]), LOWEST_LOGPROB) for entry in sequence.logprobs],
             "tokens": tokens,
             "top_logprobs": [_as_dict(entry, name) for entry in listed] or [{} for _ in tokens],
         }
@@ -514,17 +579,17 @@ class EmbeddedApp:
                         "rank": rank,
                         "decoded_token": self._decode(token_id),
                     }
-                    for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=False)
+                    for token_id, logprob, rank in zip(
+                        entry.token_ids.tolist(), entry.logprobs.tolist(), ranks, strict=False
+                    )
                 }
             )
         return rows
 
 
 def _as_dict(entry: TokenLogprobs, name: Callable[[int], str]) -> dict[str, float]:
-    values = entry.logprobs
-    if min(values) < LOWEST_LOGPROB:
-        values = [max(value, LOWEST_LOGPROB) for value in values]
-    return dict(zip(map(name, entry.token_ids), values, strict=True))
+    values = np.maximum(entry.logprobs, np.float32(LOWEST_LOGPROB)).tolist()
+    return dict(zip(map(name, entry.token_ids.tolist()), values, strict=True))
 
 
 def _prompt_scores(sequence: Sequence) -> str | None:
@@ -556,13 +621,17 @@ def _usage(sequences: list[Sequence], n: int) -> dict[str, Any]:
 
 
 async def _body(request: web.Request, *, any_content_type: bool = False) -> dict[str, Any]:
-    if not any_content_type and request.content_type != "application/json":
+    return _parsed("application/json" if any_content_type else request.content_type, await request.read())
+
+
+def _parsed(content_type: str, raw: bytes) -> dict[str, Any]:
+    if content_type != "application/json":
         raise APIError(
             "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed",
             type="Bad Request",
         )
     try:
-        body = orjson.loads(await request.read())
+        body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise APIError(
             f"1 validation error:\n  {{'type': 'json_invalid', 'loc': 'body', 'msg': 'JSON decode error: {error}'}}",

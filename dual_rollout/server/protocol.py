@@ -106,6 +106,14 @@ class Limits:
     default_sampling: dict[str, Any]
 
     @property
+    def max_num_requests(self) -> int:
+        """How many requests for the model are worked on at once: they fill a step while others are read or answered.
+
+        This bounds the memory that they take: hundreds of clients may wait, with few bytes each.
+        """
+        return 2 * self.max_num_seqs
+
+    @property
     def logprobs_cap(self) -> int:
         return self.vocab_size if self.max_logprobs == -1 else self.max_logprobs
 

@@ -15,11 +15,12 @@ from dual_rollout.server.protocol import SamplingParams
 class TokenLogprobs:
     """Log-probabilities (nats) at one position, in vLLM's order: the sampled or prompt token, the others.
 
-    ``rank`` is that of the first token, 1 for the most likely; None where nobody asked.
+    ``rank`` is that of the first token, 1 for the most likely; None where nobody asked. The arrays are int32 and float32:
+    many of them are kept until a request is answered.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
     rank: int | None = None
 
 
@@ -57,8 +58,8 @@ def sample(
                 continue
             if normalisers is None:
                 normalisers = rows.logsumexp(-1)
-            ids = [token_ids[i], *named]
-            logprobs[i] = TokenLogprobs(ids, (rows[row, ids] - normalisers[row]).tolist())
+            ids = np.array([token_ids[i], *named], dtype=np.int32)
+            logprobs[i] = TokenLogprobs(ids, (rows[row, ids.tolist()] - normalisers[row]).numpy())
     return token_ids, logprobs
 
 
@@ -70,8 +71,8 @@ def top_logprobs(
     normaliser_R1 = logits_RV.logsumexp(-1, keepdim=True)
     first_logits_R1 = logits_RV.gather(1, first_R1)
     top = logits_RV.topk(max(counts), dim=-1)
-    ids = torch.cat((first_R1, top.indices), dim=1).tolist()
-    logprobs = (torch.cat((first_logits_R1, top.values), dim=1) - normaliser_R1).tolist()
+    ids = torch.cat((first_R1, top.indices), dim=1).numpy().astype(np.int32)
+    logprobs = (torch.cat((first_logits_R1, top.values), dim=1) - normaliser_R1).numpy()
     ranks = [None] * len(counts)
     if with_ranks:
         ranks = ((logits_RV > first_logits_R1).sum(-1) + 1).tolist()

@@ -144,8 +144,18 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def check_open(self) -> None:
+        """Raise ServerClosing once it has begun to shut down."""
+        if self._closing:
+            raise ServerClosing("the server is shutting down")
+
     def submit(self, prompts: list[list[int]], params: SamplingParams, adapter: str | None) -> Group:
-        """Queue ``params.n`` sequences per prompt; the group's future gets them when all have finished."""
+        """Queue ``params.n`` sequences per prompt; the group's future gets them when all have finished.
+
+        Raises:
+            ServerClosing: it has begun to shut down.
+        """
+        self.check_open()
         group = Group([])
         # A running future cannot be cancelled by the waiting side, which would race with set_result.
         group.future.set_running_or_notify_cancel()
@@ -200,8 +210,8 @@ class Scheduler:
 
     def fail_adapter(self, adapter: str, error: Exception) -> None:
         """Fail the requests of an adapter that is going away. Between steps only."""
-        for sequence in [s for s in self._running + self._waiting if s.adapter == adapter]:
-            self._fail(sequence.group, error, "abort")
+        for group in {s.group for s in self._running + self._waiting if s.adapter == adapter}:
+            self._fail(group, error, "abort")
         self.cache.clear(adapter, every_adapter=False)
 
     def _post(self, action: Callable[[], None]) -> None:
@@ -219,8 +229,8 @@ class Scheduler:
 
     def _shut_down(self) -> None:
         self._closing = True
-        for sequence in self._running + self._waiting:
-            self._fail(sequence.group, ServerClosing("the server is shutting down"), "abort")
+        for group in {sequence.group for sequence in self._running + self._waiting}:
+            self._fail(group, ServerClosing("the server is shutting down"), "abort")
 
     def _step(self) -> None:
         works = self._plan()
@@ -240,9 +250,8 @@ class Scheduler:
             self._collect(works, logits)
         except Exception as error:
             logger.exception("a step failed; its requests get an error")
-            for work in works:
-                for sequence in (work.sequence, *work.followers):
-                    self._fail(sequence.group, error, "abort")
+            for group in {sequence.group for work in works for sequence in (work.sequence, *work.followers)}:
+                self._fail(group, error, "abort")
 
     def _plan(self) -> list[_Work]:
         """The chunks of the next step: running sequences first, then waiting ones while they fit."""
@@ -400,11 +409,9 @@ class Scheduler:
             sequence.kv = None
 
     def _fail(self, group: Group, error: Exception, reason: str) -> None:
+        self._running = [sequence for sequence in self._running if sequence.group is not group]
+        self._waiting = [sequence for sequence in self._waiting if sequence.group is not group]
         for sequence in group.sequences:
-            if sequence in self._running:
-                self._running.remove(sequence)
-            elif sequence in self._waiting:
-                self._waiting.remove(sequence)
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
                 self.metrics.finished[reason] += 1

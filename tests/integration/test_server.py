@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -630,19 +629,33 @@ def test_models_that_cannot_be_served_are_refused(model_dir: Path, tmp_path: Pat
         EmbeddedServer(tmp_path / "nothing", env=ENV).start()
 
 
+def test_many_clients_wait_their_turn_and_hold_nothing_up(model_dir: Path) -> None:
+    """Of 30 requests with 40 prompts each, the server works on twice `--max-num-seqs` at once."""
+    body = {"prompt": [[i, 1, 2] for i in range(40)], "max_tokens": 2, "ignore_eos": True, "logprobs": 5}
+    with WarmServer(model_dir, ["--max-num-seqs", "2"], env=ENV) as server, ThreadPoolExecutor(30) as clients:
+        answers = [clients.submit(_call, server, "/v1/completions", body) for _ in range(30)]
+        held, health = [], []
+        while not all(answer.done() for answer in answers):
+            metrics = _metrics(server)
+            held.append(metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"])
+            health.append((_call(server, "/health")[0], sum(answer.done() for answer in answers)))
+        assert 40 < max(held) <= 4 * 40
+        assert min(done for _, done in health) == 0 and {status for status, _ in health} == {200}
+        assert [answer.result()[0] for answer in answers] == [200] * 30
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_the_server_before_its_work_is_done_and_answer_what_is_in_flight(
     model_dir: Path, number: int
 ) -> None:
-    statuses: list[int] = []
-    with EmbeddedServer(model_dir, env=ENV) as server:
+    body = {"prompt": [[i, 1, 2] for i in range(60)], "max_tokens": 500, "ignore_eos": True}
+    flags = ["--max-num-seqs", "2"]  # of six clients two wait their turn
+    with EmbeddedServer(model_dir, flags, env=ENV) as server, ThreadPoolExecutor(6) as clients:
         assert server.process is not None
-        body = {"prompt": [[i, 1, 2] for i in range(60)], "max_tokens": 500, "ignore_eos": True}
-        client = threading.Thread(target=lambda: statuses.append(_call(server, "/v1/completions", body)[0]))
-        client.start()
+        answers = [clients.submit(_call, server, "/v1/completions", body) for _ in range(6)]
         while _metrics(server)["vllm:num_requests_running"] == 0:
             time.sleep(0.01)
         server.process.send_signal(number)
         assert server.process.wait(60) == 0
-        client.join(60)
-    assert statuses == [503], "not 200: it did not wait until its work was done"
+        statuses = [answer.result(60)[0] for answer in answers]
+    assert statuses == [503] * 6, "not 200: it did not wait until its work was done"
