@@ -15,8 +15,8 @@ from dual_rollout.server.protocol import SamplingParams
 class TokenLogprobs:
     """Log-probabilities (nats) at one position, in vLLM's order: the sampled or prompt token, the others.
 
-    ``rank`` is that of the first token, 1 for the most likely; None where nobody asked. The arrays are int32 and float32:
-    many of them are kept until a request is answered.
+    ``rank`` is that of the first token, 1 for the most likely; None where nobody asked. Arrays (int32 and float32) keep
+    what waits for an answer small.
     """
 
     token_ids: np.ndarray
