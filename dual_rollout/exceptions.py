@@ -30,6 +30,10 @@ class EngineUnavailableError(EngineError):
     """No usable answer within the retries and time allowed (connection refused or reset, time-out, 429, 502-504)."""
 
 
+class EngineReplacedError(EngineUnavailableError):
+    """Another model is served at the address than at first; the one that is asked for is gone."""
+
+
 class EngineRejectedError(EngineError):
     """The server understood the request and refused it (a 4xx other than 429). Repeating it cannot help."""
 

@@ -92,8 +92,9 @@ class HttpTransport:
     Requests go straight to the server, also where `http_proxy` is set; see `proxy_for`.
 
     Attributes:
-        interruptions: attempts that got no answer at all, as when the server is restarted.
-        answered: when the last answer came, `time.monotonic` seconds.
+        discontinuities: after each of them another process may answer: new connections, attempts that got no answer,
+            and 5xx, as from a proxy while the server behind it is restarted.
+        answered: when the last other answer came, `time.monotonic` seconds.
 
     Args:
         pool_size: open connections at most; more requests wait on this side.
@@ -115,7 +116,7 @@ class HttpTransport:
         if "@" in urlsplit(url).netloc:
             raise ValueError(f"a server's URL must not hold a user name or password: set {API_KEY_VARIABLE} instead")
         self.url = url
-        self.interruptions = 0
+        self.discontinuities = 0
         self.answered = 0.0
         self.stats = HttpStats() if stats is None else stats
         self._max_retries = max_retries
@@ -189,9 +190,12 @@ class HttpTransport:
             self.stats.bytes_sent += len(body or b"")
             self.stats.seconds += time.perf_counter() - started
         if failure is not None:
-            self.interruptions += 1
+            self.discontinuities += 1
             raise failure  # not from aiohttp's error, which holds the request's headers
-        self.answered = time.monotonic()
+        if response.status >= 500:
+            self.discontinuities += 1
+        else:
+            self.answered = time.monotonic()
         self.stats.bytes_received += len(content)
         if response.status in _RETRIED_STATUS:
             raise _TransientError(
@@ -262,8 +266,17 @@ class HttpTransport:
                 headers=headers,
                 proxy=proxy_for(self.url),
                 auto_decompress=False,
+                trace_configs=[self._watch_connections()],
             )
         return self._session
+
+    def _watch_connections(self) -> aiohttp.TraceConfig:
+        async def count(*_: Any) -> None:
+            self.discontinuities += 1
+
+        config = aiohttp.TraceConfig()
+        config.on_connection_create_end.append(count)
+        return config
 
     def _note_retry(self, state: RetryCallState) -> None:
         self.stats.retries += 1

@@ -57,7 +57,7 @@ class Probe:
         self._http = http
         self._info = info
         length = min(_PROMPT_LENGTH, (info.max_model_len or 4096) - _TAIL_LENGTH - 1)
-        self._prompt = list(islice(cycle(prompt), max(length, 1)))
+        self.prompt = list(islice(cycle(prompt), max(length, 1)))
         self._lists = lists
         self._named = named
         self._loads_lora = loads_lora
@@ -151,7 +151,7 @@ class Probe:
         than kernels round. "raw" is the safe answer: lists are then asked for at temperature 1.
         """
         one, two = [
-            np.sort((await self._lists([self._prompt], k, temperature)).logprobs[0])[::-1] for temperature in (1.0, 2.0)
+            np.sort((await self._lists([self.prompt], k, temperature)).logprobs[0])[::-1] for temperature in (1.0, 2.0)
         ]
         last = min(int(np.isfinite(one).sum()), int(np.isfinite(two).sum())) - 1
         distance, at_two = one[0] - one[last], two[0] - two[last]
@@ -174,7 +174,7 @@ class Probe:
             pass
         # Not asked where it can be read: in some versions it garbles what other clients ask for in the same step.
         try:
-            await self._named(self._prompt, (0, 1), 1.0)  # one of them is not the likeliest, which is listed anyway
+            await self._named(self.prompt, (0, 1), 1.0)  # one of them is not the likeliest, which is listed anyway
         except (EngineRejectedError, EngineProtocolError):
             return False
         return True
@@ -185,7 +185,7 @@ class Probe:
         Older model runners answer the first question with uninitialised memory, or die of it. They also refuse
         prompt_logprob_token_ids, so that is asked first.
         """
-        longer = [*self._prompt, *self._prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
+        longer = [*self.prompt, *self.prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
         try:
             if (named := await self._named_rows(longer)) is None:
                 return False, False
@@ -214,7 +214,7 @@ class Probe:
         return None
 
     async def _complete(self, **options: Any) -> Any:
-        payload = {"model": self._info.model, "prompt": self._prompt, "max_tokens": 1, "temperature": 0.0, **options}
+        payload = {"model": self._info.model, "prompt": self.prompt, "max_tokens": 1, "temperature": 0.0, **options}
         return await asked_again(self._http, lambda: self._http.post("/v1/completions", payload))
 
     async def _generate(self, prompt: TokenIds, **sampling: Any) -> Any:

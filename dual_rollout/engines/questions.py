@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dual_rollout.engines.answers import Numbers, asked_again, read_as
 from dual_rollout.engines.http import HttpTransport, shown
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineRestartedError
+from dual_rollout.engines.identity import ServerIdentity
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_IDLE_S = 1.0  # a restart takes longer, and without an open connection nothing tells of it
 
 
 class Questions:
@@ -27,14 +24,10 @@ class Questions:
     again. Where a server does not repeat the number, the count of prompt tokens must fit.
     """
 
-    def __init__(self, http: HttpTransport):
+    def __init__(self, http: HttpTransport, identity: ServerIdentity):
         self._http = http
+        self._identity = identity
         self._numbers = Numbers()
-        self._born: float | None = None  # start of the process that took the weights; None before it took any
-        self._tells = False  # when it was started
-        self._lost = False  # since then it was found to be another
-        self._seen = 0  # `http.interruptions` when it was last known to be that process
-        self._confirming = asyncio.Lock()
 
     async def ask(
         self,
@@ -42,36 +35,46 @@ class Questions:
         payload: Mapping[str, Any],
         read: Callable[[dict[str, Any]], T],
         *,
-        models: set[str],
+        model: Callable[[], str],
+        models: Callable[[], set[str]],
         prompt_tokens: int,
         max_bytes: int,
+        watched: bool = True,
     ) -> T:
         """What `read` makes of the answer.
 
         Args:
             read: raises `EngineProtocolError`, or one of `MALFORMED`, when it is of no use.
+            model: the name to ask for, at the moment.
             models: names that the answer may give for its model.
             prompt_tokens: tokens of all prompts together.
             max_bytes: the longest answer that can be right.
+            watched: the answer must be of the server that was there at first.
 
         Raises:
             EngineProtocolError: three answers were of no use.
             EngineRestartedError: the server has lost the weights that it was given.
+            EngineReplacedError: it serves another model than at first.
         """
-        if self._lost or time.monotonic() - self._http.answered > _IDLE_S:
-            await self.confirm()
+        if watched:
+            await self._identity.before_request()
 
         async def once() -> T:
-            number = self._numbers.next()
+            number, name = self._numbers.next(), model()
             try:
-                answer = await self._http.post(path, {**payload, "request_id": number}, max_bytes=max_bytes)
+                answer = await self._http.post(
+                    path, {"model": name, **payload, "request_id": number}, max_bytes=max_bytes
+                )
             except EngineRejectedError as error:
-                if error.status == 404:  # a model of that name: the adapter is lost
-                    await self.confirm()
+                # No model of that name: an adapter is lost, or the server was restarted under another name.
+                if error.status == 404 and watched:
+                    await self._identity.confirm()
+                    if model() != name:
+                        raise self._useless(f"no answer as {name!r}; it is called {model()!r} now") from error
                 raise
-            if self._http.interruptions != self._seen:
-                await self.confirm()
-            self._check(path, answer, number, models, prompt_tokens)
+            if watched:
+                await self._identity.after_answer()
+            self._check(path, answer, number, models(), prompt_tokens)
             return read_as(read, answer, self._http.url)
 
         return await asked_again(self._http, once)
@@ -94,43 +97,20 @@ class Questions:
     def _useless(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._http.url)
 
-    async def took_weights(self, take: Callable[[], Awaitable[None]]) -> None:
-        """Give the server weights, and from then on notice when it is restarted, and so has lost them."""
-        async with self._confirming:
-            self._born = None  # whatever comes of it, the old ones are gone
-            before = await self._birth()
-            await take()
-            seen = self._http.interruptions
-            born = await self._birth()
-            if born != before:
-                raise EngineRestartedError("was restarted while it took new weights", url=self._http.url)
-            if born is None:
-                logger.warning("%s does not tell when it was started: a restart would go unnoticed", self._http.url)
-            self._born, self._seen, self._lost = born, seen, False
 
-    @property
-    def born(self) -> float | None:
-        """When the server process that took the weights was started; None where it does not say, or took none."""
-        return self._born
+class BirthInMetrics:
+    """When a server was started, as its /metrics tell (vLLM with one API server process, and the embedded one)."""
 
-    def adopt(self, born: float | None) -> None:
-        """Notice a restart as if the weights that the process of that birth took had been given from here."""
-        self._born, self._lost = born, False
-        self._seen = -1  # the first answer is confirmed: it may have been restarted since
+    def __init__(self, http: HttpTransport):
+        self._http = http
+        self._tells = False
 
-    async def confirm(self) -> None:
-        """Raise if the server is another process than the one that took the weights, if it took any."""
-        if self._born is None:
-            return
-        async with self._confirming:
-            seen = self._http.interruptions
-            self._lost = self._lost or (self._born is not None and await self._birth() != self._born)
-            if self._lost:
-                raise EngineRestartedError("was restarted, and has lost the weights it was given", url=self._http.url)
-            self._seen = seen
+    async def __call__(self) -> float | None:
+        """None from one that never told.
 
-    async def _birth(self) -> float | None:
-        """When the server was started; None from one that never told."""
+        Raises:
+            EngineProtocolError: it does not tell any more.
+        """
 
         async def ask() -> float | None:
             try:
@@ -140,8 +120,9 @@ class Questions:
             if found := re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE):
                 self._tells = True
                 return read_as(float, found[1], self._http.url)
-            if self._tells or self._born is not None:
-                raise self._useless("no process_start_time_seconds in /metrics, as it did before")
+            if self._tells:
+                what = "gave no process_start_time_seconds in /metrics, as it did before"
+                raise EngineProtocolError(what, url=self._http.url)
             return None
 
         return await asked_again(self._http, ask)

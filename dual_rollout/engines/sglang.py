@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ from dual_rollout.engine import (
 )
 from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.engines.identity import NextTokens, ServerIdentity, listed
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import TopK
 
@@ -70,6 +72,9 @@ class SGLangEngine:
         self._http = transport
         self._answers = Answers(transport.url)
         self._numbers = Numbers()
+        self._identity = ServerIdentity(
+            transport, birth=_not_told, describe_again=self._describe_again, next_tokens=self._next_tokens
+        )
         self._wanted = model
         self._lora: str | None = None
         self._info: EngineInfo | None = None
@@ -82,28 +87,46 @@ class SGLangEngine:
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
-            model, self._server = await asyncio.gather(
-                self._get("/model_info", "/get_model_info"), self._get("/server_info", "/get_server_info")
-            )
-            served = str(self._server.get("served_model_name") or model.get("model_path"))
-            if self._wanted not in (None, served):
-                if not self._server.get("enable_lora"):
-                    raise EngineRejectedError(
-                        f"serves {served!r}, not {self._wanted!r}, and has no LoRA adapters: leave theta_model/t_model "
-                        "unset (a weight update renames the served model)",
-                        url=self.url,
-                        status=404,
-                    )
-                self._lora = self._wanted
-            longest = self._server.get("max_req_input_len")  # SGLang refuses prompts from this length on
-            root = model.get("tokenizer_path") or model.get("model_path")
-            if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 1)):
-                raise EngineProtocolError(
-                    f"describes itself with model_path {shown(root)} and max_req_input_len {shown(longest)}",
-                    url=self.url,
-                )
-            self._info = EngineInfo(self._wanted or served, root, None if longest is None else longest - 1)
+            self._info, self._server = await self._described()
+            if self._wanted not in (None, self._info.model):
+                self._lora, self._info = self._wanted, replace(self._info, model=self._wanted)
         return self._info
+
+    async def _described(self) -> tuple[EngineInfo, Mapping[str, Any]]:
+        """What is served, and the server's settings."""
+        model, server = await asyncio.gather(
+            self._get("/model_info", "/get_model_info"), self._get("/server_info", "/get_server_info")
+        )
+        served = str(server.get("served_model_name") or model.get("model_path"))
+        if self._wanted not in (None, served) and not server.get("enable_lora"):
+            raise EngineRejectedError(
+                f"serves {served!r}, not {self._wanted!r}, and has no LoRA adapters: leave theta_model/t_model "
+                "unset (a weight update renames the served model)",
+                url=self.url,
+                status=404,
+            )
+        longest = server.get("max_req_input_len")  # SGLang refuses prompts from this length on
+        root = model.get("tokenizer_path") or model.get("model_path")
+        if not isinstance(root, str | None) or not (longest is None or (type(longest) is int and longest > 1)):
+            raise EngineProtocolError(
+                f"describes itself with model_path {shown(root)} and max_req_input_len {shown(longest)}",
+                url=self.url,
+            )
+        return EngineInfo(served, root, None if longest is None else longest - 1), server
+
+    async def _describe_again(self) -> None:
+        """The server may have been restarted: is it the same model?"""
+        before = await self.describe()
+        now, self._server = await self._described()
+        if now.root != before.root:
+            raise EngineReplacedError(
+                f"was replaced by a server of {now.root}, and served {before.root} before. Start it with the model "
+                "that this run began with, or begin a new run",
+                url=self.url,
+            )
+
+    async def _next_tokens(self, texts: Sequence[TokenIds]) -> NextTokens:
+        return listed(await self._lists(texts, _PROBED_TOKENS, 1.0, watched=False))
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
@@ -116,6 +139,7 @@ class SGLangEngine:
         text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
         self._answers.vocab_size = await self._vocab_size(prompt)
         self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
+        await self._identity.remember_model(text)
         return Capabilities(
             model=info.model,
             root=info.root,
@@ -258,11 +282,15 @@ class SGLangEngine:
 
     async def health(self) -> None:
         await self._http.get("/health")
+        await self._identity.confirm()
 
     async def reset_prefix_cache(self) -> None:
         await self._http.post("/flush_cache")
 
     async def reload_weights(self, path: str) -> None:
+        await self._identity.took_weights(lambda: self._reload_weights(path))
+
+    async def _reload_weights(self, path: str) -> None:
         # SGLang waits for running requests, and drops the prefix cache itself.
         try:
             answer = await self._http.post("/update_weights_from_disk", {"model_path": path, "flush_cache": True})
@@ -281,6 +309,9 @@ class SGLangEngine:
             )
 
     async def load_lora(self, name: str, path: str) -> None:
+        await self._identity.took_weights(lambda: self._load_lora(name, path))
+
+    async def _load_lora(self, name: str, path: str) -> None:
         # A name that is taken is refused, so the old adapter goes first; there may be none. The prefix cache is keyed
         # by load, so nothing of the old adapter is found in it.
         with contextlib.suppress(EngineRejectedError):
@@ -294,11 +325,11 @@ class SGLangEngine:
     def use_lora(self, name: str) -> None:
         self._lora = name
 
-    def weights_given(self) -> None:
-        return None
+    def weights_given(self) -> float | None:
+        return self._identity.born
 
-    def adopt_weights(self, given: None) -> None:
-        pass  # a restart of SGLang's server goes unnoticed in any process
+    def adopt_weights(self, given: float | None) -> None:
+        self._identity.adopt(given)
 
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return [await ask(self)]
@@ -343,11 +374,12 @@ class SGLangEngine:
             status=404,
         )
 
-    async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
+    async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float, *, watched: bool = True) -> TopK:
         def read(metas: list[Mapping[str, Any]]) -> TopK:
             return self._top_k([self._output_rows(meta, "output_top_logprobs", 1)[0] for meta in metas], k)
 
-        return await self._generate(prompts, _sampling(temperature=temperature), read, top_logprobs_num=k)
+        sampling = _sampling(temperature=temperature)
+        return await self._generate(prompts, sampling, read, watched=watched, top_logprobs_num=k)
 
     async def _rows(self, texts: Sequence[Sequence[int]], starts: Sequence[int], k: int) -> TopK:
         """The lists at positions `starts[i]` to the last of each text, at temperature 1, in one request.
@@ -437,13 +469,17 @@ class SGLangEngine:
         prompts: Sequence[TokenIds],
         sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         read: Callable[[list[Mapping[str, Any]]], T],
+        *,
+        watched: bool = True,
         **options: Any,
     ) -> T:
         """What `read` makes of the `meta_info` of what is generated after each prompt, in order.
 
-        `sampling` is for all or one for each.
+        `sampling` is for all or one for each. `watched`: the answer must be of the server that was there at first.
         """
         await self.describe()
+        if watched:
+            await self._identity.before_request()
         payload: dict[str, Any] = {
             "input_ids": prompts,
             "sampling_params": sampling,
@@ -458,6 +494,8 @@ class SGLangEngine:
         async def once() -> T:
             numbers = [self._numbers.next() for _ in prompts]
             answers = await self._http.post("/generate", {**payload, "rid": numbers}, max_bytes=max_bytes)
+            if watched:
+                await self._identity.after_answer()
             if not isinstance(answers, list) or len(answers) != len(prompts):
                 raise EngineProtocolError(f"expected a list of {len(prompts)} answers", url=self.url)
             metas = [self._meta_info(*item) for item in zip(answers, prompts, numbers, strict=True)]
@@ -526,6 +564,10 @@ def _listed(prompts: Sequence[TokenIds], payload: Mapping[str, Any]) -> int:
         (len(prompt) - start + options["max_new_tokens"]) * (width + len(named))
         for prompt, start, options, named in zip(prompts, starts, each, names, strict=True)
     )
+
+
+async def _not_told() -> None:
+    """SGLang does not say when it was started."""
 
 
 def _sampling(**changes: Any) -> dict[str, Any]:

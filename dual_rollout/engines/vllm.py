@@ -24,10 +24,11 @@ from dual_rollout.engine import (
 )
 from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
 from dual_rollout.engines.http import HttpTransport, longest_answer, shown
+from dual_rollout.engines.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
 from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.engines.probe import Probe, summary
-from dual_rollout.engines.questions import Questions
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.engines.questions import BirthInMetrics, Questions
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.types import TopK
 
@@ -59,7 +60,13 @@ class VLLMEngine:
     def __init__(self, transport: HttpTransport, model: str | None = None):
         self.url = transport.url
         self._http = transport
-        self._questions = Questions(transport)
+        self._identity = ServerIdentity(
+            transport,
+            birth=BirthInMetrics(transport),
+            describe_again=self._describe_again,
+            next_tokens=self._next_tokens,
+        )
+        self._questions = Questions(transport, self._identity)
         self._answers = Answers(transport.url)
         self._wanted = model
         self._names: set[str] = set()
@@ -73,10 +80,31 @@ class VLLMEngine:
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
-            self._info = await asked_again(self._http, self._described)
+            info, self._names = await asked_again(self._http, self._described)
+            self._info = info
         return self._info
 
-    async def _described(self) -> EngineInfo:
+    async def _describe_again(self) -> None:
+        """The server was restarted: is it the same model, perhaps under another name?"""
+        before = await self.describe()
+        try:
+            now, names = await asked_again(self._http, self._described)
+        except EngineRejectedError as error:
+            raise EngineReplacedError(f"was replaced by a server of another model ({error})", url=self.url) from error
+        if now.root != before.root:
+            raise EngineReplacedError(
+                f"was replaced by a server of {now.root}, and served {before.root} before. Start it with the model "
+                "that this run began with, or begin a new run",
+                url=self.url,
+            )
+        self._info, self._names = now, names
+
+    async def _next_tokens(self, texts: Sequence[TokenIds]) -> NextTokens:
+        cap = self._capabilities.max_logprobs if self._capabilities is not None else None
+        return listed(await self._lists_of(texts, min(cap or KNOWN_BY, KNOWN_BY), 1.0, watched=False))
+
+    async def _described(self) -> tuple[EngineInfo, set[str]]:
+        """The model, and the names that answers may give for it."""
         answer = await self._http.get("/v1/models")
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not cards:
@@ -98,8 +126,8 @@ class VLLMEngine:
                 f"/v1/models describes {name!r} with root {shown(root)} and max_model_len {shown(longest)}",
                 url=self.url,
             )
-        self._names = {name, served[0]}  # vLLM answers in the first name, whichever was asked for
-        return EngineInfo(name, root, longest, str(card.get("owned_by")))
+        # vLLM answers in the first name, whichever was asked for.
+        return EngineInfo(name, root, longest, str(card.get("owned_by"))), {name, served[0]}
 
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
@@ -119,6 +147,7 @@ class VLLMEngine:
                         f"answers to the probe have another shape ({type(error).__name__}: {error})", url=self.url
                     ) from error
                 self._answers.vocab_size = self._capabilities.vocab_size
+                await self._identity.remember_model(questions.prompt)
                 logger.info("%s: %s", self.url, summary(self._capabilities))
         return self._capabilities
 
@@ -251,7 +280,7 @@ class VLLMEngine:
 
     async def health(self) -> None:
         await self._http.get("/health")
-        await self._questions.confirm()
+        await self._identity.confirm()
 
     async def reset_prefix_cache(self) -> None:
         try:
@@ -263,7 +292,7 @@ class VLLMEngine:
             raise EngineProtocolError("the prefix cache was not dropped, because requests are using it", url=self.url)
 
     async def reload_weights(self, path: str) -> None:
-        await self._questions.took_weights(lambda: self._reload_weights(path))
+        await self._identity.took_weights(lambda: self._reload_weights(path))
 
     async def _reload_weights(self, path: str) -> None:
         async with self._paused():
@@ -274,7 +303,7 @@ class VLLMEngine:
             await self.reset_prefix_cache()
 
     async def load_lora(self, name: str, path: str) -> None:
-        await self._questions.took_weights(lambda: self._load_lora(name, path))
+        await self._identity.took_weights(lambda: self._load_lora(name, path))
 
     async def _load_lora(self, name: str, path: str) -> None:
         async with self._paused():
@@ -298,10 +327,10 @@ class VLLMEngine:
         self._lora = name
 
     def weights_given(self) -> float | None:
-        return self._questions.born
+        return self._identity.born
 
     def adopt_weights(self, given: float | None) -> None:
-        self._questions.adopt(given)
+        self._identity.adopt(given)
 
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return [await ask(self)]
@@ -387,20 +416,24 @@ class VLLMEngine:
                 await self._http.post("/resume")
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
-        on_wire = _on_wire(temperature)
         async with self._gate.shared():
             parts = await asyncio.gather(
                 *(
-                    self._ask(
-                        prompts[i : i + _MAX_PROMPTS],
-                        lambda choices: self._drafts(choices, 1, k, greedy=on_wire == 0.0).lists,
-                        logprobs=k,
-                        temperature=on_wire,
-                    )
+                    self._lists_of(prompts[i : i + _MAX_PROMPTS], k, temperature)
                     for i in range(0, len(prompts), _MAX_PROMPTS)
                 )
             )
         return joined(parts)
+
+    async def _lists_of(self, prompts: Sequence[TokenIds], k: int, temperature: float, *, watched: bool = True) -> TopK:
+        on_wire = _on_wire(temperature)
+        return await self._ask(
+            prompts,
+            lambda choices: self._drafts(choices, 1, k, greedy=on_wire == 0.0).lists,
+            watched=watched,
+            logprobs=k,
+            temperature=on_wire,
+        )
 
     async def _score_after_cache(self, text: TokenIds, count: int, k: int) -> TopK:
         """Lists for the last `count` tokens of a text, whose beginning the prefix cache may have."""
@@ -482,15 +515,13 @@ class VLLMEngine:
 
     async def _generate(self, text: TokenIds, sampling: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
         """What `read` makes of the answer of the token-in/token-out endpoint."""
-        payload = {
-            "model": self._lora or (await self.describe()).model,
-            "token_ids": text,
-            "sampling_params": sampling,
-        }
+        await self.describe()
+        payload = {"token_ids": text, "sampling_params": sampling}
         return await self._questions.ask(
             "/inference/v1/generate",
             payload,
             read,
+            model=self._asked_for,
             models=self._answering,
             prompt_tokens=len(text),
             max_bytes=longest_answer(1, _listed(1, len(text), sampling)),
@@ -512,7 +543,10 @@ class VLLMEngine:
             lists.append(_without_sampled(entries, f"{_KEY_PREFIX}{token}", k))
         return self._pack(lists, k)
 
-    @property
+    def _asked_for(self) -> str:
+        assert self._info is not None
+        return self._lora or self._info.model
+
     def _answering(self) -> set[str]:
         """Names that answers may give for their model."""
         return self._names if self._lora is None else {self._lora}
@@ -566,11 +600,17 @@ class VLLMEngine:
             raise self._answers.spoilt(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
         return self._answers.named([row[key] for key in keys])
 
-    async def _ask(self, prompts: Sequence[TokenIds], read: Callable[[list[dict[str, Any]]], T], **options: Any) -> T:
-        """What `read` makes of the choices of a completion."""
-        info = await self.describe()
+    async def _ask(
+        self,
+        prompts: Sequence[TokenIds],
+        read: Callable[[list[dict[str, Any]]], T],
+        *,
+        watched: bool = True,
+        **options: Any,
+    ) -> T:
+        """What `read` makes of the choices of a completion. `watched` as in `Questions.ask`."""
+        await self.describe()
         payload = {
-            "model": self._lora or info.model,
             "prompt": prompts,
             "max_tokens": 1,
             "return_tokens_as_token_ids": True,
@@ -581,9 +621,11 @@ class VLLMEngine:
             "/v1/completions",
             payload,
             lambda answer: read(self._choices(answer, len(prompts))),
+            model=self._asked_for,
             models=self._answering,
             prompt_tokens=(prompt_tokens := sum(map(len, prompts))),
             max_bytes=longest_answer(len(prompts), _listed(len(prompts), prompt_tokens, payload)),
+            watched=watched,
         )
 
     def _choices(self, answer: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

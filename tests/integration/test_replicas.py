@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, questions, replicas
+from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, identity, replicas
 from dual_rollout.exceptions import EngineProtocolError, EngineRestartedError, EngineUnavailableError
 from dual_rollout.server.launch import EmbeddedServer
 from tests import fault_proxy
@@ -270,7 +270,7 @@ async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
     await asyncio.to_thread(server.process.wait)
     if meanwhile is not None:
         await meanwhile
-    await asyncio.sleep(questions._IDLE_S + 0.1)
+    await asyncio.sleep(identity._IDLE_S + 0.1)
     await asyncio.to_thread(server.start)
 
 

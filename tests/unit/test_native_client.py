@@ -32,7 +32,7 @@ class Server:
     """In place of the transport: draws the tokens 1, 2, 3, ...; `spoils` are done to one answer each, in turn."""
 
     url = "http://native"
-    interruptions = 0
+    discontinuities = 0
     answered = math.inf
 
     def __init__(self) -> None:
@@ -44,7 +44,11 @@ class Server:
         assert path == "/v1/models"
         return {"data": [{"id": "model", "max_model_len": 64}]}
 
-    async def post(self, path: str, payload: dict[str, Any]) -> Any:
+    async def get_text(self, path: str) -> str:
+        assert path == "/metrics"
+        return "process_start_time_seconds 1.5\n"
+
+    async def post(self, path: str, payload: dict[str, Any], *, max_bytes: int) -> Any:
         names = payload.get("logprob_token_ids", [])
         if any(name >= VOCAB_SIZE + NUM_PSEUDO_TOKENS for name in names):
             raise EngineRejectedError(f"Vocabulary size: {VOCAB_SIZE + NUM_PSEUDO_TOKENS}", url=self.url, status=400)
@@ -162,14 +166,14 @@ def test_no_sequence_is_begun_once_the_server_is_gone() -> None:
     class Gone(Server):
         asked = 0
 
-        async def post(self, path: str, payload: dict[str, Any]) -> Any:
+        async def post(self, path: str, payload: dict[str, Any], *, max_bytes: int) -> Any:
             if "seed" not in payload:
-                return await super().post(path, payload)
+                return await super().post(path, payload, max_bytes=max_bytes)
             self.asked += 1
             if payload["prompt"][0] == [4, 1]:
                 raise EngineUnavailableError("gone", url=self.url)
             await asyncio.sleep(0)
-            return await super().post(path, payload)
+            return await super().post(path, payload, max_bytes=max_bytes)
 
     all_of_them = [DecodingSequence([4, i], [4, i], max_tokens=3, stop_ids=(), key=(0, i)) for i in range(20)]
     server, finished = Gone(), []
