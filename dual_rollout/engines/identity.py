@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 
-from dual_rollout.engines.base import TokenIds
+from dual_rollout.engine import TokenIds
 from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineReplacedError, EngineRestartedError
 from dual_rollout.types import TopK
