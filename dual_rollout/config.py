@@ -88,7 +88,7 @@ class CoordinatorConfig:
     top_k: int | Literal["auto"] = _option(
         100,
         'Candidates asked from each server; at most the servers\' --max-logprobs. "auto" asks at each position for as '
-        'many as hold top_k_mass, and needs support "tail", with which the law is unbiased at any number.',
+        'many as hold top_k_mass, and needs support "tail", with which the weights are unbiased at any number.',
     )
     top_k_mass: float = _option(0.95, 'Mass of each list with top_k "auto", where the servers\' --max-logprobs allows.')
     support: Literal["union", "tail"] = _option(
@@ -100,7 +100,7 @@ class CoordinatorConfig:
     decoding: Literal["auto", "lockstep", "block"] = _option(
         "auto",
         'How positions are asked for: "lockstep" one by one, "block" with drafts of π_θ, "auto" what is measured to be '
-        "fastest. All give the same law.",
+        "fastest. All draw from the same distribution.",
     )
     num_draft_tokens: int | None = _option(
         None, "Tokens per draft at most; adapted to the measured acceptance when unset."

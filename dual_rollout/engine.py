@@ -114,7 +114,7 @@ class Capabilities:
     scoring: tuple[ScoringMethod, ...] = ("prefixes",)
 
     def names_tokens_at(self, temperature: float) -> bool:
-        """Whether it reports named tokens of the law at `temperature`."""
+        """Whether it reports named tokens at `temperature`."""
         return self.named_logprobs and (temperature == 1.0 or self.logprobs_mode == "processed")
 
 
@@ -230,7 +230,7 @@ class ScoringEngine(Protocol):
         """One next token drawn from the model, where `excluded` tokens are made as unlikely as the server can.
 
         They come the likeliest first, for servers that take only so many. The caller rejects an excluded token and
-        draws again with another seed; the law stays exact even where a server ignores the exclusion.
+        draws again with another seed; so the draw stays exact even where a server ignores the exclusion.
         """
         ...
 

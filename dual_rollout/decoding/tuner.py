@@ -167,10 +167,10 @@ class Tuner:
         return Plan(chosen, self._rounds, measured)
 
     def may_draft(self, config: CoordinatorConfig) -> bool:
-        """Whether block decoding is wanted and gives the configured law.
+        """Whether block decoding is wanted and gives q* as configured.
 
-        It needs the law that a draft was drawn from, which raw lists do not give at temperature != 1. And with a seed
-        the tokens must not depend on what the clock says is fastest, so that "auto" keeps to lockstep.
+        It needs the distribution that a draft was drawn from, which raw lists do not give at temperature != 1. And with
+        a seed the tokens must not depend on what the clock says is fastest, so that "auto" keeps to lockstep.
         """
         if config.decoding == "auto":
             return config.seed is None and (config.temperature == 1.0 or self.processed)

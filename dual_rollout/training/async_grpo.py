@@ -59,7 +59,7 @@ class DualRolloutWorker(AsyncRolloutWorker):
     far from the policy by design; this way it bounds them at 3 where the advantage is positive, and nothing else.
 
     Args:
-        dual_config: the servers and the law of the rollouts.
+        dual_config: the servers and how q* is defined.
         options: as for `AsyncRolloutWorker`, which needs vLLM to be installed beside the trainer.
 
     Raises:

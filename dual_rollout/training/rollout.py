@@ -63,7 +63,8 @@ class DualRollout:
     it is the policy that is evaluated. With engine "native", whose server has q* alone, they are of q*, with a warning.
 
     Args:
-        config: the servers and the law. Under a trainer, `temperature` and `max_completion_length` are the trainer's.
+        config: the servers and how q* is defined. Under a trainer, `temperature` and `max_completion_length` are the
+            trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
         eos_token_ids: the tokens that end a completion; when None, the trainer's, so that what it counts as finished is
             what was finished, and without a trainer those of the tokenizer's and the served model's files.

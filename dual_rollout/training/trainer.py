@@ -66,10 +66,10 @@ class DualTrainerMixin(_Trainer):
     `t_target` names a π_t of `CoordinatorConfig.targets`; see `dual_rollout.training.contexts`.
 
     Args:
-        dual_config: the servers and the law of the rollouts.
+        dual_config: the servers and how q* is defined.
         importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max: how the weights enter
             the loss, see `corrected_weights`.
-        alpha_schedule: how settings of the law move over the training steps.
+        alpha_schedule: how α or its bounds move over the training steps.
         weight_sync: "disk" (all weights), "lora" (the adapter alone), or "auto"; see `choose_weight_sync`.
         weight_sync_dir: a folder that π_θ's server sees under the same path; inside `output_dir` when None.
         policy_check_bound: as for `DualRollout`.
