@@ -118,19 +118,6 @@ class Capabilities:
         return self.named_logprobs and (temperature == 1.0 or self.logprobs_mode == "processed")
 
 
-@dataclass(frozen=True, slots=True)
-class ServedWeights:
-    """What a server says of the weights that it serves now; None where it does not say.
-
-    Attributes:
-        version: the name that they were last given, `set_weight_version`; "default" for those that it was started with.
-        dtype: what it computes in, "bfloat16", or how the weights are quantised, "fp8".
-    """
-
-    version: str | None = None
-    dtype: str | None = None
-
-
 class ScoringEngine(Protocol):
     """One model behind a server, asked for probabilities and draws.
 
@@ -275,8 +262,15 @@ class WeightReceiver(Protocol):
         """From now on take the server to have the weights that another process gave it, whose `weights_given` it is."""
         ...
 
-    async def weights(self) -> ServedWeights:
-        """What the server says of its weights now; of several, use `Engine.each`."""
+    async def weight_version(self) -> str | None:
+        """The name that the server's weights were last given, "default" for those that it was started with.
+
+        None where the server has no place for a name. Several are asked by `Engine.each`.
+        """
+        ...
+
+    async def dtype(self) -> str | None:
+        """What the server computes in, "bfloat16", or how its weights are quantised, "fp8"; None if it does not say."""
         ...
 
     async def set_weight_version(self, version: str) -> None:

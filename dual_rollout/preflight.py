@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
 from dual_rollout.engine import TokenIds
 from dual_rollout.engines import Capabilities, Engine
-from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
 from dual_rollout.tokens import compare_tokens
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,22 @@ async def _draw_at(engine: Engine, temperature: float, contexts: Sequence[TokenI
         except EngineRejectedError:
             continue  # the prompt is to blame
         raise PreflightError(f"the server at {flag} refuses temperature {temperature:g}: {refusal}") from refusal
+
+
+async def fingerprint(engine: Engine) -> float | None:
+    """log-probability, nats, of a fixed text of token ids: the same for the same weights, up to rounding.
+
+    It tells weights apart where a server does not name them. None from a server that does not score a text.
+    """
+    try:
+        own, _ = await engine.score(_ANY_TEXT, 1)
+    except (EngineRejectedError, EngineProtocolError):
+        return None
+    total = float(own.sum())
+    return round(total, 3) if math.isfinite(total) else None
+
+
+_ANY_TEXT = tuple(range(1, 17))  # ids that any vocabulary has
 
 
 async def check_policy(theta: Engine, config: CoordinatorConfig, contexts: Sequence[TokenIds]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
-    from dual_rollout.engines import Capabilities
+    from dual_rollout.engines import Capabilities, Engine
     from dual_rollout.engines.native import NativeServerInfo
     from dual_rollout.tokens import Comparison
 
@@ -118,12 +118,36 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
         for name, flag, result in zip(("π_θ", "π_t"), ("theta_url", "t_url"), found, strict=True):
             checks += server_checks(name, flag, getattr(config, flag), result, int(config.top_k))
         capabilities = [None if isinstance(result, Exception) else result for result in found]
+        for name, engine, there in zip(("π_θ", "π_t"), engines, capabilities, strict=True):
+            if there is not None:
+                checks.append(weights_check(name, there.root, await _by(deadline, weights_of(engine))))
         theta, t = capabilities
         if theta is not None and t is not None:
             compared = await _by(deadline, compare_tokens(*engines, theta, t))
             checks += pair_checks(config, theta, t, compared)
     names = ("theta", "t")
     return checks, {name: asdict(c) if c is not None else None for name, c in zip(names, capabilities, strict=True)}
+
+
+async def weights_of(engine: Engine) -> tuple[str | None, float | None]:
+    """The name of the weights that a server has now, and their fingerprint."""
+    from dual_rollout.preflight import fingerprint
+
+    return await engine.weight_version(), await fingerprint(engine)
+
+
+def weights_check(name: str, root: str | None, found: tuple[str | None, float | None] | Exception) -> Check:
+    """Whether they are those that the server was started with, where it tells."""
+    if isinstance(found, Exception):
+        return Check(name, "weights", "optional", f"not known: {found}")
+    version, logprob = found
+    detail = (
+        f"{version or 'not named'}; log-probability of a fixed text {logprob if logprob is not None else 'unknown'}"
+    )
+    if version in (None, "default"):
+        return Check(name, "weights", "ok", detail)
+    fix = f"they were given to it by a training run: restart the server to have those of {root or 'its own folder'}"
+    return Check(name, "weights", "optional", detail, fix)
 
 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
@@ -134,13 +158,16 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
     engine = NativeEngine(
         HttpTransport(url, request_timeout=config.request_timeout, max_retries=config.max_retries), config.theta_model
     )
+    deadline = asyncio.get_running_loop().time() + config.total_timeout
     try:
-        found = await _by(asyncio.get_running_loop().time() + config.total_timeout, engine.examine(config.temperature))
+        found = await _by(deadline, engine.examine(config.temperature))
+        weights = await _by(deadline, weights_of(engine))
     finally:
         await engine.aclose()
     if isinstance(found, Exception):
         return [_native_fault(found)], {"native": None}
-    return native_checks(url, config.temperature, found), {"native": asdict(found)}
+    checks = [*native_checks(url, config.temperature, found), weights_check("q*", found.model, weights)]
+    return checks, {"native": asdict(found)}
 
 
 def native_checks(url: str, temperature: float, found: NativeServerInfo) -> list[Check]:

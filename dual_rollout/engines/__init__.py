@@ -1,6 +1,6 @@
 """Clients of inference servers. They take and return token ids and arrays, never raw JSON."""
 
-from dual_rollout.engine import Capabilities, Drafts, Engine, EngineInfo, ServedWeights
+from dual_rollout.engine import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.engines.http import HttpStats, HttpTransport
 from dual_rollout.engines.native import NativeEngine
 from dual_rollout.engines.replicas import Replicas
@@ -17,6 +17,5 @@ __all__ = [
     "NativeEngine",
     "Replicas",
     "SGLangEngine",
-    "ServedWeights",
     "VLLMEngine",
 ]

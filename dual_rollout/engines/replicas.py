@@ -19,7 +19,6 @@ from dual_rollout.engine import (
     Engine,
     EngineInfo,
     ScoringMethod,
-    ServedWeights,
     TokenIds,
 )
 from dual_rollout.engines.answers import joined
@@ -232,8 +231,12 @@ class Replicas:
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return await self._ask_all(ask)
 
-    async def weights(self) -> ServedWeights:
-        return (await self._ask_all(lambda engine: engine.weights()))[0]
+    async def weight_version(self) -> str | None:
+        versions = {str(version) for version in await self._ask_all(lambda engine: engine.weight_version()) if version}
+        return " and ".join(sorted(versions)) or None
+
+    async def dtype(self) -> str | None:
+        return (await self._ask_all(lambda engine: engine.dtype()))[0]
 
     async def set_weight_version(self, version: str) -> None:
         self._weight_version = version

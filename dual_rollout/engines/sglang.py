@@ -23,7 +23,6 @@ from dual_rollout.engine import (
     Engine,
     EngineInfo,
     ScoringMethod,
-    ServedWeights,
     TokenIds,
     prefixes,
 )
@@ -334,13 +333,14 @@ class SGLangEngine:
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return [await ask(self)]
 
-    async def weights(self) -> ServedWeights:
+    async def weight_version(self) -> str | None:
+        version = (await self._get("/model_info", "/get_model_info")).get("weight_version")
+        return version if isinstance(version, str) else None
+
+    async def dtype(self) -> str | None:
         await self.describe()
-        model = await self._get("/model_info", "/get_model_info")
-        named, dtype = model.get("weight_version"), self._server.get("quantization") or self._server.get("dtype")
-        return ServedWeights(
-            named if isinstance(named, str) else None, dtype if isinstance(dtype, str) and dtype != "auto" else None
-        )
+        dtype = self._server.get("quantization") or self._server.get("dtype")
+        return dtype if isinstance(dtype, str) and dtype != "auto" else None
 
     async def set_weight_version(self, version: str) -> None:
         with contextlib.suppress(EngineRejectedError):  # an older version

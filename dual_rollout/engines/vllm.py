@@ -18,7 +18,6 @@ from dual_rollout.engine import (
     Engine,
     EngineInfo,
     ScoringMethod,
-    ServedWeights,
     TokenIds,
     prefixes,
 )
@@ -335,14 +334,14 @@ class VLLMEngine:
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return [await ask(self)]
 
-    async def weights(self) -> ServedWeights:
-        version, config = await asyncio.gather(self._told("/weight_info"), self._model_config())
+    async def weight_version(self) -> str | None:
+        version = (await self._told("/weight_info")).get("weight_version")
+        return version if isinstance(version, str) else None
+
+    async def dtype(self) -> str | None:
+        config = await self._model_config()
         dtype = config.get("quantization") or config.get("dtype")
-        named = version.get("weight_version")
-        return ServedWeights(
-            named if isinstance(named, str) else None,
-            dtype.removeprefix("torch.") if isinstance(dtype, str) else None,
-        )
+        return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
 
     async def set_weight_version(self, version: str) -> None:
         with contextlib.suppress(EngineRejectedError):  # an older vLLM, or not in development mode

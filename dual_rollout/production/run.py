@@ -23,6 +23,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.decoding.outage import ask_target
 from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.preflight import fingerprint
 from dual_rollout.production.rows import Columns, Row, Source, open_source
 from dual_rollout.production.shards import Format, Journal, OutputFolder, Share
 from dual_rollout.record import STORED_COLUMNS, output_name
@@ -327,27 +328,28 @@ class _Progress:
 
 
 async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
-    """Of the package, and for each server the model's name and folder, and what serves it.
+    """Of the package, and for each server the model's name and folder, what serves it, and which weights it has now.
 
     None for a π_t that is not there, where `on_target_failure` says that the rows are made without.
     """
     config = coordinator.config
 
-    async def ask(engine: Any) -> dict[str, str | None]:
+    async def ask(engine: Any) -> dict[str, Any]:
         info, server = await engine.describe(), None
         if config.engine == "dual":
             with contextlib.suppress(EngineRejectedError):
                 server = (await engine.probe(_ANY_PROMPT)).version
-        return {"model": info.model, "root": info.root, "server": server}
+        weights = {"weights": await engine.weight_version(), "logprob": await fingerprint(engine)}
+        return {"model": info.model, "root": info.root, "server": server, **weights}
 
-    async def ask_of_target() -> dict[str, str | None] | None:
+    async def ask_of_target() -> dict[str, Any] | None:
         t = coordinator.t
         if t is None:  # the policy's server holds it
             return await ask(coordinator.theta)
         return await ask_target(lambda: ask(t), t.url, config.on_target_failure)
 
     theta, t = await asyncio.gather(ask(coordinator.theta), ask_of_target())
-    return {"dual_rollout": __version__, "theta": theta, "t": t or {"model": None, "root": None, "server": None}}
+    return {"dual_rollout": __version__, "theta": theta, "t": t or dict.fromkeys(theta)}
 
 
 def _settings(job: Job, config: CoordinatorConfig, versions: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -356,7 +358,10 @@ def _settings(job: Job, config: CoordinatorConfig, versions: Mapping[str, Any], 
     return {
         "input": {**source.identity, "limit": job.limit},
         "columns": dataclasses.asdict(job.columns),
-        "models": {name: {key: versions[name][key] for key in ("model", "root")} for name in ("theta", "t")},
+        "models": {
+            name: {key: versions[name][key] for key in ("model", "root", "weights", "logprob")}
+            for name in ("theta", "t")
+        },
         "generation": {"max_tokens": job.max_tokens, "num_generations": job.num_generations, **chosen},
         "output": {"format": job.format, "rows_per_shard": job.rows_per_shard},
     }

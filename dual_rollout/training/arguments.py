@@ -12,6 +12,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 from dual_rollout.config import CoordinatorConfig, did_you_mean
 from dual_rollout.training.recipe_file import SECRETS, check_recipe_file
 from dual_rollout.training.schedules import AlphaSchedule
+from dual_rollout.yaml_file import read_mapping
 
 PREFIX = "dual_"
 
@@ -183,6 +184,13 @@ class _Parser(TrlParser):
         raise ValueError(message)  # argparse would print hundreds of flags first
 
 
+def _is_named(key: str, argv: list[str]) -> bool:
+    """Whether the recipe or a flag sets `key`."""
+    flags = [flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")]
+    recipe = read_mapping(argv[argv.index("--config") + 1], "the recipe") if "--config" in argv else {}
+    return key in recipe or key in flags
+
+
 def parse_recipe(argv: list[str]) -> Recipe:
     """Parse `--config RECIPE.yaml` and flags that override it.
 
@@ -205,6 +213,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
         dual, script, training, model = _Parser(types).parse_args_and_config(argv)
     except (TypeError, ArithmeticError, AttributeError, LookupError, ImportError) as error:
         raise ValueError(f"TRL does not take the recipe's values: {error}") from error
+    if training.use_cpu and not _is_named("bf16", argv):
+        training.bf16 = False  # TRL's default is for GPUs, and rounds log π_θ by a tenth of a nat
     if model.model_name_or_path is None:
         raise ValueError("set model_name_or_path to the policy")
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dual_rollout.engines import Engine, ServedWeights
+from dual_rollout.engines import Engine
 from dual_rollout.exceptions import WeightSyncError
 from dual_rollout.training.processes import fail_together
 
@@ -36,10 +36,11 @@ _LONGEST = 24  # tokens of a text
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Of one server: what it says of its weights, and log π_θ of each text's tokens but the first."""
+    """Of one server: the name and the number format of its weights, and log π_θ of each text's tokens but the first."""
 
     url: str
-    weights: ServedWeights
+    version: str | None
+    dtype: str | None
     logprobs: list[np.ndarray]
 
 
@@ -93,23 +94,24 @@ class PolicyCheck:
 
     async def _ask(self, engine: Engine) -> Answer:
         # One text at a time: some vLLM versions die of several with prompt_logprobs.
-        return Answer(engine.url, await engine.weights(), [(await engine.score(text, 1))[0] for text in self._texts])
+        logprobs = [(await engine.score(text, 1))[0] for text in self._texts]
+        return Answer(engine.url, await engine.weight_version(), await engine.dtype(), logprobs)
 
     def _difference(self, answer: Answer, when: str) -> float:
-        version = answer.weights.version
+        version = answer.version
         if self._owner is not None and version not in (self._owner, None, "default"):
             raise WeightSyncError(
                 f"{answer.url} has the weights {version!r} {when}, and not {self._owner!r}, which this run gave it: "
                 "another run uses the server. Give each trainer a π_θ server of its own"
             )
         difference = float(np.abs(np.concatenate(answer.logprobs) - np.concatenate(self._ours)).mean())
-        bound = self._bound or bound_for(self._dtype, answer.weights.dtype)
+        bound = self._bound or bound_for(self._dtype, answer.dtype)
         if difference <= bound:
             return difference
         raise WeightSyncError(
             f"{answer.url} does not serve the trainer's policy {when}: log π_θ of fixed texts differs by "
             f"{difference:.3g} nats per token, and rounding explains {bound:g} (the trainer computes in {self._dtype}, "
-            f"the server in {answer.weights.dtype or 'a format that it does not say'}; its weights are named "
+            f"the server in {answer.dtype or 'a format that it does not say'}; its weights are named "
             f"{version!r}). Likely reasons: the server was started from another model than the trainer, or holds "
             "other full weights under the adapter (restart it from the trainer's model, or set dual_weight_sync=disk); "
             "another trainer gives it weights (give each its own server); it is quantised or computes otherwise, which "

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.engines import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
@@ -357,3 +358,24 @@ def test_a_garbled_list_is_asked_for_again():
     rows[:] = [bad] * 9
     with pytest.raises(EngineProtocolError, match="logprob_token_ids"):
         asyncio.run(run())
+
+
+def test_weights_that_a_training_run_left_are_seen(tiny_models, small_urls):
+    """By their name, and by a number that needs no name."""
+    with WarmServer(tiny_models[0], ["--max-logprobs", "100", "--threads", "1"]) as server:
+
+        def weights() -> dict[str, Any]:
+            rows = report(server.url, small_urls[1])["checks"]
+            return next(row for row in rows if (row["server"], row["name"]) == ("π_θ", "weights"))
+
+        first = weights()
+        assert first["status"] == "ok" and "default" in first["detail"]
+        with DualRollout(CoordinatorConfig(theta_url=server.url, t_url=small_urls[1])) as rollout:
+            rollout.reload_policy_weights(str(tiny_models[1]))
+            unnamed = weights()
+            rollout.share_policy_weights(7)
+        named = weights()
+    assert str(tiny_models[1]) in unnamed["detail"] and "restart the server" in unnamed["fix"]
+    assert re.match(r"dual_rollout run [0-9a-f]{8}, step 7;", named["detail"]) and "restart the server" in named["fix"]
+    texts = [row["detail"].split("fixed text ")[1] for row in (first, unnamed, named)]
+    assert texts[0] != texts[1] == texts[2]

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
-from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
@@ -41,6 +41,7 @@ from dual_rollout.types import GenerationOutput, GenerationRequest
 from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import TinyPair
 from tests.runs import ROOT, finish, start
+from tests.warm_servers import WarmServer
 
 LISTS = ("alpha_history", "logprobs_q", "logprobs_theta", "logprobs_t", "importance_weights")
 QUESTIONS = [f"what is {n} and {n + 1}?" for n in range(12)]
@@ -629,6 +630,30 @@ def test_changed_settings_are_refused_by_name(tiny_pair, questions, tmp_path, ca
     assert named in capsys.readouterr().err
     generate(tiny_pair, *command, *change, "--overwrite")
     assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_rows_say_which_weights_made_them_and_others_are_refused(tiny_models, tiny_pair, questions, tmp_path, capsys):
+    """A folder names what a server was started from; a training run may have given it something else."""
+    command = ("--input", questions, "--output", tmp_path / "out")
+    with WarmServer(tiny_models[0], ["--max-logprobs", "-1", "--max-model-len", "256", "--threads", "1"]) as server:
+        pair = TinyPair(*tiny_models, server.url, tiny_pair.t_url)
+        generate(pair, *command)
+        (versions,) = {row["versions"] for row in rows_of(tmp_path / "out")}
+        before = json.loads(versions)["theta"]
+        assert before["weights"] == "default" and before["logprob"] < 0
+        models = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
+        assert models["theta"]["weights"] == "default" and models["theta"]["logprob"] == before["logprob"]
+        with DualRollout(CoordinatorConfig(theta_url=server.url, t_url=tiny_pair.t_url)) as rollout:
+            rollout.reload_policy_weights(str(tiny_models[1]))
+            rollout.share_policy_weights(3)
+            generate(pair, *command, status=2)
+            said = capsys.readouterr().err
+            assert "models.theta.weights was 'default' and is 'dual_rollout run" in said
+            assert "models.theta.logprob" in said
+            rollout._run(rollout._open().theta.set_weight_version("default"))  # as of a server that keeps no names
+        generate(pair, *command, status=2)
+        said = capsys.readouterr().err
+        assert "models.theta.logprob" in said and "models.theta.weights" not in said
 
 
 def test_a_changed_input_or_model_is_refused(tiny_pair, questions, tmp_path, capsys):

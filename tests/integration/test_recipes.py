@@ -14,7 +14,9 @@ import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
 from datasets import IterableDataset
+from trl import GRPOConfig
 
+from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.script import load_data, main, reward_function
 from dual_rollout.training.tasks import final_answer
@@ -246,3 +248,29 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) ->
     assert rewards["train"] == pytest.approx(rewards["accelerate"], abs=1e-4)
     for label in ("reward", "α mean", "weight π_θ/q* mean", "ESS ratio", "tokens/s", "rollout, s", "update, s"):
         assert label in tables["train"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bf16"),
+    [([], False), (["--bf16", "true"], True), (["--bf16=false"], False)],
+)
+def test_a_cpu_computes_in_float32_unless_the_recipe_says_otherwise(
+    tmp_path: Path, flags: list[str], bf16: bool
+) -> None:
+    """transformers' advice for a machine without a GPU is use_cpu, which leaves TRL's bf16 on."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: x\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\n")
+    assert parse_recipe(["--config", str(recipe), *flags]).training.bf16 is bf16
+    if flags == []:
+        recipe.write_text(recipe.read_text() + "bf16: true\n")
+        assert parse_recipe(["--config", str(recipe)]).training.bf16 is True
+
+
+def test_bf16_on_a_cpu_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bf16=False"):
+        DualGRPOTrainer(
+            model="no such model",
+            reward_funcs=len,
+            args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+            dual_config=CoordinatorConfig(),
+        )

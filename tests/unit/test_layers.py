@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": {"prompt_encoder", "decoding", "engines"},
     "coordinator": _DATA | {"text", "engine", "prompt_encoder", "decoding", "engines", "samplers", "stats"},
     "benchmark": {"config", "text", "engines", "coordinator"},
-    "production": _DATA | {"prompts", "decoding", "coordinator"},
+    "production": _DATA | {"prompts", "decoding", "preflight", "coordinator"},
     "server": {"types", "exceptions"},
     "native": {"types", "exceptions", "config", "functional"},
     "training": _DATA | {"yaml_file", "functional", "prompts", "text", "engines", "decoding", "coordinator", "server"},
