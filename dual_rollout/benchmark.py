@@ -17,7 +17,7 @@ import numpy as np
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
-from dual_rollout.engines.http import HttpTransport
+from dual_rollout.servers.http import HttpTransport
 from dual_rollout.text import load_tokenizer
 
 NATIVE_MODES = ("native_plain", "native", "native_scored")

@@ -18,12 +18,12 @@ from dual_rollout.decoding.call import OnToken
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
-from dual_rollout.engines.connections import Connections
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.prompt_encoder import PromptEncoder
 from dual_rollout.samplers.choice import choose_samplers
 from dual_rollout.samplers.dispatch import Call, Dispatcher
 from dual_rollout.samplers.two_servers import TwoServerSampler
+from dual_rollout.servers.connections import Connections
 from dual_rollout.stats import CoordinatorStats
 from dual_rollout.text import IncrementalDecoder, decode_tokens
 from dual_rollout.types import CallOptions, GenerationOutput, GenerationRequest, Prompt, StreamChunk

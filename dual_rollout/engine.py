@@ -1,5 +1,5 @@
 """The contract of a server: what the decoding loops ask of it (`ScoringEngine`), and how the policy's gets new weights
-(`WeightReceiver`). The clients in `dual_rollout.engines` implement both; nothing here knows of HTTP."""
+(`WeightReceiver`). The clients in `dual_rollout.servers` implement both; nothing here knows of HTTP."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
 from dual_rollout.engine import TokenIds
-from dual_rollout.engines import Capabilities, Engine
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
+from dual_rollout.servers import Capabilities, Engine
 from dual_rollout.tokens import compare_tokens
 
 logger = logging.getLogger(__name__)

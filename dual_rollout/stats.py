@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Tuner
-from dual_rollout.engines.http import HttpStats
 from dual_rollout.prompt_encoder import PromptStats
+from dual_rollout.servers.http import HttpStats
 
 
 @dataclass(slots=True)

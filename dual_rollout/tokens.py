@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_rollout.engines import Capabilities, Engine
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.servers import Capabilities, Engine
 
 _SHOWN = 5
 _SAMPLED_IDS = 256

@@ -20,8 +20,8 @@ import numpy as np
 import orjson
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
-from dual_rollout.engines import HttpStats, HttpTransport, VLLMEngine
 from dual_rollout.functional import merge_lists, next_token_distribution, sample_rows, solve_kl_symmetry
+from dual_rollout.servers import HttpStats, HttpTransport, VLLMEngine
 
 VOCABULARY = 49_152
 ANSWERS = 8  # different ones, replayed in turn

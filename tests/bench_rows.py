@@ -59,9 +59,9 @@ def measure(rows: int) -> None:
 def replace_servers() -> None:
     from dual_rollout.decoding.call import CallSettings
     from dual_rollout.decoding.sequence import DecodingSequence
-    from dual_rollout.engines import EngineInfo, VLLMEngine
     from dual_rollout.production import run
     from dual_rollout.samplers.two_servers import TwoServerSampler
+    from dual_rollout.servers import EngineInfo, VLLMEngine
 
     async def describe(_: Any) -> EngineInfo:
         return EngineInfo("none", None, None)

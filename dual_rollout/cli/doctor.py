@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
-    from dual_rollout.engines import Capabilities, Engine
-    from dual_rollout.engines.native import NativeServerInfo
+    from dual_rollout.servers import Capabilities, Engine
+    from dual_rollout.servers.native import NativeServerInfo
     from dual_rollout.tokens import Comparison
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def weights_check(name: str, root: str | None, found: tuple[str | None, float | 
 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
     """All checks of a native server, and what it said of itself."""
-    from dual_rollout.engines import HttpTransport, NativeEngine
+    from dual_rollout.servers import HttpTransport, NativeEngine
 
     url = str(config.theta_url)
     engine = NativeEngine(

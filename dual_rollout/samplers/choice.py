@@ -9,12 +9,12 @@ from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engine import Engine
-from dual_rollout.engines.connections import Connections
-from dual_rollout.engines.http import HttpStats
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.samplers.policy import PolicySampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
+from dual_rollout.servers.connections import Connections
+from dual_rollout.servers.http import HttpStats
 
 
 @dataclass(frozen=True, slots=True)

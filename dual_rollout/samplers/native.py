@@ -13,9 +13,9 @@ from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
-from dual_rollout.engines.native import NativeEngine, NativeSample
 from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineUnavailableError
 from dual_rollout.samplers.base import Sampler, Served
+from dual_rollout.servers.native import NativeEngine, NativeSample
 from dual_rollout.types import GenerationRequest
 
 _ALPHA_TOLERANCE = 1e-5

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dual_rollout.engines import Engine
 from dual_rollout.exceptions import WeightSyncError
+from dual_rollout.servers import Engine
 from dual_rollout.training.processes import fail_together
 
 BOUNDS = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}

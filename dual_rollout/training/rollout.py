@@ -16,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import DualVLLMCoordinator
-from dual_rollout.engines import Engine, EngineInfo
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.record import FLOAT_COLUMNS
+from dual_rollout.servers import Engine, EngineInfo
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread

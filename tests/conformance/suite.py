@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dual_rollout.engines import Engine, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.servers import Engine, HttpTransport, VLLMEngine
 from dual_rollout.types import NO_TOKEN, TopK
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import torch
 from tenacity import wait_exponential_jitter
 
 from dual_rollout.decoding import outage
-from dual_rollout.engines import answers, http, replicas
+from dual_rollout.servers import http, parsing, replicas
 from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.warm_servers import WarmServer
 
@@ -49,6 +49,6 @@ def tiny_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the usual ones before a question is asked again, for faults that are over at once or stay."""
-    for module, name in ((answers, "_PAUSE_S"), (outage, "_FIRST_PATIENCE_S"), (replicas, "_BACKOFF_S")):
+    for module, name in ((parsing, "_PAUSE_S"), (outage, "_FIRST_PATIENCE_S"), (replicas, "_BACKOFF_S")):
         monkeypatch.setattr(module, name, 0.1 * getattr(module, name))
     monkeypatch.setattr(http, "_backoff", wait_exponential_jitter(multiplier=0.025, max=1.5, jitter=0.025))

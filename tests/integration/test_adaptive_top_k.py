@@ -16,8 +16,8 @@ import pytest
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.top_k import TopKSource
-from dual_rollout.engines import HttpTransport, VLLMEngine
 from dual_rollout.functional.candidates import most_likely, tokens_to_mass
+from dual_rollout.servers import HttpTransport, VLLMEngine
 from dual_rollout.stats import CoordinatorStats
 from dual_rollout.types import NO_TOKEN, TopK
 from tests.chi_square import chi_square_p_value

@@ -15,8 +15,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dual_rollout.engines import SGLangEngine
 from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.servers import SGLangEngine
 from tests.conformance.suite import (
     MAX_LOGPROBS,
     MAX_MODEL_LEN,

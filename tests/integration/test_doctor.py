@@ -20,8 +20,8 @@ from aiohttp import web
 
 from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
-from dual_rollout.engines import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
+from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.tokens import compare_tokens, compare_vocabularies, read_vocabulary
 from tests.markov_server import MarkovServer, random_chain
 from tests.warm_servers import WarmServer

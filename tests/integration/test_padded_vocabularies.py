@@ -22,7 +22,7 @@ import pytest
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.decoding import outage
-from dual_rollout.engines import probe
+from dual_rollout.servers import probe
 from tests.chi_square import chi_square_p_value, standard_errors_off
 from tests.exact_law import position_law
 from tests.fault_proxy import FaultProxy, reset

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.engines import HttpTransport, SGLangEngine, VLLMEngine, identity, replicas
 from dual_rollout.exceptions import EngineReplacedError
+from dual_rollout.servers import HttpTransport, SGLangEngine, VLLMEngine, identity, replicas
 from tests import fault_proxy
 from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import TinyPair

@@ -14,9 +14,9 @@ import pytest
 from aiohttp import web
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from dual_rollout.engines import HttpTransport, Replicas, VLLMEngine, identity, replicas
 from dual_rollout.exceptions import EngineProtocolError, EngineRestartedError, EngineUnavailableError
 from dual_rollout.server.launch import EmbeddedServer
+from dual_rollout.servers import HttpTransport, Replicas, VLLMEngine, identity, replicas
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, FaultProxy
 from tests.integration.conftest import TinyPair

@@ -19,13 +19,13 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
-from dual_rollout.engines import HttpTransport, SGLangEngine, answers
 from dual_rollout.exceptions import (
     EngineError,
     EngineProtocolError,
     EngineRejectedError,
     EngineUnavailableError,
 )
+from dual_rollout.servers import HttpTransport, SGLangEngine, parsing
 from dual_rollout.types import NO_TOKEN
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import tempered
@@ -47,7 +47,7 @@ PROMPTS = [[1, 2], [3, 4, 5], [0]]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(parsing, "_PAUSE_S", 0.01)
 
 
 def with_engine(
@@ -540,7 +540,7 @@ def test_answers_of_another_shape_are_protocol_errors(alter):
     assert str(caught.value).startswith(stub.url)
 
 
-def test_an_answer_that_is_spoilt_once_is_asked_for_again():
+def test_an_answer_that_is_invalid_once_is_asked_for_again():
     """A duplicate of the first answer, an abort, and an internal error; each time the second answer is right."""
     stub, expected = theta_stub(), with_engine(theta_stub(), lambda engine: engine.next_top_k(PROMPTS, 3))
     first: list[Any] = []

@@ -62,7 +62,7 @@ def test_help_imports_nothing_that_takes_long():
 @pytest.mark.parametrize("module", ["decoding.lockstep", "decoding.block", "decoding.scheduler"])
 def test_the_decoding_loops_need_no_client(module):
     modules = probe(f"dual_rollout.{module}")["modules"]
-    assert HEAVY.isdisjoint(modules) and "aiohttp" not in modules and "dual_rollout.engines" not in modules
+    assert HEAVY.isdisjoint(modules) and "aiohttp" not in modules and "dual_rollout.servers" not in modules
 
 
 def test_an_unknown_command_is_refused():
@@ -101,7 +101,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = dual_rollout.Nonsense
 
 
-@pytest.mark.parametrize("module", ["functional", "engines", "decoding", "server"])
+@pytest.mark.parametrize("module", ["functional", "servers", "decoding", "server"])
 def test_what_a_package_exports_exists(module):
     package = importlib.import_module(f"dual_rollout.{module}")
     assert all(hasattr(package, name) for name in getattr(package, "__all__", []))

@@ -26,17 +26,17 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"types"},
     "prompt_encoder": {"types", "config", "text", "engine"},
     "decoding": _DATA | {"functional", "engine"},
-    "engines": {"types", "exceptions", "config", "functional", "engine"},
-    "tokens": {"exceptions", "engines", "engine"},
-    "preflight": {"exceptions", "config", "engines", "engine", "tokens"},
-    "samplers": _DATA | {"text", "engine", "prompt_encoder", "decoding", "engines", "preflight"},
-    "stats": {"prompt_encoder", "decoding", "engines"},
-    "coordinator": _DATA | {"text", "engine", "prompt_encoder", "decoding", "engines", "samplers", "stats"},
-    "benchmark": {"config", "text", "engines", "coordinator"},
+    "servers": {"types", "exceptions", "config", "functional", "engine"},
+    "tokens": {"exceptions", "servers", "engine"},
+    "preflight": {"exceptions", "config", "servers", "engine", "tokens"},
+    "samplers": _DATA | {"text", "engine", "prompt_encoder", "decoding", "servers", "preflight"},
+    "stats": {"prompt_encoder", "decoding", "servers"},
+    "coordinator": _DATA | {"text", "engine", "prompt_encoder", "decoding", "servers", "samplers", "stats"},
+    "benchmark": {"config", "text", "servers", "coordinator"},
     "production": _DATA | {"prompts", "decoding", "preflight", "coordinator"},
     "server": {"types", "exceptions"},
     "native": {"types", "exceptions", "config", "functional"},
-    "training": _DATA | {"yaml_file", "functional", "prompts", "text", "engines", "decoding", "coordinator", "server"},
+    "training": _DATA | {"yaml_file", "functional", "prompts", "text", "servers", "decoding", "coordinator", "server"},
 }
 
 # Of libraries outside the standard one, what these layers may import at all. Others are bound by HOME below.
@@ -47,7 +47,7 @@ LIBRARIES: dict[str, set[str]] = {
     "config": {"numpy"},
     "engine": {"numpy"},
     "functional": {"numpy"},
-    "engines": {"numpy", "aiohttp", "orjson", "tenacity"},
+    "servers": {"numpy", "aiohttp", "orjson", "tenacity"},
     "decoding": {"numpy"},
 }
 
@@ -57,7 +57,7 @@ HOME: dict[str, set[str]] = {
     "vllm": {"native"},
     "torch": {"server", "training", "native", "cli (late)"},
     "transformers": {"server", "training", "native", "text (late)", "cli (late)"},
-    "aiohttp": {"engines", "server"},
+    "aiohttp": {"servers", "server"},
     "datasets": {"production", "training"},
     "pyarrow": {"production"},
 }

@@ -15,11 +15,11 @@ from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
-from dual_rollout.engines.http import HttpStats
-from dual_rollout.engines.native import NativeEngine, NativeSample
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, SCALES
 from dual_rollout.samplers.native import NativeSampler
+from dual_rollout.servers.http import HttpStats
+from dual_rollout.servers.native import NativeEngine, NativeSample
 
 VOCAB_SIZE = 20
 ALPHA, KL_THETA, KL_T = 0.25, 0.5, 0.75
@@ -130,7 +130,7 @@ def test_what_is_carried_is_read() -> None:
 
 
 @pytest.mark.parametrize("spoil", SPOILT_SAMPLES.values(), ids=SPOILT_SAMPLES.keys())
-def test_a_spoilt_sample_is_drawn_again(spoil: Spoil) -> None:
+def test_an_invalid_sample_is_drawn_again(spoil: Spoil) -> None:
     server = Server()
     assert sample(server, spoil).log_q.tolist() == [LOG_Q] * 3
     assert server.stats.retries == 1
@@ -146,7 +146,7 @@ def test_a_divergence_that_vllm_cut_off_is_not_a_number() -> None:
 
 
 @pytest.mark.parametrize("value", [None, math.nan, 0.5, "gone"])
-def test_spoilt_policy_rows_are_asked_for_again(value: Any) -> None:
+def test_invalid_policy_rows_are_asked_for_again(value: Any) -> None:
     def spoil(choice: dict[str, Any]) -> None:
         row = choice["prompt_logprobs"][2]
         row.clear() if value == "gone" else row.update({"1": {"logprob": value}})

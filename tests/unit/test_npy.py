@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dual_rollout.engines import HttpTransport, VLLMEngine
-from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.exceptions import EngineProtocolError
+from dual_rollout.servers import HttpTransport, VLLMEngine
+from dual_rollout.servers.npy import decoded_floats
 
 
 def encoded(save: Any, *arrays: Any, **options: Any) -> str:
@@ -98,7 +98,10 @@ class FewRows(HttpTransport):
     async def get(self, path: str) -> Any:
         return {"data": [{"id": "m"}]}
 
-    async def post(self, path: str, payload: Any = None) -> Any:
+    async def get_text(self, path: str) -> str:
+        return ""
+
+    async def post(self, path: str, payload: Any = None, **_: Any) -> Any:
         sampling = payload["sampling_params"]
         self.asked.append(skip := sampling["skip_reading_prefix_cache"])
         count, width = self.rows[skip], len(sampling["prompt_logprob_token_ids"])

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineProtocolError
+from dual_rollout.servers.http import HttpTransport
 from dual_rollout.types import NO_TOKEN, TopK
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ def read_as(read: Callable[[A], T], answer: A, url: str) -> T:
         raise EngineProtocolError(what, url=url) from error
 
 
-class Numbers:
-    """Numbers for requests, which servers repeat in their answers: a proxy may give an earlier answer again."""
+class RequestIds:
+    """RequestIds for requests, which servers repeat in their answers: a proxy may give an earlier answer again."""
 
     def __init__(self) -> None:
         self._repeated: set[str] = set()  # by these routes
@@ -89,7 +89,7 @@ class Numbers:
         return route not in self._repeated and not (isinstance(name, str) and _RUN in name)
 
 
-class Answers:
+class AnswerParser:
     """Turns what one server says into arrays, or raises `EngineProtocolError` where that cannot be right.
 
     Attributes:
@@ -100,23 +100,23 @@ class Answers:
         self.vocab_size: int | None = None
         self._url = url
 
-    def spoilt(self, what: str) -> EngineProtocolError:
+    def invalid(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._url)
 
     def logprobs(self, values: Values) -> np.ndarray:
         """float64 of the same shape, `-inf` for what is impossible; of a flat list, or an array of any shape."""
         logprobs = np.array(values, dtype=np.float64)
         if logprobs.ndim != 1 and not isinstance(values, np.ndarray):
-            raise self.spoilt("lists where log-probabilities should be")
+            raise self.invalid("lists where log-probabilities should be")
         if np.isnan(logprobs).any() or (logprobs > _ROUNDING).any():
-            raise self.spoilt("log-probabilities that are NaN or positive")
+            raise self.invalid("log-probabilities that are NaN or positive")
         return np.where(logprobs <= _NEVER, -np.inf, np.minimum(logprobs, 0.0))
 
     def ids(self, values: Values) -> np.ndarray:
         """int64 of the same shape."""
         ids = np.array(values, dtype=np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() <= (self.vocab_size or _LARGEST_ID + 1) - 1):
-            raise self.spoilt(f"token ids from {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}")
+            raise self.invalid(f"token ids from {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}")
         return ids
 
     def named(self, values: Values) -> np.ndarray:
@@ -129,7 +129,9 @@ class Answers:
         """Log-probabilities of the tokens of a text, and of the most likely ones there."""
         own_logprobs, top_logprobs = self.logprobs(own), self.logprobs(top)
         if not (np.isfinite(top_logprobs).all() and (own_logprobs <= top_logprobs + _ROUNDING).all()):
-            raise self.spoilt("log-probabilities of a text above those of the most likely tokens, which must be finite")
+            raise self.invalid(
+                "log-probabilities of a text above those of the most likely tokens, which must be finite"
+            )
         return own_logprobs, top_logprobs
 
     async def scores_twice(self, ask: Callable[[], Awaitable[ScoredText]]) -> ScoredText:
@@ -142,7 +144,7 @@ class Answers:
             own, top = await ask()
             if (np.isfinite(own) == possible).all():
                 return own, top
-        raise self.spoilt("log-probabilities of a text that are -inf at another token each time")
+        raise self.invalid("log-probabilities of a text that are -inf at another token each time")
 
     def lists(self, ids: Values, logprobs: Values, lengths: np.ndarray, k: int) -> TopK:
         """Lists of k tokens, one after the other in `ids` and `logprobs`, `lengths` `(R,)` says how many each.
@@ -152,7 +154,7 @@ class Answers:
         longer one the k most likely are kept.
         """
         if not len(lengths) or lengths.min() == 0:
-            raise self.spoilt("an empty list of log-probabilities")
+            raise self.invalid("an empty list of log-probabilities")
         values = self.logprobs(logprobs)
         # Impossible tokens are no candidates; some versions of vLLM also pad rows with them.
         names = np.where(values > -np.inf, np.array(ids, dtype=np.int64), 0)
@@ -163,12 +165,12 @@ class Answers:
         token_ids[logprobs_RW == -np.inf] = NO_TOKEN
         ordered = np.sort(token_ids, axis=1)
         if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)).any():
-            raise self.spoilt("a list that names a token twice")
+            raise self.invalid("a list that names a token twice")
         mass = self._check_mass(logprobs_RW)
         cut_off = self.vocab_size is not None and lengths < min(k, self.vocab_size)
         short = (token_ids != NO_TOKEN).sum(axis=1) < k
         if (cut_off | (short & (mass < 1 - _OPEN_MASS))).any():
-            raise self.spoilt(
+            raise self.invalid(
                 f"a list of fewer than {k} tokens that is not all there is. Is another client using "
                 "logprob_token_ids on this server? That garbles the lists of requests in the same step"
             )
@@ -182,7 +184,7 @@ class Answers:
         """The mass of each row."""
         mass = np.exp(logprobs).sum(axis=-1)
         if (mass > 1 + _ROUNDING).any():
-            raise self.spoilt("probabilities of different tokens that add up to more than 1")
+            raise self.invalid("probabilities of different tokens that add up to more than 1")
         return mass
 
 

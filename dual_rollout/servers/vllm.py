@@ -21,14 +21,14 @@ from dual_rollout.engine import (
     TokenIds,
     prefixes,
 )
-from dual_rollout.engines.answers import MALFORMED, Answers, asked_again, joined
-from dual_rollout.engines.http import HttpTransport, longest_answer, shown
-from dual_rollout.engines.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
-from dual_rollout.engines.npy import decoded_floats
-from dual_rollout.engines.probe import Probe, summary
-from dual_rollout.engines.questions import BirthInMetrics, Questions
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
 from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.servers.http import HttpTransport, longest_answer, shown
+from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
+from dual_rollout.servers.npy import decoded_floats
+from dual_rollout.servers.parsing import MALFORMED, AnswerParser, asked_again, joined
+from dual_rollout.servers.probe import Probe, summary
+from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class VLLMEngine:
             describe_again=self._describe_again,
             next_tokens=self._next_tokens,
         )
-        self._questions = Questions(transport, self._identity)
-        self._answers = Answers(transport.url)
+        self._requests = CheckedRequests(transport, self._identity)
+        self._parser = AnswerParser(transport.url)
         self._wanted = model
         self._names: set[str] = set()
         self._info: EngineInfo | None = None
@@ -131,7 +131,7 @@ class VLLMEngine:
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
             if self._capabilities is None:
-                questions = Probe(
+                probe = Probe(
                     self._http,
                     await self.describe(),
                     prompt,
@@ -140,13 +140,13 @@ class VLLMEngine:
                     loads_lora=self.loads_lora,
                 )
                 try:
-                    self._capabilities = await questions.run()
+                    self._capabilities = await probe.run()
                 except MALFORMED as error:
                     raise EngineProtocolError(
                         f"answers to the probe have another shape ({type(error).__name__}: {error})", url=self.url
                     ) from error
-                self._answers.vocab_size = self._capabilities.vocab_size
-                await self._identity.remember_model(questions.prompt)
+                self._parser.vocab_size = self._capabilities.vocab_size
+                await self._identity.remember_model(probe.prompt)
                 logger.info("%s: %s", self.url, summary(self._capabilities))
         return self._capabilities
 
@@ -168,7 +168,7 @@ class VLLMEngine:
         self._check_draws_at(temperature)
 
         # The draft ends where the sequence would. vLLM refuses stop ids that the model cannot say.
-        size = self._answers.vocab_size
+        size = self._parser.vocab_size
         ends = sorted(token for token in stop_ids if size is None or token < size)
 
         def draft(prompt: TokenIds, length: int, seed: int) -> Awaitable[Drafts]:
@@ -250,11 +250,9 @@ class VLLMEngine:
             rows = self._prompt_rows(choices[0], token_ids)[start:]
             own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
             top = [max(entry["logprob"] for entry in row.values()) for row in rows]
-            return self._answers.scores(own, top)
+            return self._parser.scores(own, top)
 
-        return await self._answers.scores_twice(
-            lambda: self._ask([token_ids], read, temperature=0.0, prompt_logprobs=1)
-        )
+        return await self._parser.scores_twice(lambda: self._ask([token_ids], read, temperature=0.0, prompt_logprobs=1))
 
     async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
         self._check_draws_at(temperature)
@@ -262,7 +260,7 @@ class VLLMEngine:
 
         def read(choices: list[dict[str, Any]]) -> int:
             keys, _ = self._sampled(choices[0], 1)
-            return int(self._answers.ids(_token_ids(keys))[0])
+            return int(self._parser.ids(_token_ids(keys))[0])
 
         return await self._ask([prompt], read, logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
 
@@ -441,7 +439,7 @@ class VLLMEngine:
         def whole(answer: Mapping[str, Any]) -> TopK:
             rows = answer["prompt_logprobs"]
             if not isinstance(rows, list) or len(rows) < count:
-                raise self._answers.spoilt(f"prompt_logprobs without rows for the last {count} tokens")
+                raise self._parser.invalid(f"prompt_logprobs without rows for the last {count} tokens")
             return self._scored(rows[-count:], text[-count:], k)
 
         def uncached(answer: Mapping[str, Any]) -> TopK | None:
@@ -489,7 +487,7 @@ class VLLMEngine:
         }
 
         def whole(answer: Mapping[str, Any]) -> np.ndarray:
-            return self._answers.named(decoded_floats(answer["prompt_token_id_logprobs"], (count, len(names))))
+            return self._parser.named(decoded_floats(answer["prompt_token_id_logprobs"], (count, len(names))))
 
         def uncached(answer: Mapping[str, Any]) -> np.ndarray | None:
             # Rows are missing where the prefix cache has the first of them.
@@ -516,7 +514,7 @@ class VLLMEngine:
         """What `read` makes of the answer of the token-in/token-out endpoint."""
         await self.describe()
         payload = {"token_ids": text, "sampling_params": sampling}
-        return await self._questions.ask(
+        return await self._requests.ask(
             "/inference/v1/generate",
             payload,
             read,
@@ -529,7 +527,7 @@ class VLLMEngine:
     def _prompt_rows(self, choice: Mapping[str, Any], text: TokenIds) -> list[Any]:
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(text):
-            raise self._answers.spoilt("no prompt_logprobs, one row per prompt token")
+            raise self._parser.invalid("no prompt_logprobs, one row per prompt token")
         return rows
 
     def _scored(self, rows: Sequence[Any], tokens: TokenIds, k: int) -> TopK:
@@ -537,7 +535,7 @@ class VLLMEngine:
         lists = []
         for row, token in zip(rows, tokens, strict=True):
             if str(token) not in row:
-                raise self._answers.spoilt(f"prompt_logprobs without the prompt's own token {token}")
+                raise self._parser.invalid(f"prompt_logprobs without the prompt's own token {token}")
             entries = {f"{_KEY_PREFIX}{key}": entry["logprob"] for key, entry in row.items()}
             lists.append(_without_sampled(entries, f"{_KEY_PREFIX}{token}", k))
         return self._pack(lists, k)
@@ -588,7 +586,7 @@ class VLLMEngine:
                     temperature=_on_wire(temperature),
                 )
             )
-        return self._answers.named(np.concatenate(parts))
+        return self._parser.named(np.concatenate(parts))
 
     def _named_values(self, names: Sequence[int], choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         _, (row,) = self._sampled(choices[0], 1)
@@ -596,8 +594,8 @@ class VLLMEngine:
         if not all(key in row for key in keys):
             known = self._capabilities is not None and self._capabilities.named_logprobs
             advice = "" if known else ': set missing="floor" or use a newer vLLM'
-            raise self._answers.spoilt(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
-        return self._answers.named([row[key] for key in keys])
+            raise self._parser.invalid(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
+        return self._parser.named([row[key] for key in keys])
 
     async def _ask(
         self,
@@ -607,7 +605,7 @@ class VLLMEngine:
         watched: bool = True,
         **options: Any,
     ) -> T:
-        """What `read` makes of the choices of a completion. `watched` as in `Questions.ask`."""
+        """What `read` makes of the choices of a completion. `watched` as in `CheckedRequests.ask`."""
         await self.describe()
         payload = {
             "prompt": prompts,
@@ -616,7 +614,7 @@ class VLLMEngine:
             **_PLAIN_SAMPLING,
             **options,
         }
-        return await self._questions.ask(
+        return await self._requests.ask(
             "/v1/completions",
             payload,
             lambda answer: read(self._choices(answer, len(prompts))),
@@ -643,10 +641,10 @@ class VLLMEngine:
         logprobs = choice["logprobs"]
         keys, rows = logprobs["tokens"], logprobs["top_logprobs"]
         if not 1 <= len(keys) <= at_most or (len(keys) < at_most and choice.get("finish_reason") != "stop"):
-            raise self._answers.spoilt(f"{len(keys)} tokens instead of {at_most}")
+            raise self._parser.invalid(f"{len(keys)} tokens instead of {at_most}")
         for key, own, row in zip(keys, logprobs["token_logprobs"], rows, strict=True):
             if row[key] != own:
-                raise self._answers.spoilt(f"a list that disagrees with the token sampled from it, {key}")
+                raise self._parser.invalid(f"a list that disagrees with the token sampled from it, {key}")
         return keys, rows
 
     def _drafts(self, choices: Sequence[Mapping[str, Any]], at_most: int, k: int, *, greedy: bool = False) -> Drafts:
@@ -654,13 +652,13 @@ class VLLMEngine:
         drafts, rows, own = [], [], []
         for choice in choices:
             keys, sampled_from = self._sampled(choice, at_most)
-            drafts.append(self._answers.ids(_token_ids(keys)))
+            drafts.append(self._parser.ids(_token_ids(keys)))
             for key, row in zip(keys, sampled_from, strict=True):
                 own.append(row[key])
                 rows.append(_without_sampled(row, key, k))
         lists = self._pack(rows, k)
         if greedy and (np.array(own) < lists.logprobs.max(axis=1) - _ROUNDING).any():
-            raise self._answers.spoilt("a list that holds likelier tokens than the one sampled at temperature 0")
+            raise self._parser.invalid("a list that holds likelier tokens than the one sampled at temperature 0")
         return Drafts(drafts, lists)
 
     def _pack(self, rows: list[dict[str, float]], k: int) -> TopK:
@@ -673,7 +671,7 @@ class VLLMEngine:
                 url=self.url,
             )
         ids = np.fromstring(keys.replace(_KEY_PREFIX, ""), dtype=np.int64, sep=" ")
-        return self._answers.lists(ids, list(chain.from_iterable(row.values() for row in rows)), lengths, k)
+        return self._parser.lists(ids, list(chain.from_iterable(row.values() for row in rows)), lengths, k)
 
 
 def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, float]:

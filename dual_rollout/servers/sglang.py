@@ -26,11 +26,11 @@ from dual_rollout.engine import (
     TokenIds,
     prefixes,
 )
-from dual_rollout.engines.answers import Answers, Numbers, asked_again, read_as
-from dual_rollout.engines.http import HttpTransport, longest_answer, shown
-from dual_rollout.engines.identity import NextTokens, ServerIdentity, listed
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
 from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.servers.http import HttpTransport, longest_answer, shown
+from dual_rollout.servers.identity import NextTokens, ServerIdentity, listed
+from dual_rollout.servers.parsing import AnswerParser, RequestIds, asked_again, read_as
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class SGLangEngine:
     def __init__(self, transport: HttpTransport, model: str | None = None):
         self.url = transport.url
         self._http = transport
-        self._answers = Answers(transport.url)
-        self._numbers = Numbers()
+        self._parser = AnswerParser(transport.url)
+        self._ids = RequestIds()
         self._identity = ServerIdentity(
             transport, birth=_not_told, describe_again=self._describe_again, next_tokens=self._next_tokens
         )
@@ -136,7 +136,7 @@ class SGLangEngine:
     async def _probed(self, prompt: TokenIds) -> Capabilities:
         info = await self.describe()
         text = ([*prompt] * 3)[: min(_PROBED_LENGTH, info.max_model_len or _PROBED_LENGTH)]
-        self._answers.vocab_size = await self._vocab_size(prompt)
+        self._parser.vocab_size = await self._vocab_size(prompt)
         self._rows_fit = await self._rows_are_aligned(text[:-2], np.array(text[-2:]))
         await self._identity.remember_model(text)
         return Capabilities(
@@ -144,7 +144,7 @@ class SGLangEngine:
             root=info.root,
             max_model_len=info.max_model_len,
             version=self._server.get("version"),
-            vocab_size=self._answers.vocab_size,
+            vocab_size=self._parser.vocab_size,
             logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
             named_logprobs=True,
             prefix_caching=not self._server.get("disable_radix_cache"),
@@ -189,7 +189,7 @@ class SGLangEngine:
                 for token, logprob, row in zip(ids.tolist(), own.tolist(), lists, strict=True):
                     listed = {name: value for value, name, _ in row}
                     if abs(listed.get(token, logprob) - logprob) > _ROUNDING:
-                        raise self._answers.spoilt(f"a list that disagrees with the token sampled from it, {token}")
+                        raise self._parser.invalid(f"a list that disagrees with the token sampled from it, {token}")
                 drafts.append(ids)
                 rows += lists
             return Drafts(drafts, self._top_k(rows, k))
@@ -236,8 +236,8 @@ class SGLangEngine:
     def _named(self, meta: Mapping[str, Any], asked: list[int]) -> np.ndarray:
         ids, logprobs = self._triples(self._output_rows(meta, "output_token_ids_logprobs", 1))
         if ids[0].tolist() != asked:
-            raise self._answers.spoilt("output_token_ids_logprobs that are not those of the named tokens")
-        return self._answers.named(logprobs[0])
+            raise self._parser.invalid("output_token_ids_logprobs that are not those of the named tokens")
+        return self._parser.named(logprobs[0])
 
     async def score_named(
         self,
@@ -260,10 +260,10 @@ class SGLangEngine:
             _, top = self._triples(self._input_rows(metas[0], "input_top_logprobs", count))
             # SGLang writes the last id of the vocabulary as 0 here.
             if any(got not in (asked, 0) for got, asked in zip(ids[0].tolist(), token_ids[start:], strict=True)):
-                raise self._answers.spoilt("input_token_logprobs that are not those of the prompt's tokens")
-            return self._answers.scores(own[0], top[:, 0])
+                raise self._parser.invalid("input_token_logprobs that are not those of the prompt's tokens")
+            return self._parser.scores(own[0], top[:, 0])
 
-        return await self._answers.scores_twice(
+        return await self._parser.scores_twice(
             lambda: self._generate([token_ids], _sampling(), read, logprob_start_len=start - 1, top_logprobs_num=1)
         )
 
@@ -492,7 +492,7 @@ class SGLangEngine:
         max_bytes = longest_answer(len(prompts), _listed(prompts, payload))
 
         async def once() -> T:
-            numbers = [self._numbers.next() for _ in prompts]
+            numbers = [self._ids.next() for _ in prompts]
             answers = await self._http.post("/generate", {**payload, "rid": numbers}, max_bytes=max_bytes)
             if watched:
                 await self._identity.after_answer()
@@ -507,11 +507,11 @@ class SGLangEngine:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
         if not isinstance(meta, dict):
             raise EngineProtocolError("an answer has no meta_info", url=self.url)
-        if not self._numbers.fit("/generate", meta.get("id"), number):
-            raise self._answers.spoilt(f"an answer to another request ({shown(meta.get('id'))})")
+        if not self._ids.fit("/generate", meta.get("id"), number):
+            raise self._parser.invalid(f"an answer to another request ({shown(meta.get('id'))})")
         counted = meta.get("prompt_tokens")
         if isinstance(counted, int) and counted != len(prompt):
-            raise self._answers.spoilt(f"an answer to {counted} prompt tokens instead of {len(prompt)}")
+            raise self._parser.invalid(f"an answer to {counted} prompt tokens instead of {len(prompt)}")
         finish = meta.get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "abort":
             raise EngineProtocolError(f"the server aborted a request: {shown(finish.get('message'))}", url=self.url)
@@ -522,7 +522,7 @@ class SGLangEngine:
         ids, logprobs = self._triples([self._output_rows(meta, "output_token_logprobs", at_most)])
         finish = meta.get("finish_reason")
         if len(ids[0]) < at_most and not (isinstance(finish, dict) and finish.get("type") == "stop"):
-            raise self._answers.spoilt(f"{len(ids[0])} tokens instead of {at_most}")
+            raise self._parser.invalid(f"{len(ids[0])} tokens instead of {at_most}")
         return ids[0], logprobs[0]
 
     def _output_rows(self, meta: Mapping[str, Any], name: str, at_most: int) -> list[Any]:
@@ -542,14 +542,14 @@ class SGLangEngine:
     def _top_k(self, rows: Sequence[Any], k: int) -> TopK:
         ids, logprobs = self._triples(rows)
         if ids.shape[1] != k:
-            raise self._answers.spoilt(f"a list of {ids.shape[1]} tokens, not {k}")
-        return self._answers.lists(ids.ravel(), logprobs.ravel(), np.full(len(rows), k), k)
+            raise self._parser.invalid(f"a list of {ids.shape[1]} tokens, not {k}")
+        return self._parser.lists(ids.ravel(), logprobs.ravel(), np.full(len(rows), k), k)
 
     def _triples(self, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Lists of K triples as token ids and log-probabilities, both `(len(rows), K)`; parsed in bulk."""
         (width,) = {len(row) for row in rows}
         values, tokens, _ = zip(*chain.from_iterable(rows), strict=True)
-        return self._answers.ids(tokens).reshape(-1, width), self._answers.logprobs(values).reshape(-1, width)
+        return self._parser.ids(tokens).reshape(-1, width), self._parser.logprobs(values).reshape(-1, width)
 
 
 def _listed(prompts: Sequence[TokenIds], payload: Mapping[str, Any]) -> int:

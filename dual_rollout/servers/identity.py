@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import numpy as np
 
 from dual_rollout.engine import TokenIds
-from dual_rollout.engines.http import HttpTransport
 from dual_rollout.exceptions import EngineReplacedError, EngineRestartedError
+from dual_rollout.servers.http import HttpTransport
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)

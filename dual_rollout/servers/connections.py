@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.engine import Engine
-from dual_rollout.engines.http import HttpStats, HttpTransport
-from dual_rollout.engines.native import NativeEngine
-from dual_rollout.engines.replicas import Replicas
-from dual_rollout.engines.sglang import SGLangEngine
-from dual_rollout.engines.vllm import VLLMEngine
+from dual_rollout.servers.http import HttpStats, HttpTransport
+from dual_rollout.servers.native import NativeEngine
+from dual_rollout.servers.replicas import Replicas
+from dual_rollout.servers.sglang import SGLangEngine
+from dual_rollout.servers.vllm import VLLMEngine
 
 _CLIENTS: dict[str, Callable[[HttpTransport, str | None], Engine]] = {"vllm": VLLMEngine, "sglang": SGLangEngine}
 

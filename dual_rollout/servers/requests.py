@@ -1,4 +1,4 @@
-"""Questions to a vLLM server that may be asked again, and whose answers are checked for what they say of themselves."""
+"""Requests to a vLLM server that may be sent again, and whose answers are checked for what they say of themselves."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from dual_rollout.engines.answers import Numbers, asked_again, read_as
-from dual_rollout.engines.http import HttpTransport, shown
-from dual_rollout.engines.identity import ServerIdentity
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.servers.http import HttpTransport, shown
+from dual_rollout.servers.identity import ServerIdentity
+from dual_rollout.servers.parsing import RequestIds, asked_again, read_as
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Questions:
+class CheckedRequests:
     """Asks one server; what was answered with a 500, broken JSON or nonsense is asked again, at most twice.
 
     Every question is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
@@ -27,7 +27,7 @@ class Questions:
     def __init__(self, http: HttpTransport, identity: ServerIdentity):
         self._http = http
         self._identity = identity
-        self._numbers = Numbers()
+        self._ids = RequestIds()
 
     async def ask(
         self,
@@ -60,7 +60,7 @@ class Questions:
             await self._identity.before_request()
 
         async def once() -> T:
-            number, name = self._numbers.next(), model()
+            number, name = self._ids.next(), model()
             try:
                 answer = await self._http.post(
                     path, {"model": name, **payload, "request_id": number}, max_bytes=max_bytes
@@ -84,7 +84,7 @@ class Questions:
         if not isinstance(answer, dict):
             raise self._useless("no JSON object")
         name = answer.get("id") or answer.get("request_id")
-        if not self._numbers.fit(path, name, number):
+        if not self._ids.fit(path, name, number):
             raise self._useless(f"an answer to another request ({shown(name)})")
         model = answer.get("model")
         if isinstance(model, str) and model not in models:

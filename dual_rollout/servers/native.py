@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from dual_rollout.engine import TokenIds
-from dual_rollout.engines.vllm import VLLMEngine, _token_ids
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
+from dual_rollout.servers.vllm import VLLMEngine, _token_ids
 from dual_rollout.types import FinishReason
 
 _PROBE = (0,)  # a prompt that any model takes
@@ -156,13 +156,13 @@ class NativeEngine(VLLMEngine):
         rows, token_ids = self._rows(choice, names), _token_ids(choice["logprobs"]["tokens"])
         stopped = choice["finish_reason"] == "stop"
         if not 1 <= len(rows) <= max_tokens or (len(rows) < max_tokens and not stopped):
-            raise self._answers.spoilt(f"{len(rows)} tokens of {max_tokens}, and no stop")
+            raise self._parser.invalid(f"{len(rows)} tokens of {max_tokens}, and no stop")
         if token_ids.min() < 0 or token_ids.max() >= names[0] or np.isinf(rows[:, 0]).any():
-            raise self._answers.spoilt("tokens that q* cannot draw")
+            raise self._parser.invalid("tokens that q* cannot draw")
         alpha, kl_theta, kl_t = np.array([decode(row, temperature) for row in rows[:, 1:].tolist()]).T
         # A divergence may be NaN: vLLM cuts large ones off.
         if (alpha < 0.0).any() or (alpha > 1.0).any() or (kl_theta < 0.0).any() or (kl_t < 0.0).any():
-            raise self._answers.spoilt("α outside [0, 1], or a negative divergence")
+            raise self._parser.invalid("α outside [0, 1], or a negative divergence")
         return NativeSample(token_ids.tolist(), rows[:, 0], alpha, kl_theta, kl_t, "stop" if stopped else "length")
 
     async def policy_logprobs(self, token_ids: TokenIds, start: int, temperature: float = 1.0) -> np.ndarray:
@@ -171,7 +171,7 @@ class NativeEngine(VLLMEngine):
         def read(choices: list[dict[str, Any]]) -> np.ndarray:
             rows = self._prompt_rows(choices[0], token_ids)[start:]
             own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
-            return self._answers.logprobs(own)
+            return self._parser.logprobs(own)
 
         return await self._ask([token_ids], read, temperature=temperature, prompt_logprobs=0)
 
@@ -205,8 +205,8 @@ class NativeEngine(VLLMEngine):
                 for key in (sampled, *keys)
             ]
         except KeyError as error:
-            raise self._answers.spoilt(
+            raise self._parser.invalid(
                 f"no log-probability of {error}; is another client asking this server for top-k lists? That garbles "
                 "requests in the same step"
             ) from error
-        return self._answers.logprobs(values).reshape(-1, 1 + len(names))
+        return self._parser.logprobs(values).reshape(-1, 1 + len(names))

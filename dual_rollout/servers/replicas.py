@@ -21,7 +21,6 @@ from dual_rollout.engine import (
     ScoringMethod,
     TokenIds,
 )
-from dual_rollout.engines.answers import joined
 from dual_rollout.exceptions import (
     EngineError,
     EngineOversizedError,
@@ -30,6 +29,7 @@ from dual_rollout.exceptions import (
     EngineRestartedError,
     EngineUnavailableError,
 )
+from dual_rollout.servers.parsing import joined
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from dual_rollout.engine import Capabilities, EngineInfo, ScoringMethod, TokenIds
-from dual_rollout.engines.answers import asked_again
-from dual_rollout.engines.http import HttpTransport
-from dual_rollout.engines.npy import decoded_floats
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.servers.http import HttpTransport
+from dual_rollout.servers.npy import decoded_floats
+from dual_rollout.servers.parsing import asked_again
 from dual_rollout.types import TopK
 
 _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
@@ -35,7 +35,7 @@ _ROUTES = (
 
 
 class Probe:
-    """The questions to one server.
+    """What is asked of one server to find out what it can do.
 
     Args:
         prompt: token ids the model surely has; made longer by repetition.
