@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Self, get_type_hints
 from urllib.parse import urlsplit
+
+from dual_rollout.field_types import expected, fits
 
 NO_TARGET = "none"
 """The name, in `targets` of a call, of no target: plain generation from π_θ."""
@@ -39,8 +42,28 @@ class AlphaRule:
     alpha_max: float = 1.0
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+class _Bound(NamedTuple):
+    """Which numbers, or texts, a field takes of those of its type."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    of: tuple[type, ...] = (int, float)
+
+    def refuses(self, value: Any) -> bool:
+        return isinstance(value, self.of) and not self.holds(value)
+
+
+_NAME = _Bound("a name", bool, (str,))
+_FROM_0 = _Bound("a whole number >= 0", lambda value: value >= 0)
+_FROM_1 = _Bound("a whole number >= 1", lambda value: value >= 1)
+_ABOVE_0 = _Bound("a finite number > 0", lambda value: 0 < value < math.inf)
+_SHARE = _Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
+_BETWEEN_0_AND_1 = _Bound("a number in (0, 1)", lambda value: 0 < value < 1)
+_BUDGET = _Bound("a finite number >= 0", lambda value: 0 <= value < math.inf)
+
+
+def _option(default: Any, help: str, bound: _Bound | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "bound": bound})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +71,7 @@ class CoordinatorConfig:
     """How to sample from q* between two servers. Validated at construction; frozen, picklable.
 
     Raises:
-        ValueError: a value out of range, naming the field and what to set it to.
+        ValueError: a value out of range, naming the field and what to set it to; an unknown field, naming the nearest.
     """
 
     engine: Literal["dual", "native"] = _option(
@@ -72,9 +95,9 @@ class CoordinatorConfig:
         'from π_θ alone (α = 0, weight 1, each such token marked), "wait" tries for ever.',
     )
     t_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_t.")
-    theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.")
-    t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.")
-    tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.")
+    theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.", _NAME)
+    t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.", _NAME)
+    tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.", _NAME)
     parse_special_tokens: bool = _option(
         False,
         "Whether a special token's name inside a prompt's text, such as <|im_start|>, is that token; otherwise it is "
@@ -89,8 +112,11 @@ class CoordinatorConfig:
         100,
         'Candidates asked from each server; at most the servers\' --max-logprobs. "auto" asks at each position for as '
         'many as hold top_k_mass, and needs support "tail", with which the weights are unbiased at any number.',
+        _FROM_1,
     )
-    top_k_mass: float = _option(0.95, 'Mass of each list with top_k "auto", where the servers\' --max-logprobs allows.')
+    top_k_mass: float = _option(
+        0.95, 'Mass of each list with top_k "auto", where the servers\' --max-logprobs allows.', _BETWEEN_0_AND_1
+    )
     support: Literal["union", "tail"] = _option(
         "union", 'Mass outside both lists: "union" truncates and renormalises, "tail" keeps it as one atom.'
     )
@@ -103,75 +129,62 @@ class CoordinatorConfig:
         "fastest. All draw from the same distribution.",
     )
     num_draft_tokens: int | None = _option(
-        None, "Tokens per draft at most; adapted to the measured acceptance when unset."
+        None, "Tokens per draft at most; adapted to the measured acceptance when unset.", _FROM_1
     )
     alpha_method: AlphaMethod = _option(
         "kl_symmetry",
         'How α is chosen per token: "kl_symmetry" (equally far from both), "fixed", "ess_balance" (equal effective '
         'sample sizes), "entropy" (the surer model has the larger say), "kl_budget" (as far from π_θ as allowed).',
     )
-    fixed_alpha: float | None = _option(None, 'The α of alpha_method "fixed", in [0, 1].')
-    kl_budget: float | None = _option(None, 'The bound of alpha_method "kl_budget" on KL(q‖π_θ) per token, in nats.')
-    alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.")
-    alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.")
+    fixed_alpha: float | None = _option(None, 'The α of alpha_method "fixed", in [0, 1].', _SHARE)
+    kl_budget: float | None = _option(
+        None, 'The bound of alpha_method "kl_budget" on KL(q‖π_θ) per token, in nats.', _BUDGET
+    )
+    alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.", _SHARE)
+    alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.", _SHARE)
     allow_mixed_versions: bool = _option(
         False,
         "Whether a sequence goes on when π_θ's weights change under way, with the version of each token recorded "
         "(weight_versions). Otherwise it ends with an error.",
     )
-    temperature: float = _option(1.0, "Divides both models' logits before the geometric path.")
+    temperature: float = _option(1.0, "Divides both models' logits before the geometric path.", _ABOVE_0)
     policy_logprobs: bool = _option(
         True,
         'Engine "native": fetch log π_θ of each token by a second request. False leaves logprobs_theta, logprobs_t and '
         "importance_weights NaN, for a trainer that computes log π_θ itself, as DualGRPOTrainer does.",
     )
-    seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.")
+    seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.", _FROM_0)
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
-    max_concurrency: int = _option(64, "Sequences in flight at once.")
-    max_retries: int = _option(5, "Repeats after a transport error, 429 or 502-504.")
-    request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.")
-    total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.")
-    connection_pool_size: int = _option(32, "Open connections per server.")
+    max_concurrency: int = _option(64, "Sequences in flight at once.", _FROM_1)
+    max_retries: int = _option(5, "Repeats after a transport error, 429 or 502-504.", _FROM_0)
+    request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.", _ABOVE_0)
+    total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.", _ABOVE_0)
+    connection_pool_size: int = _option(32, "Open connections per server.", _FROM_1)
     show_progress: bool = _option(False, "Show a progress bar.")
+
+    def __new__(cls, **values: Any) -> Self:
+        cls._check_keys(values)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("theta_url", "t_url"):
             object.__setattr__(self, name, _checked_urls(name, getattr(self, name)))
         object.__setattr__(self, "targets", _checked_targets(self.targets))
         for spec in fields(self):
-            choices = _CHOICES.get(spec.name)
-            if choices and getattr(self, spec.name) not in choices:
-                raise ValueError(
-                    f"{spec.name} must be one of {', '.join(choices)}; got {getattr(self, spec.name)!r:.80}"
-                )
-        for name in ("theta_model", "t_model", "tokenizer"):
-            self._check(name, lambda v: v is None or (isinstance(v, str) and v), "a name, or None")
-        for name in ("parse_special_tokens", "allow_mixed_versions", "policy_logprobs", "ignore_eos", "show_progress"):
-            self._check(name, lambda v: isinstance(v, bool), "True or False")
-        for name in ("max_concurrency", "connection_pool_size"):
-            self._check(name, lambda v: _is_int(v) and v >= 1, "a whole number >= 1")
-        self._check("top_k", lambda v: v == "auto" or (_is_int(v) and v >= 1), 'a whole number >= 1, or "auto"')
-        self._check("top_k_mass", lambda v: _is_real(v) and 0 < v < 1, "a number in (0, 1)")
+            _check_value(spec.name, getattr(self, spec.name), field_hints()[spec.name], spec.metadata["bound"])
         if self.top_k == "auto" and self.support != "tail":
             raise ValueError(
                 'top_k "auto" lists fewer tokens where they are surer, which support "union" would cut off for good: '
                 'set support to "tail"'
             )
-        self._check("max_retries", lambda v: _is_int(v) and v >= 0, "a whole number >= 0")
-        for name in ("temperature", "request_timeout", "total_timeout"):
-            self._check(name, lambda v: _is_real(v) and v > 0, "a finite number > 0")
-        for name in ("alpha_min", "alpha_max"):
-            self._check(name, lambda v: _is_real(v) and 0 <= v <= 1, "a number in [0, 1]")
         if self.alpha_min > self.alpha_max:
             raise ValueError(f"alpha_min ({self.alpha_min}) must not exceed alpha_max ({self.alpha_max})")
-        if self.alpha_method == "fixed":
-            self._check("fixed_alpha", lambda v: _is_real(v) and 0 <= v <= 1, 'in [0, 1] with alpha_method "fixed"')
-        elif self.fixed_alpha is not None:
-            raise ValueError('fixed_alpha is set, but alpha_method is not "fixed": set one or drop the other')
-        if self.alpha_method == "kl_budget":
-            self._check("kl_budget", lambda v: _is_real(v) and v >= 0, 'a number >= 0 with alpha_method "kl_budget"')
-        elif self.kl_budget is not None:
-            raise ValueError('kl_budget is set, but alpha_method is not "kl_budget": set one or drop the other')
+        for name, method in (("fixed_alpha", "fixed"), ("kl_budget", "kl_budget")):
+            value = getattr(self, name)
+            if self.alpha_method == method and value is None:
+                raise ValueError(f'{name} must be set with alpha_method "{method}"')
+            if self.alpha_method != method and value is not None:
+                raise ValueError(f'{name} is set, but alpha_method is not "{method}": set one or drop the other')
         if self.engine == "native" and self.alpha_method not in ("kl_symmetry", "fixed"):
             raise ValueError(f'engine "native" knows alpha_method "kl_symmetry" and "fixed", not {self.alpha_method!r}')
         if self.engine == "native" and (not isinstance(self.theta_url, str) or self.targets):
@@ -180,10 +193,6 @@ class CoordinatorConfig:
             raise ValueError(f'engine "native" needs a temperature in [0.05, 2], got {self.temperature}')
         if self.engine != "native" and not self.policy_logprobs:
             raise ValueError('policy_logprobs=False needs engine "native": with another, log π_θ costs no request')
-        if self.num_draft_tokens is not None:
-            self._check("num_draft_tokens", lambda v: _is_int(v) and v >= 1, "a whole number >= 1, or None")
-        if self.seed is not None:
-            self._check("seed", lambda v: _is_int(v) and v >= 0, "a whole number >= 0, or None")
 
     @property
     def alpha_rule(self) -> AlphaRule:
@@ -203,16 +212,27 @@ class CoordinatorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CoordinatorConfig:
-        """A config from plain key-value pairs; an unknown key is a `ValueError` that names the nearest valid one."""
-        names = [spec.name for spec in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise ValueError(f"unknown key {key!r} in CoordinatorConfig{did_you_mean(str(key), names)}")
+        """A config from plain key-value pairs; keys that are no fields, whatever they are, are a `ValueError`."""
+        cls._check_keys(values)
         return cls(**values)
 
-    def _check(self, name: str, valid: Any, expected: str) -> None:
-        if not valid(getattr(self, name)):
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r:.80}")
+    @classmethod
+    def _check_keys(cls, keys: Iterable[Any]) -> None:
+        names = [spec.name for spec in fields(cls)]
+        for key in keys:
+            if key not in names:
+                raise ValueError(f"unknown key {key!r} in CoordinatorConfig{did_you_mean(str(key), names)}")
+
+
+@functools.cache
+def field_hints() -> dict[str, Any]:
+    """The types of the fields of `CoordinatorConfig`."""
+    return get_type_hints(CoordinatorConfig)
+
+
+def _check_value(name: str, value: Any, hint: Any, bound: _Bound | None) -> None:
+    if not fits(value, hint) or (bound is not None and bound.refuses(value)):
+        raise ValueError(f"{name} must be {expected(hint, bound and bound.words)}, got {value!r:.80}")
 
 
 def url_list(urls: str | list[str]) -> list[str]:
@@ -259,24 +279,3 @@ def did_you_mean(key: str, names: list[str]) -> str:
     """The tail of an error message about an unknown key: the nearest of `names`, or nothing when none is near."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "engine": ("dual", "native"),
-    "on_target_failure": ("fail", "policy", "wait"),
-    "theta_engine": ("vllm", "sglang"),
-    "t_engine": ("vllm", "sglang"),
-    "long_prompts": ("refuse", "truncate_left"),
-    "support": ("union", "tail"),
-    "missing": ("floor", "exact"),
-    "decoding": ("auto", "lockstep", "block"),
-    "alpha_method": get_args(AlphaMethod),
-}

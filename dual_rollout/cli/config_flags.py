@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import CoordinatorConfig, field_hints
+from dual_rollout.field_types import expected, from_text
 from dual_rollout.yaml_file import read_mapping
 
 _PREFIX = "config_"
@@ -19,7 +20,6 @@ def add_config_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "servers and sampling", "The fields of CoordinatorConfig, by name; flags override the file."
     )
     group.add_argument("--config", metavar="FILE.yaml", help="a mapping of these fields, such as top_k: 100")
-    hints = get_type_hints(CoordinatorConfig)
     for spec in fields(CoordinatorConfig):
         value = defaults.get(spec.name, spec.default)
         default = "" if value is None else f" Default: {value}."
@@ -28,7 +28,7 @@ def add_config_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
             dest=_PREFIX + spec.name,
             default=argparse.SUPPRESS,
             help=(spec.metadata["help"] + default).replace("%", "%%"),
-            **_flag_of(hints[spec.name]),
+            **_flag_of(field_hints()[spec.name]),
         )
 
 
@@ -60,20 +60,15 @@ def _flag_of(hint: Any) -> dict[str, Any]:
     kind, *others = get_args(hint) or (hint,)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is dict:
-        return {"type": _json_object, "metavar": "JSON"}
     if any(get_origin(other) is list for other in others):
         return {"nargs": "+", "metavar": "URL"}
-    if words := [word for other in others if get_origin(other) is Literal for word in get_args(other)]:
-        return {"type": lambda text: text if text in words else kind(text), "metavar": "|".join(["N", *words])}
-    return {"type": kind, "metavar": kind.__name__.upper()}
+    words = [word for other in others if get_origin(other) is Literal for word in get_args(other)]
+    name = "JSON" if get_origin(kind) is dict else "|".join(["N", *words]) if words else kind.__name__.upper()
+    return {"type": functools.partial(_parse, hint), "metavar": name}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _parse(hint: Any, text: str) -> Any:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a JSON object")
-    return value
+        return from_text(text, hint)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {expected(hint)}: {error}") from error

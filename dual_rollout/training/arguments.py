@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
-from dual_rollout.config import CoordinatorConfig, did_you_mean
+from dual_rollout.config import CoordinatorConfig, did_you_mean, field_hints
+from dual_rollout.field_types import expected, from_text
 from dual_rollout.training.recipe_file import SECRETS, check_recipe_file
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.yaml_file import read_mapping
@@ -27,14 +27,11 @@ _HINTS: dict[str, Any] = {
 
 def _coordinator_options() -> type:
     """A dataclass with one `dual_<name>` field per field of `CoordinatorConfig`; the URLs may stay unset."""
-    from typing import get_type_hints
-
-    hints = get_type_hints(CoordinatorConfig)
     options = []
     for spec in fields(CoordinatorConfig):
-        hint = _HINTS.get(spec.name, hints[spec.name])
+        hint = _HINTS.get(spec.name, field_hints()[spec.name])
         default = None if spec.name in ("theta_url", "t_url") else spec.default
-        options.append((PREFIX + spec.name, hint, field(default=default, metadata=dict(spec.metadata))))
+        options.append((PREFIX + spec.name, hint, field(default=default, metadata={"help": spec.metadata["help"]})))
     return dataclasses.make_dataclass("CoordinatorOptions", options)
 
 
@@ -118,15 +115,14 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
             ValueError: a value out of range.
         """
         values = {spec.name: getattr(self, PREFIX + spec.name) for spec in fields(CoordinatorConfig)}
-        if str(values["top_k"]).isdigit():  # a flag's value is a string
-            values["top_k"] = int(values["top_k"])
-        targets = self.dual_targets
-        if isinstance(targets, str):
-            try:
-                targets = json.loads(targets)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"dual_targets must be a mapping of names to URLs, as JSON: {error}") from error
-        return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url, "targets": targets})
+        for name in ("top_k", "targets"):
+            hint, value = field_hints()[name], values[name]
+            if isinstance(value, str):  # a flag's
+                try:
+                    values[name] = from_text(value, hint)
+                except ValueError as error:
+                    raise ValueError(f"{PREFIX}{name} must be {expected(hint)}: {error}") from error
+        return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url})
 
     def alpha_schedule(self) -> AlphaSchedule:
         """The `AlphaSchedule` these arguments describe."""

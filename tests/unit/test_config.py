@@ -92,6 +92,10 @@ def test_every_field_has_a_help_text():
 def test_an_unknown_key_names_the_nearest(key, nearest):
     with pytest.raises(ValueError, match=rf"unknown key '{key}'.*did you mean '{nearest}"):
         CoordinatorConfig.from_dict({key: 1})
+    with pytest.raises(ValueError, match=rf"unknown key '{key}'.*did you mean '{nearest}"):
+        CoordinatorConfig(**{key: 1})
+    with pytest.raises(ValueError, match=rf"unknown key '{key}'.*did you mean '{nearest}"):
+        dataclasses.replace(CoordinatorConfig(), **{key: 1})
 
 
 def test_an_unknown_key_near_nothing():
@@ -102,6 +106,11 @@ def test_an_unknown_key_near_nothing():
 def test_from_dict_equals_the_constructor():
     values = {"top_k": 7, "support": "tail", "alpha_method": "fixed", "fixed_alpha": 0.25, "seed": 3}
     assert CoordinatorConfig.from_dict(values) == CoordinatorConfig(**values)
+
+
+def test_the_config_takes_names_only():
+    with pytest.raises(TypeError, match="positional"):
+        CoordinatorConfig("http://a:1")
 
 
 def test_frozen():
