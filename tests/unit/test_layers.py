@@ -1,68 +1,35 @@
-"""Lower layers never import higher ones, and heavy libraries stay where they belong. Read from the source."""
+"""Lower layers never import higher ones, and libraries stay where they belong: the table in CONTRIBUTING.md, read from
+there, against the imports in the source."""
 
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "dual_rollout"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dual_rollout"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What the files of a layer may import of this package, besides their own layer.
-_DATA = {"types", "record", "exceptions", "config"}
-ALLOWED: dict[str, set[str]] = {
-    "record": set(),
-    "exceptions": set(),
-    "types": {"record"},
-    "field_types": set(),
-    "config": {"types", "exceptions", "field_types"},
-    "yaml_file": set(),
-    "functional": {"types", "config"},
-    "prompts": {"types"},
-    "text": {"types", "prompts"},
-    "engine": {"types"},
-    "prompt_encoder": {"types", "config", "text", "engine"},
-    "decoding": _DATA | {"functional", "engine"},
-    "servers": {"types", "exceptions", "config", "functional", "engine"},
-    "tokens": {"exceptions", "servers", "engine"},
-    "preflight": {"exceptions", "config", "servers", "engine", "tokens"},
-    "samplers": _DATA | {"text", "engine", "prompt_encoder", "decoding", "servers", "preflight"},
-    "stats": {"prompt_encoder", "decoding", "servers"},
-    "coordinator": _DATA | {"text", "engine", "prompt_encoder", "decoding", "servers", "samplers", "stats"},
-    "benchmark": {"config", "text", "servers", "coordinator"},
-    "production": _DATA | {"prompts", "decoding", "preflight", "coordinator"},
-    "server": {"types", "exceptions"},
-    "native": {"types", "exceptions", "config", "functional"},
-    "training": _DATA
-    | {"field_types", "yaml_file", "functional", "prompts", "text", "servers", "decoding", "coordinator", "server"},
-}
+EVERYTHING = "everything"
+INSTALLED_AS = {"yaml": "pyyaml"}  # where it is not the name that is imported
+BRINGS_US = {"vllm"}  # an environment of its own, into which this package is installed
 
-# Of libraries outside the standard one, what these layers may import at all. Others are bound by HOME below.
-LIBRARIES: dict[str, set[str]] = {
-    "types": {"numpy"},
-    "exceptions": set(),
-    "record": set(),
-    "config": {"numpy"},
-    "engine": {"numpy"},
-    "functional": {"numpy"},
-    "servers": {"numpy", "aiohttp", "orjson", "tenacity"},
-    "decoding": {"numpy"},
-}
 
-# Layers a library may be imported in; with "(late)" inside functions only.
-HOME: dict[str, set[str]] = {
-    "trl": {"training", "cli (late)"},
-    "vllm": {"native"},
-    "torch": {"server", "training", "native", "cli (late)"},
-    "transformers": {"server", "training", "native", "text (late)", "cli (late)"},
-    "aiohttp": {"servers", "server"},
-    "datasets": {"production", "training"},
-    "pyarrow": {"production"},
-}
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its modules, what of ours and which libraries they may import; `late`: in functions alone."""
+
+    modules: tuple[str, ...]
+    ours: frozenset[str]
+    ours_late: frozenset[str]
+    libraries: frozenset[str]
+    libraries_late: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +40,32 @@ class Import:
     late: bool
 
     def __str__(self) -> str:
-        return f"{self.file} imports {self.module}"
+        return f"{self.file} imports {self.module}{' inside a function' if self.late else ''}"
+
+    @property
+    def library(self) -> str | None:
+        """What is neither ours nor Python's."""
+        top = self.module.split(".")[0]
+        return None if top == PACKAGE.name or top in sys.stdlib_module_names else top
+
+    @property
+    def ours(self) -> str | None:
+        """The module of this package that is imported."""
+        name = layer_of(self.module) if self.module.split(".")[0] == PACKAGE.name else ""
+        return None if name in ("", "__version__") else name
+
+
+def names_in(cell: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The names in a cell, and those of them in parentheses, apart."""
+    late = re.findall(r"\(`?(\w+)`?\)", cell)
+    return frozenset(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", cell))), frozenset(late)
+
+
+def read_table() -> list[Row]:
+    lines = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Layers\n")[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [cell.split()[0] for cell in cells[0]] == ["modules", "import", "libraries", "what"]
+    return [Row(tuple(re.findall(r"\w+", row[0])), *names_in(row[1]), *names_in(row[2])) for row in cells[2:]]
 
 
 def layer_of(module: str) -> str:
@@ -104,71 +96,76 @@ def imports_of(path: Path) -> list[Import]:
     return found
 
 
-IMPORTS = [found for path in FILES for found in imports_of(path)]
+ROWS = read_table()
+IMPORTS = [found for path in FILES for found in imports_of(path) if found.layer != "__init__"]
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.modules[0])
 
 
-def test_the_package_is_found():
-    assert {found.layer for found in IMPORTS} >= set(ALLOWED) - {"native"}
+def of(row: Row) -> list[Import]:
+    return [found for found in IMPORTS if found.layer in row.modules]
 
 
-def test_every_file_has_a_layer():
-    layers = {layer_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)) for path in FILES}
-    assert layers <= {*ALLOWED, "cli", "__init__"}
+def test_every_module_stands_in_one_row():
+    named = [name for row in ROWS for name in row.modules]
+    assert sorted(named) == sorted(
+        {layer_of(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in FILES} - {"__init__"}
+    )
 
 
-@pytest.mark.parametrize("layer", ALLOWED)
-def test_no_layer_imports_a_higher_one(layer):
+@each_row
+def test_rows_name_only_what_stands_above_them(row):
+    above = {name for other in ROWS[: ROWS.index(row)] for name in other.modules}
+    assert row.ours <= above and row.ours_late <= {*above, EVERYTHING}
+
+
+@each_row
+def test_no_module_imports_what_its_row_does_not_name(row):
+    first = ROWS[:1] if row.modules == ("cli",) else ROWS[:2]  # --help needs nothing heavy
+    allowed = {name for other in first if ROWS.index(other) < ROWS.index(row) for name in other.modules}
+    allowed |= {*row.modules, *row.ours}
     wrong = [
         str(found)
-        for found in IMPORTS
-        if found.layer == layer
-        and found.module.split(".")[0] == "dual_rollout"
-        and layer_of(found.module) not in ALLOWED[layer] | {layer, "__version__"}
+        for found in of(row)
+        if found.ours is not None
+        and found.ours not in allowed
+        and not (found.late and (EVERYTHING in row.ours_late or found.ours in row.ours_late))
     ]
-    assert wrong == []
+    assert wrong == [], f"see the row of {', '.join(row.modules)} in CONTRIBUTING.md"
 
 
-@pytest.mark.parametrize("layer", LIBRARIES)
-def test_low_layers_need_few_libraries(layer):
+@each_row
+def test_libraries_stay_where_the_table_has_them(row):
     wrong = [
         str(found)
-        for found in IMPORTS
-        if found.layer == layer
-        and (top := found.module.split(".")[0]) not in sys.stdlib_module_names
-        and top not in LIBRARIES[layer] | {"dual_rollout"}
+        for found in of(row)
+        if found.library is not None
+        and found.library not in row.libraries
+        and not (found.late and found.library in row.libraries_late)
     ]
-    assert wrong == []
+    assert wrong == [], f"see the row of {', '.join(row.modules)} in CONTRIBUTING.md"
 
 
-@pytest.mark.parametrize("library", HOME)
-def test_heavy_libraries_stay_at_home(library):
-    wrong = [
-        str(found)
-        for found in IMPORTS
-        if found.module.split(".")[0] == library
-        and found.layer not in HOME[library]
-        and not (found.late and f"{found.layer} (late)" in HOME[library])
-    ]
-    assert wrong == []
+@each_row
+def test_the_table_names_nothing_that_is_not_imported(row):
+    used = {found.ours for found in of(row)} | {EVERYTHING}
+    libraries = {found.library for found in of(row)}
+    assert row.ours | row.ours_late <= used
+    assert row.libraries | row.libraries_late <= libraries
 
 
-def test_commands_import_nothing_heavy_until_they_run():
-    allowed = {
-        "dual_rollout",
-        "dual_rollout.cli",
-        "dual_rollout.config",
-        "dual_rollout.exceptions",
-        "dual_rollout.field_types",
-        "dual_rollout.types",
-        "dual_rollout.yaml_file",
-    }
-    wrong = [
-        str(found)
-        for found in IMPORTS
-        if found.layer == "cli"
-        and not found.late
-        and found.module.split(".")[0] not in sys.stdlib_module_names
-        and not found.module.startswith("dual_rollout.cli")
-        and found.module not in allowed | {"dual_rollout.__version__"}
-    ]
-    assert wrong == []
+def test_libraries_are_declared():
+    """What is imported is asked for by name, and does not merely come with something else."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    always = distributions(setup["options"]["install_requires"])
+    extras = distributions("\n".join(setup["options.extras_require"].values()))
+    plain = {library for row in ROWS for library in row.libraries} - BRINGS_US
+    late = {library for row in ROWS for library in row.libraries_late} - BRINGS_US
+    assert {INSTALLED_AS.get(name, name) for name in plain} <= always
+    assert {INSTALLED_AS.get(name, name) for name in late} <= always | extras
+
+
+def distributions(requirements: str) -> set[str]:
+    names = re.findall(r"^\s*([\w.-]+)", requirements, re.MULTILINE)
+    return {name.lower().replace("-", "_") for name in names}
