@@ -12,7 +12,8 @@ import numpy as np
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
-from dual_rollout.servers.vllm import VLLMEngine, _token_ids
+from dual_rollout.servers.vllm import VLLMEngine
+from dual_rollout.servers.vllm_answers import token_ids_of
 from dual_rollout.types import FinishReason
 
 _PROBE = (0,)  # a prompt that any model takes
@@ -153,7 +154,7 @@ class NativeEngine(VLLMEngine):
         )
 
     def _sample(self, choice: dict[str, Any], names: list[int], max_tokens: int, temperature: float) -> NativeSample:
-        rows, token_ids = self._rows(choice, names), _token_ids(choice["logprobs"]["tokens"])
+        rows, token_ids = self._rows(choice, names), token_ids_of(choice["logprobs"]["tokens"])
         stopped = choice["finish_reason"] == "stop"
         if not 1 <= len(rows) <= max_tokens or (len(rows) < max_tokens and not stopped):
             raise self._parser.invalid(f"{len(rows)} tokens of {max_tokens}, and no stop")
@@ -169,7 +170,7 @@ class NativeEngine(VLLMEngine):
         """log π_θ, at the server's temperature, of the tokens of one text from `start` >= 1 on; computed anew."""
 
         def read(choices: list[dict[str, Any]]) -> np.ndarray:
-            rows = self._prompt_rows(choices[0], token_ids)[start:]
+            rows = self._parser.prompt_rows(choices[0], token_ids)[start:]
             own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
             return self._parser.logprobs(own)
 

@@ -26,30 +26,27 @@ from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
 from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.servers.parsing import MALFORMED, AnswerParser, asked_again, joined
+from dual_rollout.servers.parsing import MALFORMED, asked_again, joined
 from dual_rollout.servers.probe import Probe, summary
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
+from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
+from dual_rollout.servers.vllm_weights import VLLMWeights
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_KEY_PREFIX = "token_id:"
 _MAX_NAMED_TOKENS = 128  # vLLM's own cap on logprob_token_ids
 _MAX_BIASED_TOKENS = 1024  # on logit_bias: newer model runners fail on more, for everybody
 _MAX_PROMPTS = 1024  # vLLM's own cap on a list of prompts
-_NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
-_NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-_SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
-_ROUNDING = 1e-3  # nats
 _LOWEST_TEMPERATURE = 0.01  # vLLM takes anything lower, but for 0, as this
 
 # vLLM fills what is not said from the model's generation_config.json, so everything is said.
 _PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-class VLLMEngine:
+class VLLMEngine(VLLMWeights):
     """One model behind a vLLM server's HTTP API; implements `Engine`.
 
     Args:
@@ -57,25 +54,22 @@ class VLLMEngine:
     """
 
     def __init__(self, transport: HttpTransport, model: str | None = None):
-        self.url = transport.url
-        self._http = transport
-        self._identity = ServerIdentity(
+        identity = ServerIdentity(
             transport,
             birth=BirthInMetrics(transport),
             describe_again=self._describe_again,
             next_tokens=self._next_tokens,
         )
+        super().__init__(transport, identity)
         self._requests = CheckedRequests(transport, self._identity)
-        self._parser = AnswerParser(transport.url)
+        self._parser = CompletionParser(transport.url)
         self._wanted = model
         self._names: set[str] = set()
         self._info: EngineInfo | None = None
         self._capabilities: Capabilities | None = None
         self._probing = asyncio.Lock()
         self._warned = False
-        self._lora: str | None = None
         self._gate = _Gate()
-        self._config: Mapping[str, Any] | None = None
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
@@ -174,7 +168,7 @@ class VLLMEngine:
         def draft(prompt: TokenIds, length: int, seed: int) -> Awaitable[Drafts]:
             return self._ask(
                 [prompt],
-                lambda choices: self._drafts(choices, length, k),
+                lambda choices: self._parser.drafts(choices, length, k),
                 max_tokens=length,
                 logprobs=k,
                 temperature=temperature,
@@ -247,7 +241,7 @@ class VLLMEngine:
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
         def read(choices: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-            rows = self._prompt_rows(choices[0], token_ids)[start:]
+            rows = self._parser.prompt_rows(choices[0], token_ids)[start:]
             own = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[start:], strict=True)]
             top = [max(entry["logprob"] for entry in row.values()) for row in rows]
             return self._parser.scores(own, top)
@@ -259,8 +253,8 @@ class VLLMEngine:
         bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}
 
         def read(choices: list[dict[str, Any]]) -> int:
-            keys, _ = self._sampled(choices[0], 1)
-            return int(self._parser.ids(_token_ids(keys))[0])
+            keys, _ = self._parser.sampled(choices[0], 1)
+            return int(self._parser.ids(token_ids_of(keys))[0])
 
         return await self._ask([prompt], read, logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
 
@@ -279,138 +273,11 @@ class VLLMEngine:
         await self._http.get("/health")
         await self._identity.confirm()
 
-    async def reset_prefix_cache(self) -> None:
-        try:
-            # Without the flag, vLLM does nothing while requests are running.
-            answer = await self._http.post("/reset_prefix_cache?reset_running_requests=true")
-        except EngineRejectedError as error:
-            raise _explained(error, "cannot drop its prefix cache: start vLLM with VLLM_SERVER_DEV_MODE=1") from error
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise EngineProtocolError("the prefix cache was not dropped, because requests are using it", url=self.url)
-
-    async def reload_weights(self, path: str) -> None:
-        await self._identity.took_weights(lambda: self._reload_weights(path))
-
-    async def _reload_weights(self, path: str) -> None:
-        async with self._paused():
-            try:
-                await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-            except EngineRejectedError as error:
-                raise _explained(error, _NEEDS_DEV_MODE) from error
-            await self.reset_prefix_cache()
-
-    async def load_lora(self, name: str, path: str) -> None:
-        await self._identity.took_weights(lambda: self._load_lora(name, path))
-
-    async def _load_lora(self, name: str, path: str) -> None:
-        async with self._paused():
-            # Not with load_inplace: vLLM (0.31) then reads the adapter from disk again at every step, and dies when
-            # the folder is gone.
-            with contextlib.suppress(EngineRejectedError):  # there was none, or the next request says what is wrong
-                await self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
-            try:
-                await self._http.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-            except EngineRejectedError as error:
-                hidden = f"does not see the adapter in {path}: {_SHARE_THE_FOLDER}"
-                raise _explained(error, hidden if "No adapter found" in str(error) else _NEEDS_LORA) from error
-            try:
-                await self.reset_prefix_cache()
-            except EngineRejectedError as error:
-                if error.status != 404:
-                    raise
-                # vLLM caches per load of an adapter; only one loaded again from the same path needs the reset.
-
-    def use_lora(self, name: str) -> None:
-        self._lora = name
-
-    def weights_given(self) -> float | None:
-        return self._identity.born
-
-    def adopt_weights(self, given: float | None) -> None:
-        self._identity.adopt(given)
-
     async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         return [await ask(self)]
 
-    async def weight_version(self) -> str | None:
-        version = (await self._told("/weight_info")).get("weight_version")
-        return version if isinstance(version, str) else None
-
-    async def dtype(self) -> str | None:
-        config = await self._model_config()
-        dtype = config.get("quantization") or config.get("dtype")
-        return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
-
-    async def set_weight_version(self, version: str) -> None:
-        with contextlib.suppress(EngineRejectedError):  # an older vLLM, or not in development mode
-            await self._http.post("/update_weight_version", {"new_version": version})
-
-    async def _model_config(self) -> Mapping[str, Any]:
-        """vLLM's own, where it is in development mode; asked once."""
-        if self._config is None:
-            told = (await self._told("/server_info?config_format=json")).get("vllm_config")
-            config = told.get("model_config") if isinstance(told, dict) else None
-            self._config = config if isinstance(config, dict) else {}
-        return self._config
-
-    async def _told(self, path: str) -> dict[str, Any]:
-        """The answer of a server that has that route; empty otherwise."""
-        try:
-            answer = await self._http.get(path)
-        except (EngineRejectedError, EngineProtocolError):
-            return {}
-        return answer if isinstance(answer, dict) else {}
-
-    async def loads_lora(self) -> bool:
-        # An adapter that cannot exist is refused for that reason only by a server that could load one.
-        try:
-            await self._http.post("/v1/load_lora_adapter", {"lora_name": "probe", "lora_path": "/nonexistent/probe"})
-        except EngineRejectedError as error:
-            return "No adapter found" in str(error)
-        except EngineProtocolError as error:
-            if "LoRA is not enabled" not in str(error):
-                raise
-        return False
-
-    async def check_sees(self, path: str) -> None:
-        # As vLLM takes this, every tensor in the folder is copied into its parameter, and there is none. A folder that
-        # is not there is an error before anything is touched; in a normal reload it comes after the model is taken
-        # apart, and the server dies of it.
-        kwargs = {"weights_path": path, "is_checkpoint_format": False}
-        try:
-            await self._http.post("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
-        except EngineRejectedError as error:
-            if error.status != 404:
-                raise
-            raise EngineRejectedError(_NEEDS_DEV_MODE, url=self.url, status=404) from error
-        except EngineProtocolError as error:
-            if "unexpected keyword argument" in str(error):
-                return  # an older vLLM: it cannot be told
-            raise EngineProtocolError(
-                f"does not see the folder {path}: {_SHARE_THE_FOLDER} (it says: {error})", url=self.url
-            ) from error
-
     async def aclose(self) -> None:
         await self._http.aclose()
-
-    @contextlib.asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
-        """Requests in flight are done, and new ones wait, where the server can pause (in vLLM's development mode).
-
-        Without it, vLLM finishes what is in flight with the new weights on top of the old ones' keys and values.
-        """
-        can_pause = True
-        try:
-            try:
-                await self._http.post("/pause?mode=wait")
-            except EngineRejectedError as error:
-                if error.status != 404:
-                    raise
-                can_pause = False
-            yield
-        finally:
-            if can_pause:
-                await self._http.post("/resume")
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
         async with self._gate.shared():
@@ -426,7 +293,7 @@ class VLLMEngine:
         on_wire = _on_wire(temperature)
         return await self._ask(
             prompts,
-            lambda choices: self._drafts(choices, 1, k, greedy=on_wire == 0.0).lists,
+            lambda choices: self._parser.drafts(choices, 1, k, greedy=on_wire == 0.0).lists,
             watched=watched,
             logprobs=k,
             temperature=on_wire,
@@ -440,7 +307,7 @@ class VLLMEngine:
             rows = answer["prompt_logprobs"]
             if not isinstance(rows, list) or len(rows) < count:
                 raise self._parser.invalid(f"prompt_logprobs without rows for the last {count} tokens")
-            return self._scored(rows[-count:], text[-count:], k)
+            return self._parser.scored(rows[-count:], text[-count:], k)
 
         def uncached(answer: Mapping[str, Any]) -> TopK | None:
             # Rows are missing at the beginning: those of cached tokens, and in a text seen before, some of the last.
@@ -505,7 +372,7 @@ class VLLMEngine:
         """Lists for the last `count` tokens of a text, computed anew."""
         return await self._ask(
             [text],
-            lambda choices: self._scored(self._prompt_rows(choices[0], text)[-count:], text[-count:], k),
+            lambda choices: self._parser.scored(self._parser.prompt_rows(choices[0], text)[-count:], text[-count:], k),
             temperature=0.0,
             prompt_logprobs=k,
         )
@@ -523,22 +390,6 @@ class VLLMEngine:
             prompt_tokens=len(text),
             max_bytes=longest_answer(1, _listed(1, len(text), sampling)),
         )
-
-    def _prompt_rows(self, choice: Mapping[str, Any], text: TokenIds) -> list[Any]:
-        rows = choice.get("prompt_logprobs")
-        if not isinstance(rows, list) or len(rows) != len(text):
-            raise self._parser.invalid("no prompt_logprobs, one row per prompt token")
-        return rows
-
-    def _scored(self, rows: Sequence[Any], tokens: TokenIds, k: int) -> TopK:
-        """Rows of prompt_logprobs as k-lists; each must hold the prompt's own token."""
-        lists = []
-        for row, token in zip(rows, tokens, strict=True):
-            if str(token) not in row:
-                raise self._parser.invalid(f"prompt_logprobs without the prompt's own token {token}")
-            entries = {f"{_KEY_PREFIX}{key}": entry["logprob"] for key, entry in row.items()}
-            lists.append(_without_sampled(entries, f"{_KEY_PREFIX}{token}", k))
-        return self._pack(lists, k)
 
     def _asked_for(self) -> str:
         assert self._info is not None
@@ -575,27 +426,19 @@ class VLLMEngine:
 
     async def _named(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
         parts = [np.empty(0)]
+        known = self._capabilities is not None and self._capabilities.named_logprobs
         for first in range(0, len(token_ids), _MAX_NAMED_TOKENS):
             names = list(token_ids[first : first + _MAX_NAMED_TOKENS])
             parts.append(
                 await self._ask(
                     [prompt],
-                    partial(self._named_values, names),
+                    partial(self._parser.named_values, names, known=known),
                     logprobs=0,
                     logprob_token_ids=names,
                     temperature=_on_wire(temperature),
                 )
             )
         return self._parser.named(np.concatenate(parts))
-
-    def _named_values(self, names: Sequence[int], choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        _, (row,) = self._sampled(choices[0], 1)
-        keys = [f"{_KEY_PREFIX}{token}" for token in names]
-        if not all(key in row for key in keys):
-            known = self._capabilities is not None and self._capabilities.named_logprobs
-            advice = "" if known else ': set missing="floor" or use a newer vLLM'
-            raise self._parser.invalid(f"no log-probabilities of some named tokens (logprob_token_ids){advice}")
-        return self._parser.named([row[key] for key in keys])
 
     async def _ask(
         self,
@@ -617,70 +460,13 @@ class VLLMEngine:
         return await self._requests.ask(
             "/v1/completions",
             payload,
-            lambda answer: read(self._choices(answer, len(prompts))),
+            lambda answer: read(self._parser.choices(answer, len(prompts))),
             model=self._asked_for,
             models=self._answering,
             prompt_tokens=(prompt_tokens := sum(map(len, prompts))),
             max_bytes=longest_answer(len(prompts), _listed(len(prompts), prompt_tokens, payload)),
             watched=watched,
         )
-
-    def _choices(self, answer: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or len(choices) != count:
-            raise EngineProtocolError(f"expected {count} choices in the answer", url=self.url)
-        choices.sort(key=lambda choice: choice["index"])
-        if [choice["index"] for choice in choices] != list(range(count)):
-            raise EngineProtocolError("the choices in the answer are not numbered 0, 1, 2, ...", url=self.url)
-        if any(choice.get("finish_reason") == "abort" for choice in choices):
-            raise EngineProtocolError("the server aborted a request, as it does on /pause", url=self.url)
-        return choices
-
-    def _sampled(self, choice: Mapping[str, Any], at_most: int) -> tuple[list[str], list[dict[str, float]]]:
-        """The tokens of a choice, as they are written, and the list at each of them, which must hold it."""
-        logprobs = choice["logprobs"]
-        keys, rows = logprobs["tokens"], logprobs["top_logprobs"]
-        if not 1 <= len(keys) <= at_most or (len(keys) < at_most and choice.get("finish_reason") != "stop"):
-            raise self._parser.invalid(f"{len(keys)} tokens instead of {at_most}")
-        for key, own, row in zip(keys, logprobs["token_logprobs"], rows, strict=True):
-            if row[key] != own:
-                raise self._parser.invalid(f"a list that disagrees with the token sampled from it, {key}")
-        return keys, rows
-
-    def _drafts(self, choices: Sequence[Mapping[str, Any]], at_most: int, k: int, *, greedy: bool = False) -> Drafts:
-        """The tokens of each choice, and the lists at all of them."""
-        drafts, rows, own = [], [], []
-        for choice in choices:
-            keys, sampled_from = self._sampled(choice, at_most)
-            drafts.append(self._parser.ids(_token_ids(keys)))
-            for key, row in zip(keys, sampled_from, strict=True):
-                own.append(row[key])
-                rows.append(_without_sampled(row, key, k))
-        lists = self._pack(rows, k)
-        if greedy and (np.array(own) < lists.logprobs.max(axis=1) - _ROUNDING).any():
-            raise self._parser.invalid("a list that holds likelier tokens than the one sampled at temperature 0")
-        return Drafts(drafts, lists)
-
-    def _pack(self, rows: list[dict[str, float]], k: int) -> TopK:
-        """Rows of `{"token_id:7": -0.3}` as arrays; parsed in bulk, the hot spot of the client."""
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        keys = " ".join(chain.from_iterable(rows))
-        if keys.count(_KEY_PREFIX) != lengths.sum():
-            raise EngineProtocolError(
-                "tokens are not written as token_id:N; the server does not honour return_tokens_as_token_ids",
-                url=self.url,
-            )
-        ids = np.fromstring(keys.replace(_KEY_PREFIX, ""), dtype=np.int64, sep=" ")
-        return self._parser.lists(ids, list(chain.from_iterable(row.values() for row in rows)), lengths, k)
-
-
-def _without_sampled(row: dict[str, float], sampled: str, k: int) -> dict[str, float]:
-    """A list without the token that happened to be sampled, where that is not one of the k: S must not depend on it."""
-    return row if len(row) <= k else {key: value for key, value in row.items() if key != sampled}
-
-
-def _token_ids(keys: Sequence[str]) -> np.ndarray:
-    return np.array([int(key.removeprefix(_KEY_PREFIX)) for key in keys], dtype=np.int64)
 
 
 def _listed(prompts: int, prompt_tokens: int, options: Mapping[str, Any]) -> int:
@@ -692,13 +478,6 @@ def _listed(prompts: int, prompt_tokens: int, options: Mapping[str, Any]) -> int
     if names := options.get("prompt_logprob_token_ids"):
         listed += (prompt_tokens - options["prompt_logprob_start"]) * len(names)
     return listed
-
-
-def _explained(error: EngineRejectedError, advice: str) -> EngineRejectedError:
-    """The same refusal, with what to do when it comes of a missing route or file."""
-    if error.status != 404:
-        return error
-    return EngineRejectedError(advice, url=error.url, status=404)
 
 
 def _on_wire(temperature: float) -> float:
