@@ -283,7 +283,8 @@ class DualRollout:
 
     def _describe(self, which: Literal["theta", "t"]) -> EngineInfo | None:
         if which not in self._served_models:
-            describe = getattr(self._open(), which).describe
+            coordinator = self._open()
+            describe = (getattr(coordinator, which) or coordinator.theta).describe  # a native server holds both
             try:
                 self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S))
             except (EngineError, TimeoutError) as error:
