@@ -195,6 +195,14 @@ def test_effective_sample_sizes_have_closed_forms(rows, alpha):
     assert ess["ess_ratio"] == pytest.approx(ess_theta / ess_t, rel=1e-8)
 
 
+@given(row_pairs(kinds=("lognormal", "peaked"), min_k=2), st.floats(0, 1))
+def test_the_weights_second_moment_is_at_most_that_power_of_a_teachers(rows, alpha):
+    theta, t = rows
+    q = compute_q_star(theta, t, alpha)
+    log_moment, log_teachers = (np.log((theta * (theta / p)).sum()) for p in (q, t))
+    assert log_moment <= alpha * log_teachers + 1e-9
+
+
 @given(row_pairs())
 def test_ends_of_the_path_are_the_models(rows):
     theta, t = rows
