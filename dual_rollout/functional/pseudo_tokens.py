@@ -17,7 +17,8 @@ so that the client gets the very number that was used. At temperatures up to 2 t
 e^-50 = 2e-22 each: they are never sampled. vLLM's API writes what is below −9999 as that: at temperatures of at least
 0.05 never α, but divergences above (9999 T − 100)/16 nats.
 
-A prompt's rows (`prompt_logprobs`) hold log π_θ instead, and −200 at all five.
+A prompt's rows (`prompt_logprobs`) hold log π_θ instead, and −200 at all five; but where π_θ has tokens that π_t lacks,
+the last holds log of their probability together.
 """
 
 from __future__ import annotations

@@ -136,7 +136,10 @@ class DualRolloutForCausalLM(nn.Module):
         size = self.vocab_size + NUM_PSEUDO_TOKENS
         served = logits_theta.new_full((len(logits_theta), size), POLICY_ROW, dtype=torch.float32)
         for some, logits in zip(served.split(_PROMPT_ROWS), logits_theta.split(_PROMPT_ROWS), strict=True):
-            some[:, : self.vocab_size] = log_softmax(logits, self.temperature)[:, : self.vocab_size]
+            logp = log_softmax(logits, self.temperature)
+            some[:, : self.vocab_size] = logp[:, : self.vocab_size]
+            if logp.shape[1] > self.vocab_size:  # or vLLM, which normalises the row, would make the others larger
+                some[:, -1] = logp[:, self.vocab_size :].logsumexp(dim=1).clamp(min=POLICY_ROW)
         return served
 
     @torch.inference_mode()
