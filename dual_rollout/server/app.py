@@ -28,7 +28,6 @@ from dual_rollout.server.protocol import (
     APIError,
     Limits,
     SamplingParams,
-    check_count,
     check_prompt,
     invalid,
     not_found,
@@ -242,16 +241,13 @@ class EmbeddedApp:
     def _completions(self, body: dict[str, Any]) -> Asked:
         prompts = parse_prompts(body.get("prompt"))
         params = parse_completion_sampling(body, self.limits)
-        check_count(len(prompts), params.n)
         name, adapter = self._served(body)
         ids = [self._encode(p, body) if isinstance(p, str) else p for p in prompts]
         for prompt in ids:
             check_prompt(prompt, self.limits, params.max_tokens)
-        return Asked(ids, params, adapter, lambda sequences: self._completions_answer(body, name, params, sequences))
+        return Asked(ids, params, adapter, lambda sequences: self._completions_answer(body, name, sequences))
 
-    def _completions_answer(
-        self, body: dict[str, Any], name: str, params: SamplingParams, sequences: list[Sequence]
-    ) -> web.Response:
+    def _completions_answer(self, body: dict[str, Any], name: str, sequences: list[Sequence]) -> web.Response:
         as_ids = bool(body.get("return_tokens_as_token_ids"))
         return_ids = bool(body.get("return_token_ids"))
         choices = [
@@ -260,11 +256,9 @@ class EmbeddedApp:
                 "text": self._text(sequence),
                 "logprobs": self._completion_logprobs(sequence, as_ids),
                 "finish_reason": sequence.finish_reason,
-                "stop_reason": sequence.stop_reason,
                 "token_ids": sequence.output_ids if return_ids else None,
                 "prompt_logprobs": self._prompt_logprobs(sequence),
                 "prompt_token_ids": sequence.tokens[: sequence.num_prompt] if return_ids else None,
-                "routed_experts": None,
             }
             for index, sequence in enumerate(sequences)
         ]
@@ -275,12 +269,7 @@ class EmbeddedApp:
                 "created": int(time.time()),
                 "model": name,
                 "choices": choices,
-                "service_tier": None,
-                "system_fingerprint": None,
-                "usage": _usage(sequences, params.n),
-                "kv_transfer_params": None,
-                "ec_transfer_params": None,
-                "metrics": None,
+                "usage": _usage(sequences),
             }
         )
 
@@ -297,43 +286,19 @@ class EmbeddedApp:
         params = parse_generate_sampling(sampling, self.limits, len(token_ids))
         name, adapter = self._served(body)
         check_prompt(token_ids, self.limits, None)
-        # vLLM lists log-probabilities here only when `logprobs` itself is set.
-        count = sampling.get("logprobs")
-        return Asked(
-            [token_ids],
-            params,
-            adapter,
-            lambda sequences: self._generate_answer(body, name, count, sequences),
-        )
+        return Asked([token_ids], params, adapter, lambda sequences: self._generate_answer(body, name, sequences[0]))
 
-    def _generate_answer(
-        self, body: dict[str, Any], name: str, count: int | None, sequences: list[Sequence]
-    ) -> web.Response:
-        choices = [
-            {
-                "index": index,
-                "logprobs": None if count is None else self._generate_logprobs(sequence, count),
-                "finish_reason": sequence.finish_reason,
-                "token_ids": sequence.output_ids,
-                "routed_experts": None,
-                "sampling_mask": None,
-            }
-            for index, sequence in enumerate(sequences)
-        ]
+    def _generate_answer(self, body: dict[str, Any], name: str, sequence: Sequence) -> web.Response:
+        choice = {"index": 0, "finish_reason": sequence.finish_reason, "token_ids": sequence.output_ids}
         return _json(
             {
                 "request_id": f"generate-tokens-{body.get('request_id') or uuid.uuid4().hex}",
                 "model": name,
                 "created": int(time.time()),
-                "choices": choices,
-                "usage": _usage(sequences, len(sequences)),
-                "prompt_logprobs": self._prompt_logprobs(sequences[0]),
-                "prompt_token_id_logprobs": _prompt_scores(sequences[0]),
-                "prompt_token_ids": body["token_ids"] if body.get("return_token_ids") else None,
-                "mm_placeholders": None,
-                "metrics": None,
-                "kv_transfer_params": None,
-                "ec_transfer_params": None,
+                "choices": [choice],
+                "usage": _usage([sequence]),
+                "prompt_logprobs": self._prompt_logprobs(sequence),
+                "prompt_token_id_logprobs": _prompt_scores(sequence),
             }
         )
 
@@ -343,21 +308,10 @@ class EmbeddedApp:
 
     def _tokenize(self, body: dict[str, Any]) -> web.Response:
         self._served(body)
-        if isinstance(body.get("messages"), list):
-            ids = self._apply_chat_template(body)
-        elif isinstance(body.get("prompt"), str):
-            ids = self._encode(body["prompt"], body)
-        else:
-            raise invalid("prompt", "Field required")
-        strings = self.tokenizer.convert_ids_to_tokens(ids) if body.get("return_token_strs") else None
-        return _json(
-            {
-                "count": len(ids),
-                "max_model_len": self.limits.max_model_len,
-                "tokens": ids,
-                "token_strs": strings,
-            }
-        )
+        if not isinstance(body.get("prompt"), str):
+            raise invalid("prompt", "Field required: a text")
+        ids = self._encode(body["prompt"], body)
+        return _json({"count": len(ids), "max_model_len": self.limits.max_model_len, "tokens": ids})
 
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -511,24 +465,6 @@ class EmbeddedApp:
     def _encode(self, text: str, body: dict[str, Any]) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=body.get("add_special_tokens") is not False)
 
-    def _apply_chat_template(self, body: dict[str, Any]) -> list[int]:
-        kwargs = body.get("chat_template_kwargs") or {}
-        if not isinstance(kwargs, dict):
-            raise invalid("chat_template_kwargs", "Input should be a valid dictionary")
-        if body.get("chat_template") is not None or "chat_template" in kwargs:
-            raise APIError("chat_template in the request is not supported by the embedded server.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                body["messages"],
-                tokenize=False,
-                add_generation_prompt=body.get("add_generation_prompt", True),
-                continue_final_message=bool(body.get("continue_final_message")),
-                **kwargs,
-            )
-        except Exception as error:  # templates raise whatever their authors chose
-            raise APIError(str(error)) from error
-        return self.tokenizer.encode(text, add_special_tokens=bool(body.get("add_special_tokens")))
-
     def _decode(self, token_id: int) -> str:
         text = self._decoded.get(token_id)
         if text is None:
@@ -554,37 +490,12 @@ class EmbeddedApp:
             "top_logprobs": [_as_dict(entry, name) for entry in listed] or [{} for _ in tokens],
         }
 
-    def _generate_logprobs(self, sequence: Sequence, count: int) -> dict[str, Any]:
-        """vLLM cuts this list to ``count`` entries with the sampled token first."""
-        content = []
-        for entry in sequence.logprobs:
-            listed = [
-                {"token": key, "logprob": logprob, "bytes": None}
-                for key, logprob in _as_dict(entry, self._id_keys.__getitem__).items()
-            ]
-            content.append({**listed[0], "top_logprobs": listed if count == -1 else listed[: max(count, 1)]})
-        return {"content": content}
-
     def _prompt_logprobs(self, sequence: Sequence) -> list[dict[str, Any] | None] | None:
         """None for the first token, then one row per prompt token computed in this request."""
         if sequence.params.prompt_logprobs is None:
             return None
-        rows: list[dict[str, Any] | None] = [None]
-        for entry in sequence.prompt_rows:
-            ranks = itertools.chain((entry.rank,), itertools.count(1))
-            rows.append(
-                {
-                    str(token_id): {
-                        "logprob": max(logprob, LOWEST_LOGPROB),
-                        "rank": rank,
-                        "decoded_token": self._decode(token_id),
-                    }
-                    for token_id, logprob, rank in zip(
-                        entry.token_ids.tolist(), entry.logprobs.tolist(), ranks, strict=False
-                    )
-                }
-            )
-        return rows
+        rows = [_as_dict(entry, str) for entry in sequence.prompt_rows]
+        return [None, *({token: {"logprob": value} for token, value in row.items()} for row in rows)]
 
 
 def _as_dict(entry: TokenLogprobs, name: Callable[[int], str]) -> dict[str, float]:
@@ -603,20 +514,17 @@ def _prompt_scores(sequence: Sequence) -> str | None:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _usage(sequences: list[Sequence], n: int) -> dict[str, Any]:
+def _usage(sequences: list[Sequence]) -> dict[str, Any]:
     """Counts over all prompts; like vLLM, ``cached_tokens`` is that of the last prompt."""
-    prompt_tokens = sum(sequence.num_prompt for sequence in sequences[::n])
+    prompt_tokens = sum(sequence.num_prompt for sequence in sequences)
     completion_tokens = sum(len(sequence.tokens) - sequence.num_prompt for sequence in sequences)
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": sequences[-n].cached_tokens,
-            "created_cache_tokens": None,
-            "multimodal_tokens": None,
+            "cached_tokens": sequences[-1].cached_tokens,
         },
-        "completion_tokens_details": None,
     }
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PROMPTS = 1024
-MAX_SEQUENCES = 16384  # of one request
 MIN_TEMPERATURE = 1e-2
 GREEDY_TEMPERATURE = 1e-5
 
 # Field -> the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "min_tokens": (None, 0),
     "stream": (None, False),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -70,7 +71,6 @@ class SamplingParams:
     max_tokens: int
     temperature: float = 1.0
     seed: int | None = None
-    n: int = 1
     logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: int | None = None
@@ -79,7 +79,6 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
-    min_tokens: int = 0
     skip_reading_prefix_cache: bool = False
 
     @property
@@ -103,7 +102,6 @@ class Limits:
     max_model_len: int
     max_logprobs: int
     max_num_seqs: int
-    default_sampling: dict[str, Any]
 
     @property
     def max_num_requests(self) -> int:
@@ -123,7 +121,7 @@ def parse_completion_sampling(body: dict[str, Any], limits: Limits) -> SamplingP
     logprob_token_ids = _ids(body, "logprob_token_ids")
     if logprob_token_ids and body.get("logprobs") is None:
         raise APIError("when using `logprob_token_ids`, `logprobs` must be set.", param="logprob_token_ids")
-    params = _parse_sampling(body, limits, default_max_tokens=16)
+    params = _parse_sampling(body, default_max_tokens=16)
     if params.max_tokens > limits.max_model_len:
         raise APIError(
             f"max_tokens={params.max_tokens} cannot be greater than max_model_len={limits.max_model_len}. "
@@ -141,17 +139,9 @@ def parse_generate_sampling(body: Any, limits: Limits, prompt_len: int) -> Sampl
     """``sampling_params`` of an ``/inference/v1/generate`` body; ``max_tokens`` defaults to all that fits."""
     if not isinstance(body, dict):
         raise invalid("sampling_params", "Input should be a valid dictionary")
-    params = _parse_sampling(body, limits, default_max_tokens=max(1, limits.max_model_len - prompt_len))
-    if params.logprob_token_ids and params.logprobs not in (None, len(params.logprob_token_ids)):
-        raise APIError(
-            "When both logprobs and logprob_token_ids are set, logprobs must equal len(logprob_token_ids). "
-            f"Got logprobs={params.logprobs}, len(logprob_token_ids)={len(params.logprob_token_ids)}.",
-            param="logprob_token_ids",
-        )
-    if params.n > limits.max_num_seqs:
-        raise APIError(
-            f"sampling_params.n must be at most the server's max_num_seqs ({limits.max_num_seqs}), got {params.n}."
-        )
+    params = _parse_sampling(body, default_max_tokens=max(1, limits.max_model_len - prompt_len))
+    if params.wants_logprobs:
+        raise APIError("log-probabilities of drawn tokens are for /v1/completions in the embedded server.")
     _check(params, limits)
     return params
 
@@ -178,15 +168,6 @@ def parse_prompts(prompt: Any) -> list[str] | list[list[int]]:
         return prompt
     _check_id_list(prompt, "prompt")
     return [prompt]
-
-
-def check_count(num_prompts: int, n: int) -> None:
-    """How many sequences one request starts."""
-    if num_prompts * n > MAX_SEQUENCES:
-        raise APIError(
-            f"n={n} for {num_prompts} prompts exceeds the maximum allowed count of {MAX_SEQUENCES} sequences.",
-            param="n",
-        )
 
 
 def check_prompt(token_ids: Sequence[int], limits: Limits, max_tokens: int | None) -> None:
@@ -235,11 +216,10 @@ def _check_id_list(ids: list[Any], field: str) -> None:
             raise invalid(f"{field}.{index}", "Input should be greater than or equal to 0")
 
 
-def _parse_sampling(body: dict[str, Any], limits: Limits, *, default_max_tokens: int) -> SamplingParams:
-    _refuse_unsupported(body, limits.default_sampling)
+def _parse_sampling(body: dict[str, Any], *, default_max_tokens: int) -> SamplingParams:
+    _refuse_unsupported(body)
     temperature = _number(body, "temperature")
-    if temperature is None:
-        temperature = limits.default_sampling.get("temperature", 1.0)
+    temperature = 1.0 if temperature is None else temperature
     max_tokens = _integer(body, "max_tokens")
     prompt_logprobs = _integer(body, "prompt_logprobs")
     prompt_ids = _ids(body, "prompt_logprob_token_ids")
@@ -251,7 +231,6 @@ def _parse_sampling(body: dict[str, Any], limits: Limits, *, default_max_tokens:
         max_tokens=default_max_tokens if max_tokens is None else max_tokens,
         temperature=max(temperature, MIN_TEMPERATURE) if temperature > 0 else temperature,
         seed=None if seed == -1 else seed,
-        n=_integer(body, "n") or (1 if body.get("n") is None else 0),
         logprobs=_integer(body, "logprobs"),
         logprob_token_ids=_ids(body, "logprob_token_ids") or None,
         prompt_logprobs=prompt_logprobs,
@@ -260,12 +239,11 @@ def _parse_sampling(body: dict[str, Any], limits: Limits, *, default_max_tokens:
         logit_bias=_bias(body.get("logit_bias")),
         stop_token_ids=frozenset(_ids(body, "stop_token_ids") or ()),
         ignore_eos=_flag(body, "ignore_eos"),
-        min_tokens=_integer(body, "min_tokens") or 0,
         skip_reading_prefix_cache=skip,
     )
 
 
-def _refuse_unsupported(body: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _refuse_unsupported(body: dict[str, Any]) -> None:
     for field, neutral in NEUTRAL.items():
         value = body.get(field)
         if value is not None and value not in neutral:
@@ -275,30 +253,15 @@ def _refuse_unsupported(body: dict[str, Any], defaults: dict[str, Any]) -> None:
                 "or serve the model with vLLM.",
                 param=field,
             )
-        if value is None and defaults.get(field) not in neutral:
-            raise APIError(
-                f"the model's generation_config.json sets {field}={defaults[field]!r}, which the "
-                "embedded server "
-                f"does not support: send {field}={neutral[-1]!r}.",
-                param=field,
-            )
 
 
 def _check(params: SamplingParams, limits: Limits) -> None:
     """vLLM's checks of values, in its words."""
-    if params.n < 1:
-        raise APIError(f"n must be at least 1, got {params.n}.")
     if not 0.0 <= params.temperature <= 2.0:
         problem = "non-negative" if params.temperature < 0 else "in [0, 2]"
         raise APIError(f"temperature must be {problem}, got {params.temperature}.", param="temperature")
     if params.max_tokens < 1:
         raise APIError(f"max_tokens must be at least 1, got {params.max_tokens}.", param="max_tokens")
-    if not 0 <= params.min_tokens <= params.max_tokens:
-        raise APIError(
-            f"min_tokens must be less than or equal to max_tokens={params.max_tokens}, got {params.min_tokens}."
-        )
-    if params.greedy and params.n > 1:
-        raise APIError(f"n must be 1 when using greedy sampling, got {params.n}.")
     _check_count("logprobs", "sample logprobs", params.logprobs, limits)
     _check_count("prompt_logprobs", "prompt logprobs", params.prompt_logprobs, limits)
     if len(params.logprob_token_ids or ()) > MAX_LOGPROB_TOKEN_IDS:

@@ -21,7 +21,7 @@ import numpy as np
 from dual_rollout.server.model_runner import Chunk, ModelRunner
 from dual_rollout.server.prefix_cache import KVSequence, PrefixCache
 from dual_rollout.server.protocol import SamplingParams
-from dual_rollout.server.sampler import SampleRequest, TokenLogprobs, sample, top_logprobs
+from dual_rollout.server.sampler import TokenLogprobs, sample, top_logprobs
 
 logger = logging.getLogger("dual_rollout.server")
 
@@ -57,7 +57,6 @@ class Sequence:
     prompt_scores: list[np.ndarray] = field(default_factory=list)
     prompt_scores_missed: bool = False
     finish_reason: str | None = None
-    stop_reason: int | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -110,16 +109,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         processed_logprobs: bool,
-        eos_token_id: int | None,
-        extra_eos_ids: frozenset[int],
+        eos_ids: frozenset[int],
         seed: int,
     ) -> None:
         self.runner = runner
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.processed_logprobs = processed_logprobs
-        self.eos_token_id = eos_token_id
-        self.extra_eos_ids = extra_eos_ids
+        self.eos_ids = eos_ids
         self.metrics = Metrics()
         self._seeds = random.Random(seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -150,7 +147,7 @@ class Scheduler:
             raise ServerClosing("the server is shutting down")
 
     def submit(self, prompts: list[list[int]], params: SamplingParams, adapter: str | None) -> Group:
-        """Queue ``params.n`` sequences per prompt; the group's future gets them when all have finished.
+        """Queue a sequence per prompt; the group's future gets them when all have finished.
 
         Raises:
             ServerClosing: it has begun to shut down.
@@ -160,9 +157,8 @@ class Scheduler:
         # A running future cannot be cancelled by the waiting side, which would race with set_result.
         group.future.set_running_or_notify_cancel()
         for prompt in prompts:
-            for index in range(params.n):
-                rng = random.Random(self._seeds.random() if params.seed is None else params.seed + index)
-                group.sequences.append(Sequence(list(prompt), len(prompt), params, adapter, rng, group))
+            rng = random.Random(self._seeds.random() if params.seed is None else params.seed)
+            group.sequences.append(Sequence(list(prompt), len(prompt), params, adapter, rng, group))
         self._post(lambda: self._waiting.extend(group.sequences))
         return group
 
@@ -366,8 +362,8 @@ class Scheduler:
             self._draw([sequence for sequence, _ in drawing], wanted)
 
     def _draw(self, sequences: list[Sequence], logits_BV: Any) -> None:
-        requests = [SampleRequest(s.params, s.rng, self._banned(s)) for s in sequences]
-        token_ids, logprobs = sample(logits_BV, requests, processed=self.processed_logprobs)
+        params, rngs = [sequence.params for sequence in sequences], [sequence.rng for sequence in sequences]
+        token_ids, logprobs = sample(logits_BV, params, rngs, processed=self.processed_logprobs)
         self.metrics.generation_tokens += len(token_ids)
         for sequence, token_id, listed in zip(sequences, token_ids, logprobs, strict=True):
             sequence.tokens.append(token_id)
@@ -379,19 +375,10 @@ class Scheduler:
             if all(sequence.finish_reason is not None for sequence in group.sequences):
                 group.future.set_result(group.sequences)
 
-    def _banned(self, sequence: Sequence) -> frozenset[int]:
-        if len(sequence.tokens) - sequence.num_prompt >= sequence.params.min_tokens:
-            return frozenset()
-        eos = frozenset() if self.eos_token_id is None else frozenset((self.eos_token_id,))
-        return sequence.params.stop_token_ids | self.extra_eos_ids | eos
-
     def _check_stop(self, sequence: Sequence, token_id: int) -> None:
-        """vLLM's order: the tokenizer's EOS (no stop_reason), other stop ids, then length."""
         params = sequence.params
-        if token_id == self.eos_token_id and not params.ignore_eos:
+        if token_id in params.stop_token_ids or (token_id in self.eos_ids and not params.ignore_eos):
             sequence.finish_reason = "stop"
-        elif token_id in params.stop_token_ids or (token_id in self.extra_eos_ids and not params.ignore_eos):
-            sequence.finish_reason, sequence.stop_reason = "stop", token_id
         elif (
             len(sequence.tokens) >= self.cache.max_model_len
             or len(sequence.tokens) - sequence.num_prompt >= params.max_tokens
@@ -454,7 +441,7 @@ def _collect_prompt_rows(sequence: Sequence, work: _Work, row_of: dict[int, int]
     if params.prompt_logprobs is not None:
         count = rows_RV.shape[1] if params.prompt_logprobs == -1 else params.prompt_logprobs
         next_ids = [sequence.tokens[position + 1] for position in positions]
-        sequence.prompt_rows.extend(top_logprobs(rows_RV, next_ids, [count] * len(next_ids), with_ranks=True))
+        sequence.prompt_rows.extend(top_logprobs(rows_RV, next_ids, [count] * len(next_ids)))
     if params.prompt_logprob_token_ids is not None and not sequence.prompt_scores_missed:
         skipped = max(0, (params.prompt_logprob_start or 0) - positions.start)
         scored_RV = rows_RV[skipped:]

@@ -137,14 +137,13 @@ def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
             f"{config.kv_cache_gib:g}: raise it or lower --max-model-len"
         )
     eos = generation.eos_token_id
-    eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+    eos_ids = frozenset([eos] if isinstance(eos, int) else eos or []) | ({tokenizer.eos_token_id} - {None})
     scheduler = Scheduler(
         runner,
         cache,
         max_num_seqs=config.max_num_seqs,
         processed_logprobs=config.logprobs_mode == "processed_logprobs",
-        eos_token_id=tokenizer.eos_token_id,
-        extra_eos_ids=eos_ids - {tokenizer.eos_token_id},
+        eos_ids=eos_ids,
         seed=config.seed,
     )
     limits = Limits(
@@ -152,7 +151,6 @@ def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
         max_model_len=runner.max_model_len,
         max_logprobs=config.max_logprobs,
         max_num_seqs=config.max_num_seqs,
-        default_sampling=_default_sampling(generation),
     )
     names = list(config.served_model_name) or [config.model]
     app = EmbeddedApp(
@@ -175,13 +173,6 @@ def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
         runner.max_model_len,
     )
     return app.routes(), scheduler
-
-
-def _default_sampling(generation: Any) -> dict[str, Any]:
-    """Sampling defaults of generation_config.json, which vLLM applies when a request does not say."""
-    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    stated = generation.to_diff_dict()
-    return {field: stated[field] for field in fields if stated.get(field) is not None}
 
 
 async def _run(app: Any, listener: socket.socket, scheduler: Any, until_stdin_ends: bool) -> None:

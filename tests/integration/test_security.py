@@ -115,7 +115,7 @@ SAMPLING = (
 )
 FIELDS = {
     "/v1/completions": ("prompt", "model", "return_token_ids", "request_id", "add_special_tokens", *SAMPLING),
-    "/tokenize": ("prompt", "messages", "model", "chat_template_kwargs", "add_generation_prompt", "return_token_strs"),
+    "/tokenize": ("prompt", "model", "add_special_tokens"),
     "/detokenize": ("tokens", "model"),
     "/collective_rpc": ("method", "kwargs", "args", "timeout"),
     "/v1/load_lora_adapter": ("lora_name", "lora_path", "load_inplace"),
@@ -178,8 +178,8 @@ def test_what_is_no_json_object_is_refused(open_server: EmbeddedServer, path: st
 def test_a_request_has_a_largest_size(open_server: EmbeddedServer) -> None:
     status, _ = call(open_server.url + "/v1/completions", raw=b" " * (MAX_BODY_BYTES + 1))
     assert status == 413
-    status, answer = call(open_server.url + "/v1/completions", {"prompt": [[1]] * 1000, "n": 1000})
-    assert status == 400 and "16384 sequences" in answer["error"]["message"]
+    status, answer = call(open_server.url + "/v1/completions", {"prompt": [[1]] * 1025})
+    assert status == 400 and "maximum allowed count of 1024" in answer["error"]["message"]
 
 
 # ---- who may change what is served ----------------------------------------------------------------------------------
