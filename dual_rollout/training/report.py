@@ -24,9 +24,13 @@ _ROWS = (
 
 
 def _is_of_a_step(logs: dict[str, Any]) -> bool:
-    """Whether a log entry is about a training step or an evaluation (of one of several datasets, `eval_<name>_loss`),
-    not about the whole run."""
-    return any(name == "loss" or (name.startswith("eval_") and name.endswith("_loss")) for name in logs)
+    """Whether a log entry is about training steps or an evaluation (of one of several datasets, `eval_<name>_loss`).
+
+    The last entry is about the whole run, and has figures of the steps that `logging_steps` has left over, if any.
+    """
+    return "reward" in logs or any(
+        name == "loss" or (name.startswith("eval_") and name.endswith("_loss")) for name in logs
+    )
 
 
 class RunReport(TrainerCallback):
@@ -65,11 +69,16 @@ class RunReport(TrainerCallback):
                 entries.append(json.loads(line))
         return [entry for entry in entries if entry["step"] <= step]
 
-    def table(self) -> str:
-        """First step, last step and mean over the steps of each figure."""
+    def table(self, unlogged: dict[str, float] | None = None) -> str:
+        """First entry, last entry and mean over the entries of each figure, in 54 columns.
+
+        Args:
+            unlogged: figures of the steps since the last entry, of a run that has stopped.
+        """
+        entries = [*self._entries, *([unlogged] if unlogged else [])]
         lines = [f"{'':24}{'first':>10}{'last':>10}{'mean':>10}"]
         for label, name, form in _ROWS:
-            values = [entry[name] for entry in self._entries if entry.get(name) is not None]
+            values = [entry[name] for entry in entries if entry.get(name) is not None]
             if values:
                 cells = (values[0], values[-1], sum(values) / len(values))
                 lines.append(f"{label:24}" + "".join(f"{form.format(cell):>10}" for cell in cells))

@@ -22,10 +22,12 @@ def log_rollout(trainer: Any, outputs: Sequence[GenerationOutput], retries: int,
     weights = np.concatenate([output.importance_weights for output in outputs])
     mass = [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
     residual = [output.diagnostics["kl_diff"] for output in outputs]
+    kl = [output.diagnostics["kl_theta"] for output in outputs]
     weights = weights[~np.isnan(weights)]  # without policy_logprobs the trainer has them
     alpha = np.concatenate([output.alpha_history for output in outputs])
     log_over_processes(trainer, "sampling/rollout_weight", weights)
     log_over_processes(trainer, "sampling/alpha", alpha)
+    log_over_processes(trainer, "sampling/kl", np.concatenate(kl), ("mean", "max"))
     log_over_processes(trainer, "sampling/kl_residual", np.concatenate(residual), ("max",))
     log_over_processes(trainer, "sampling/top_k_mass", np.concatenate(mass), ("min", "mean"))
     tokens, first, second, tail, called, timed = (

@@ -16,11 +16,13 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
 from dual_rollout.exceptions import exit_status
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
+from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import with_t_prompts
 from dual_rollout.training.output_dir import check_output_dir, checkpoint_to_resume, what_is_kept
 from dual_rollout.training.processes import fail_together
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         if PartialState().is_main_process:
             check_output_dir(recipe.training, overwrite=recipe.dual.dual_overwrite_output_dir)
     checkpoint = checkpoint_to_resume(recipe.training)
+    transformers_logging.disable_progress_bar()  # one for every file that is read or saved; the console has its own
     dataset, reward_funcs = load_data(recipe)
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
     recipe.training.model_init_kwargs = {
@@ -63,8 +66,9 @@ def main(argv: list[str] | None = None) -> None:
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
             policy_check_bound=recipe.dual.dual_policy_check_bound,
         )
+        console = Console.take_over(trainer)
         with trainer.rollout:
-            with _told_when_it_stops(trainer):
+            with _told_when_it_stops(trainer, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model(str(output_dir))
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
@@ -80,13 +84,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _told_when_it_stops(trainer: DualGRPOTrainer) -> Iterator[None]:
+def _told_when_it_stops(trainer: DualGRPOTrainer, console: Console) -> Iterator[None]:
     """After Ctrl-C or an error, print the figures so far, what of the training is kept, and how to go on."""
     try:
         yield
     except BaseException:
+        console.close()
         if trainer.accelerator.is_main_process:
-            print(trainer.report.table())
+            print(trainer.report.table(unlogged=trainer.unlogged_metrics()))
             print(what_is_kept(trainer.args, trainer.state), flush=True)
         raise
 

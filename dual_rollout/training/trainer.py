@@ -155,6 +155,10 @@ class DualTrainerMixin(_Trainer):
         self.remove_sent_weights()  # of a run that was killed
         return super().train(*args, **kwargs)
 
+    def unlogged_metrics(self) -> dict[str, float]:
+        """Means of what was measured in training since the last log entry, by the metrics' names."""
+        return {name: sum(values) / len(values) for name, values in self._metrics["train"].items() if values}
+
     def remove_sent_weights(self) -> None:
         """Remove what was written for π_θ's server and is still there: of a killed run, or a run's last adapter."""
         if self.is_world_process_zero():

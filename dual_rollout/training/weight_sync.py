@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
 
 from dual_rollout.exceptions import WeightSyncError
 from dual_rollout.training.policy_weights import (
@@ -182,7 +183,8 @@ class DiskWeightSync:
             self._checked = True
         try:
             with _writing(path):
-                model.save_pretrained(path, state_dict=tensors)
+                with _without_bars():
+                    model.save_pretrained(path, state_dict=tensors)
                 _readable(path)
             rollout.reload_policy_weights(str(path))
         finally:
@@ -213,7 +215,8 @@ class LoraWeightSync:
         # PEFT gives every adapter but the one named "default" a folder of its own.
         adapter = path if name == "default" else path / name
         with _writing(path):
-            model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
+            with _without_bars():
+                model.save_pretrained(path, state_dict=tensors, selected_adapters=[name], save_embedding_layers=False)
             _readable(path)
             with safe_open(adapter / "adapter_model.safetensors", framework="pt") as written:
                 if not written.keys():
@@ -265,6 +268,18 @@ def _writing(path: Path) -> Iterator[None]:
             f"the policy's weights cannot be written to {path}: {error}{free}. Make room (a sync needs as much as a "
             "checkpoint of the model without its optimizer), or set dual_weight_sync_dir to another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for every file that it writes, and weights are sent at every step."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _readable(folder: Path) -> None:

@@ -28,7 +28,7 @@ def stopping(completions: list[Any], trainer_state: Any, **columns: Any) -> list
 def stopping_recipe(folder: Path, pair: TinyPair, **changes: Any) -> Path:
     urls = {"dual_theta_url": pair.theta_url, "dual_t_url": pair.t_url}
     reward = {"reward_funcs": ["tests.integration.test_stopped_runs.stopping"]}
-    return write_recipe(folder, (pair.theta_model, pair.t_model), **urls, **reward, **changes)
+    return write_recipe(folder, (pair.theta_model, pair.t_model), **{**urls, **reward, **changes})
 
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(

@@ -1,0 +1,111 @@
+"""What a training run shows while it works: one bar, one line per logged step, and each alarm once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from dual_rollout.training.alarms import alarms
+
+COLUMNS = (
+    ("reward q*", 10, "reward", "{:.3f}"),
+    ("α", 6, "sampling/alpha/mean", "{:.2f}"),
+    ("ESS", 6, "sampling/effective_sample_size_ratio", "{:.2f}"),
+    ("w max", 7, "sampling/importance_sampling_ratio/max", "{:.2f}"),
+    ("drift", 8, "sampling/policy_drift/mean", "{:.2g}"),
+    ("tok/s", 7, "rollout/tokens_per_second", "{:.0f}"),
+    ("rollout", 9, "rollout/seconds", "{:.1f} s"),
+    ("sync", 8, "perf/weight_sync_s", "{:.1f} s"),
+    ("update", 8, "perf/update_s", "{:.1f} s"),
+)
+"""Heading, width, metric and form of what a line shows of a step; with the step's number it fits 80 columns."""
+
+STEP_WIDTH = 6
+HEADING = f"{'step':>{STEP_WIDTH}}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
+HEADING_EVERY = 20
+
+
+class Console(TrainerCallback):
+    """Takes the place of transformers' callbacks that print all of a step's figures as a dictionary.
+
+    Every figure is in `metrics.jsonl` and goes to the trackers; here are those that one looks at while a run works.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._lines = 0
+        self._said: set[str] = set()
+
+    @classmethod
+    def take_over(cls, trainer: Any) -> Console:
+        """A console in the place of the trainer's own."""
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        console = cls()
+        trainer.add_callback(console)
+        return console
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                disable=args.disable_tqdm,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "reward" in logs:
+            if self._lines % HEADING_EVERY == 0:
+                self._print(HEADING)
+            self._lines += 1
+            self._print(step_line(state.global_step, logs))
+        for line in evaluation_lines(state.global_step, logs):
+            self._print(line)
+        for name, text in alarms(logs).items():
+            if name not in self._said:
+                self._said.add(name)
+                self._print(f"! {text}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, also after an error."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)  # above the bar
+        sys.stdout.flush()
+
+
+def step_line(step: int, logs: dict[str, Any]) -> str:
+    """The figures of a step under `HEADING`; a dash for what it does not have."""
+    cells = [form.format(logs[name]) if logs.get(name) is not None else "–" for _, _, name, form in COLUMNS]
+    widths = [width for _, width, _, _ in COLUMNS]
+    return f"{step:>{STEP_WIDTH}}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def evaluation_lines(step: int, logs: dict[str, Any]) -> list[str]:
+    """One line per evaluated dataset: the reward of the policy alone."""
+    lines = []
+    for name, value in logs.items():
+        if name.startswith("eval_") and name.endswith("reward"):
+            dataset = name.removeprefix("eval_").removesuffix("reward").rstrip("_")
+            words = f"reward of the policy alone, evaluated {dataset}".rstrip()
+            lines.append(f"{step:>{STEP_WIDTH}} {value:>9.3f}  {words}")
+    return lines
