@@ -31,7 +31,7 @@ def test_a_step_is_one_line_under_its_heading() -> None:
     assert line.split() == ["12", "0.512", "0.49", "0.87", "2.13", "0.0021", "35", "12.3", "s", "1.2", "s", "9.8", "s"]
     assert len(line) == len(HEADING) == STEP_WIDTH + sum(width for _, width, _, _ in COLUMNS) <= 80
     assert step_line(13, {"reward": 1.0}).split() == ["13", "1.000", *["–"] * 8], "what a step does not have"
-    large = {name: 123456.7 for name in STEP}
+    large = dict.fromkeys(STEP, 123456.7)
     assert len(step_line(1234567, large).split()) == len(line.split()), "no two cells touch"
 
 
