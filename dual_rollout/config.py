@@ -156,7 +156,7 @@ class CoordinatorConfig:
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.", _FROM_0)
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
     max_concurrency: int = _option(64, "Sequences in flight at once.", _FROM_1)
-    max_retries: int = _option(5, "Repeats after a transport error, 429 or 502-504.", _FROM_0)
+    max_retries: int = _option(5, "Times that one request is sent again, whatever went wrong (docs/scale.md).", _FROM_0)
     request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.", _ABOVE_0)
     total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.", _ABOVE_0)
     connection_pool_size: int = _option(32, "Open connections per server.", _FROM_1)

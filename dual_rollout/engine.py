@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import contextlib
+import contextvars
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -56,6 +58,24 @@ class Drafts:
 
     token_ids: list[np.ndarray]
     lists: TopK
+
+
+_SENDING_ONCE = contextvars.ContextVar("_SENDING_ONCE", default=False)
+
+
+@contextlib.contextmanager
+def sent_once() -> Iterator[None]:
+    """Requests that are made inside are sent once: whoever makes them tries again by other means, or not at all."""
+    token = _SENDING_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _SENDING_ONCE.reset(token)
+
+
+def sending_once() -> bool:
+    """Whether this is inside `sent_once`."""
+    return _SENDING_ONCE.get()
 
 
 def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[Context]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dual_rollout.decoding.call import DecodingCall
-from dual_rollout.decoding.outage import patiently, until_back
+from dual_rollout.decoding.outage import until_back
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.engine import Context, ScoringEngine
 from dual_rollout.exceptions import DualRolloutError
@@ -77,17 +77,17 @@ async def _score(call: DecodingCall, engine: ScoringEngine, text: _Text, unknown
     context = text.context
     first = len(context) - len(text.logprobs)
     last = first + indices[-1] + 1
-    temperature, retries = call.config.temperature, call.config.max_retries
+    temperature = call.config.temperature
     served = await engine.probe(context)
     few = len(indices) * _NAMED_COST <= last
     if few and served.prefix_caching and served.names_tokens_at(temperature):
         prefixes = [Context.like(context, context[: first + i]) for i in indices]
         names = [[context[first + i]] for i in indices]
-        values = await patiently(lambda: engine.named_logprobs(prefixes, names, temperature), retries)
+        values = await engine.named_logprobs(prefixes, names, temperature)
         exact = [float(value[0]) for value in values]
     else:
         seen = Context.like(context, context[:last])
-        own, top = await patiently(lambda: engine.score(seen, first), retries)
+        own, top = await engine.score(seen, first)
         exact = [(own[i] - top[i]) / temperature + text.tops[i] for i in indices]
     for i, logprob in zip(indices, exact, strict=True):
         text.logprobs[i] = logprob

@@ -6,7 +6,7 @@ import logging
 import time
 
 from dual_rollout.decoding.call import DecodingCall
-from dual_rollout.decoding.outage import Outage, patiently, until_back
+from dual_rollout.decoding.outage import Outage, until_back
 from dual_rollout.decoding.policy import Policy
 from dual_rollout.decoding.scheduler import Mode
 from dual_rollout.decoding.sequence import DecodingSequence
@@ -47,9 +47,8 @@ class TargetFailover:
     async def _advance_with_target(self, sequences: list[DecodingSequence]) -> None:
         if not self._outage.lasts:
             started = time.monotonic()
-            retries = self._call.config.max_retries if len(sequences) == 1 else 0
             try:
-                await patiently(lambda: self._mode.advance(sequences), retries)
+                await self._mode.advance(sequences)
                 return
             except (EngineUnavailableError, EngineProtocolError) as error:
                 if error.url != self._call.t.engine.url:

@@ -1,4 +1,4 @@
-"""Servers that are gone, or answer badly for a while: when to ask them again, and waiting for them."""
+"""Servers that are gone: when to ask them again, and waiting for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dual_rollout.exceptions import EngineProtocolError, EngineUnavailableError
+from dual_rollout.exceptions import EngineUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 _RESPITE = 10.0  # a lost target is left alone for this many times as long as it took to find it lost
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 0.25, 15.0
 
 
 @dataclass(slots=True)
@@ -45,25 +44,6 @@ async def until_back(ask: Callable[[], Awaitable[T]], url: str) -> T:
                 raise
             logger.warning("waiting for the target (on_target_failure is wait): %s", error)
         await asyncio.sleep(_PAUSE_S)
-
-
-async def patiently(ask: Callable[[], Awaitable[T]], retries: int) -> T:
-    """What `ask` gives, asked for up to `retries` times again while it is answered badly.
-
-    For questions of one sequence: a server that is being restarted behind a proxy answers everything so for a while.
-    """
-    for attempt in range(retries):
-        try:
-            return await ask()
-        except EngineProtocolError as error:
-            logger.warning("%s; waiting a little", error)
-        await asyncio.sleep(patience_s(attempt))
-    return await ask()
-
-
-def patience_s(attempt: int) -> float:
-    """The pause before the question is asked again that has been answered badly in `attempt` + 1 attempts."""
-    return min(_FIRST_PATIENCE_S * 2.0 ** min(attempt, 10), _LONGEST_PATIENCE_S)
 
 
 async def ask_target(ask: Callable[[], Awaitable[T]], url: str, on_target_failure: str) -> T | None:

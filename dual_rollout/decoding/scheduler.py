@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Iterable
 from typing import Protocol
 
 from dual_rollout.decoding.call import DecodingCall
 from dual_rollout.decoding.completion import complete_record
-from dual_rollout.decoding.outage import patience_s
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
 from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.engine import sent_once
 from dual_rollout.exceptions import (
     DualRolloutError,
     EngineProtocolError,
@@ -114,7 +113,7 @@ class Scheduler:
     async def _round(self, mode: Mode, group: list[DecodingSequence]) -> None:
         config = self._call.config
         async with self._weights.in_use(group):
-            await advance(mode, group, config.max_retries)
+            await advance(mode, group)
             if config.allow_mixed_versions:  # what no list held is asked while its weights are there
                 await asyncio.gather(*(complete_record(self._call, sequence) for sequence in group))
 
@@ -152,32 +151,35 @@ class Scheduler:
             task.result()
 
 
-async def advance(mode: Mode, sequences: list[DecodingSequence], retries: int) -> None:
-    """One round, with faults kept to the sequences they concern.
-
-    Where all of them are answered badly, it is the server: the round is repeated up to `retries` times.
-    """
-    for attempt in itertools.count():
-        faults = await _faults(mode, sequences)
-        outage = len(faults) == len(sequences) and all(isinstance(e, EngineProtocolError) for e in faults.values())
-        if not outage or attempt == retries:
-            break
-        await asyncio.sleep(patience_s(attempt))
-    for sequence, error in faults.items():
-        sequence.fail(error)
-
-
-async def _faults(mode: Mode, sequences: list[DecodingSequence]) -> dict[DecodingSequence, DualRolloutError]:
-    """Advance those that can be; the others, and why they cannot.
-
-    One bad prompt makes a server refuse the whole list, or answer it badly: it is found by halving.
-    """
+async def advance(mode: Mode, sequences: list[DecodingSequence]) -> None:
+    """One round, with faults kept to the sequences they concern."""
     try:
         await mode.advance(sequences)
-        return {}
     except DualRolloutError as error:
-        if len(sequences) == 1 or not isinstance(error, (EngineRejectedError, EngineProtocolError)):
-            return dict.fromkeys(sequences, error)
+        with sent_once():
+            faults = await _narrowed(mode, sequences, error)
+        for sequence, fault in faults.items():
+            sequence.fail(fault)
+
+
+async def _narrowed(
+    mode: Mode, sequences: list[DecodingSequence], error: DualRolloutError
+) -> dict[DecodingSequence, DualRolloutError]:
+    """Which sequences the error of a round concerns; the others are advanced.
+
+    One bad prompt makes a server refuse a whole list, or answer it badly, however often it is sent. It is found by
+    halving, and each half is sent once.
+    """
+    if len(sequences) == 1 or not isinstance(error, (EngineRejectedError, EngineProtocolError)):
+        return dict.fromkeys(sequences, error)
+
+    async def faults(half: list[DecodingSequence]) -> dict[DecodingSequence, DualRolloutError]:
+        try:
+            await mode.advance(half)
+            return {}
+        except DualRolloutError as error:
+            return await _narrowed(mode, half, error)
+
     middle = len(sequences) // 2
-    first, second = await asyncio.gather(_faults(mode, sequences[:middle]), _faults(mode, sequences[middle:]))
+    first, second = await asyncio.gather(faults(sequences[:middle]), faults(sequences[middle:]))
     return first | second

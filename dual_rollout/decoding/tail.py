@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from dual_rollout.decoding.call import DecodingCall, both
-from dual_rollout.decoding.outage import patiently
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
 from dual_rollout.functional.candidates import ROUNDING, Candidates
@@ -56,10 +54,7 @@ async def _draw_outside(call: DecodingCall, sequence: DecodingSequence, candidat
     for _ in range(_MAX_DRAWS):
         call.stats.tail_draws += 1
         seed = int(sequence.rng.integers(2**31))
-        token = await patiently(
-            partial(engine.draw_excluding, sequence.context_theta, excluded, config.temperature, seed),
-            config.max_retries,
-        )
+        token = await engine.draw_excluding(sequence.context_theta, excluded, config.temperature, seed)
         if token not in rejected:
             return token
     raise EngineProtocolError(
@@ -86,8 +81,6 @@ async def _tail_mass(call: DecodingCall, sequence: DecodingSequence, candidates:
         call.stats.approximate_tail_weights += 1
         return float(candidates.logp_theta[row, -1])
     names = [*candidates.missing(row, candidates.exact_theta), *candidates.theta_alone]
-    (logprobs,) = await patiently(
-        lambda: engine.named_logprobs([sequence.context_theta], [names], temperature), call.config.max_retries
-    )
+    (logprobs,) = await engine.named_logprobs([sequence.context_theta], [names], temperature)
     mass = 1.0 - np.nansum(np.exp(candidates.exact_theta[row])) - np.exp(logprobs).sum()
     return math.log(max(mass, ROUNDING))

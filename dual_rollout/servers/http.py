@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
 import os
@@ -18,22 +17,13 @@ from urllib.request import proxy_bypass
 import aiohttp
 import orjson
 from aiohttp.http_exceptions import HttpProcessingError
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    RetryError,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_before_delay,
-    wait_exponential_jitter,
-)
 
 from dual_rollout.exceptions import (
     EngineOversizedError,
     EngineProtocolError,
     EngineRejectedError,
-    EngineUnavailableError,
 )
+from dual_rollout.servers.retry import NoAnswerError, RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +39,6 @@ _RETRIED_STATUS = (408, 429, 502, 503, 504)
 _PART_BYTES = 2**16
 _KEEP_ALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
 _SHOWN_CHARACTERS = 1000  # of an error's body
-_backoff = wait_exponential_jitter(multiplier=0.25, max=15.0, jitter=0.25)
 
 
 def longest_answer(choices: int, logprobs: int) -> int:
@@ -69,21 +58,8 @@ class HttpStats:
     seconds: float = 0.0
 
 
-class _TransientError(Exception):
-    """An attempt that may succeed when repeated; `retry_after` (seconds) if the server said when.
-
-    `closed`: the server closed the connection, which may have been idle for long or follow an internal error of an
-    earlier request; a new one may do at once.
-    """
-
-    def __init__(self, message: str, retry_after: float = 0.0, *, closed: bool = False):
-        super().__init__(message)
-        self.retry_after = retry_after
-        self.closed = closed
-
-
 class HttpTransport:
-    """Requests to one server. Transport errors, 408, 429 and 502-504 are repeated with exponential backoff and jitter.
+    """Requests to one server, sent again as `RetryPolicy` says.
 
     Bound to the event loop it is first used in; `aclose()` there. The API key, if any, is read from the environment
     variable `DUAL_ROLLOUT_API_KEY`; it goes to the servers of the config alone, for redirects are not followed, and is
@@ -95,6 +71,7 @@ class HttpTransport:
         discontinuities: after each of them another process may answer: new connections, attempts that got no answer,
             and 5xx, as from a proxy while the server behind it is restarted.
         answered: when the last other answer came, `time.monotonic` seconds.
+        retries: the policy, for requests that belong together, or whose answers are checked.
 
     Args:
         pool_size: open connections at most; more requests wait on this side.
@@ -119,8 +96,7 @@ class HttpTransport:
         self.discontinuities = 0
         self.answered = 0.0
         self.stats = HttpStats() if stats is None else stats
-        self._max_retries = max_retries
-        self._total_timeout = total_timeout
+        self.retries = RetryPolicy(url, max_retries, total_timeout, self._count_retry)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout)
         self._pool_size = pool_size
         self._session: aiohttp.ClientSession | None = None
@@ -150,41 +126,18 @@ class HttpTransport:
 
     async def _request(self, method: str, path: str, body: bytes | None, max_bytes: int) -> tuple[bytearray, str]:
         """The content of the answer and its type."""
-        attempts = AsyncRetrying(
-            retry=retry_if_exception_type(_TransientError),
-            stop=stop_after_attempt(self._max_retries + 1) | stop_before_delay(self._total_timeout),
-            wait=_wait,
-            before_sleep=self._note_retry,
-        )
-        try:
-            async with asyncio.timeout(self._total_timeout):
-                async for attempt in attempts:
-                    with attempt:
-                        return await self._attempt(method, path, body, max_bytes)
-        except RetryError as error:
-            last = error.last_attempt.exception()
-            tries = error.last_attempt.attempt_number
-            raise EngineUnavailableError(
-                f"{method} {path} failed {tries} times, last: {last}. Is the server up? "
-                "(max_retries, request_timeout and total_timeout bound the attempts)",
-                url=self.url,
-            ) from last
-        except TimeoutError as error:
-            raise EngineUnavailableError(
-                f"{method} {path} took longer than total_timeout={self._total_timeout:g} s", url=self.url
-            ) from error
-        raise AssertionError("tenacity returns or raises")
+        return await self.retries.command(lambda: self._attempt(method, path, body, max_bytes))
 
     async def _attempt(self, method: str, path: str, body: bytes | None, max_bytes: int) -> tuple[bytearray, str]:
         started = time.perf_counter()
-        failure: _TransientError | None = None
+        failure: NoAnswerError | None = None
         try:
             async with self._open_session().request(
                 method, self.url + path, data=body, allow_redirects=False
             ) as response:
                 content = await self._read(response, max_bytes)
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
-            failure = _interrupted(error)
+            failure = self._no_answer(f"{method} {path}", error)
         finally:
             self.stats.requests += 1
             self.stats.bytes_sent += len(body or b"")
@@ -198,9 +151,10 @@ class HttpTransport:
             self.answered = time.monotonic()
         self.stats.bytes_received += len(content)
         if response.status in _RETRIED_STATUS:
-            raise _TransientError(
-                f"HTTP {response.status}: {_error_message(content)}",
-                _retry_after(response.headers.get("Retry-After")),
+            raise NoAnswerError(
+                f"{method} {path} answered HTTP {response.status}: {_error_message(content)}",
+                url=self.url,
+                retry_after=_retry_after(response.headers.get("Retry-After")),
             )
         if 300 <= response.status < 400:
             location = _redacted(response.headers.get("Location", "nowhere"))
@@ -278,10 +232,14 @@ class HttpTransport:
         config.on_connection_create_end.append(count)
         return config
 
-    def _note_retry(self, state: RetryCallState) -> None:
+    def _no_answer(self, what: str, error: Exception) -> NoAnswerError:
+        closed = isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError))
+        refused = isinstance(error, aiohttp.ClientConnectorError)
+        text = _redacted(f"{type(error).__name__}: {error}".rstrip(": "))[:_SHOWN_CHARACTERS]
+        return NoAnswerError(f"{what} got no answer ({text})", url=self.url, closed=closed and not refused)
+
+    def _count_retry(self) -> None:
         self.stats.retries += 1
-        error = state.outcome.exception() if state.outcome else None
-        logger.warning("%s: %s; attempt %d, trying again", self.url, error, state.attempt_number)
 
 
 def proxy_for(url: str) -> str | None:
@@ -301,22 +259,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, _TransientError):
-        return _backoff(state)
-    if error.closed and state.attempt_number == 1:
-        return 0.0
-    return max(_backoff(state), error.retry_after)
-
-
-def _interrupted(error: Exception) -> _TransientError:
-    closed = isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError))
-    refused = isinstance(error, aiohttp.ClientConnectorError)
-    text = _redacted(f"{type(error).__name__}: {error}".rstrip(": "))
-    return _TransientError(text[:_SHOWN_CHARACTERS], closed=closed and not refused)
 
 
 def _retry_after(header: str | None) -> float:

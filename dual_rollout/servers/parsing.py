@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import secrets
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dual_rollout.exceptions import EngineProtocolError
-from dual_rollout.servers.http import HttpTransport
 from dual_rollout.types import NO_TOKEN, TopK
 
 logger = logging.getLogger(__name__)
@@ -34,29 +31,6 @@ _LARGEST_ID = 2**31 - 1
 _NEVER = -9999.0  # vLLM writes -inf so, SGLang as the least finite float
 _ROUNDING = 1e-3  # nats above what cannot be exceeded, and mass above 1
 _OPEN_MASS = 1e-4  # what a list of all that is possible may seem to leave open
-
-
-async def asked_again(http: HttpTransport, ask: Callable[[], Awaitable[T]]) -> T:
-    """What `ask` makes of an answer. The same question always has the same answer (nothing is drawn without a seed that
-    counts), so one that was answered with a 500, broken JSON or nonsense is asked again, at most twice."""
-    for repeat in itertools.count():
-        try:
-            return await ask()
-        except EngineProtocolError as error:
-            _let_go(error)
-            if repeat == _REPEATS:
-                raise
-            http.stats.retries += 1
-            logger.warning("%s; asking again", error)
-        await asyncio.sleep(_PAUSE_S * 2**repeat)
-    raise AssertionError("the loop returns or raises")
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Drop what the frames of an error hold, such as a long answer: a failed sequence keeps its error."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def read_as(read: Callable[[A], T], answer: A, url: str) -> T:

@@ -14,7 +14,6 @@ from dual_rollout.engine import Capabilities, EngineInfo, ScoringMethod, TokenId
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.servers.parsing import asked_again
 from dual_rollout.types import TopK
 
 _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
@@ -215,17 +214,17 @@ class Probe:
 
     async def _complete(self, **options: Any) -> Any:
         payload = {"model": self._info.model, "prompt": self.prompt, "max_tokens": 1, "temperature": 0.0, **options}
-        return await asked_again(self._http, lambda: self._http.post("/v1/completions", payload))
+        return await self._http.retries.question(lambda: self._http.post("/v1/completions", payload))
 
     async def _generate(self, prompt: TokenIds, **sampling: Any) -> Any:
         sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **sampling}
         payload = {"model": self._info.model, "token_ids": prompt, "sampling_params": sampling}
-        return await asked_again(self._http, lambda: self._http.post("/inference/v1/generate", payload))
+        return await self._http.retries.question(lambda: self._http.post("/inference/v1/generate", payload))
 
     async def _optional(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         """The answer, or None from a server that has none to this question."""
         try:
-            return await asked_again(self._http, ask)
+            return await self._http.retries.question(ask)
         except (EngineRejectedError, EngineProtocolError):
             return None
 

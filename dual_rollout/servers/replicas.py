@@ -20,6 +20,7 @@ from dual_rollout.engine import (
     EngineInfo,
     ScoringMethod,
     TokenIds,
+    sending_once,
 )
 from dual_rollout.exceptions import (
     EngineError,
@@ -30,6 +31,7 @@ from dual_rollout.exceptions import (
     EngineUnavailableError,
 )
 from dual_rollout.servers.parsing import joined
+from dual_rollout.servers.retry import pause_s
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_PROBATION_S, _LONGEST_PROBATION_S = 1.0, 60.0
-_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 15.0
 _SAME_LOGPROB = 0.5  # nats; kernels and batches differ by less, other weights by more
 _COMPARED_TOKENS, _COMPARED_CANDIDATES = 64, 5
 
@@ -292,7 +293,9 @@ class Replicas:
         if the other does better; otherwise the prompts are to blame, and the error is raised. A question that none
         answers in `attempts` (each replica once, and `max_retries` more) is given up, however well they say they are.
         """
-        left = (self._max_retries + len(self._replicas) if attempts is None else attempts) - 1
+        if attempts is None:
+            attempts = len(self._replicas) + (0 if sending_once() else self._max_retries)
+        left = attempts - 1
         indices = range(len(prompts)) if indices is None else indices
         homes = await self._homes(prompts, indices, tried)
 
@@ -412,7 +415,7 @@ class Replicas:
                 if any(replica.out_until is None for replica in self._replicas):
                     return
                 if attempt:
-                    await asyncio.sleep(min(_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S))
+                    await asyncio.sleep(pause_s(attempt))
                 await asyncio.gather(*(self._try(replica) for replica in self._replicas))
             if all(replica.out_until is not None for replica in self._replicas):
                 raise EngineUnavailableError(f"no replica is left, last: {self._last_error}", url=self.url)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.servers.http import HttpTransport, shown
 from dual_rollout.servers.identity import ServerIdentity
-from dual_rollout.servers.parsing import RequestIds, asked_again, read_as
+from dual_rollout.servers.parsing import RequestIds, read_as
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class CheckedRequests:
             self._check(path, answer, number, models(), prompt_tokens)
             return read_as(read, answer, self._http.url)
 
-        return await asked_again(self._http, once)
+        return await self._http.retries.question(once)
 
     def _check(self, path: str, answer: Any, number: str, models: set[str], prompt_tokens: int) -> None:
         """Whether it is an answer to that request."""
@@ -125,4 +125,4 @@ class BirthInMetrics:
                 raise EngineProtocolError(what, url=self._http.url)
             return None
 
-        return await asked_again(self._http, ask)
+        return await self._http.retries.question(ask)

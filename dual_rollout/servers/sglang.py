@@ -30,7 +30,7 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import NextTokens, ServerIdentity, listed
-from dual_rollout.servers.parsing import AnswerParser, RequestIds, asked_again, read_as
+from dual_rollout.servers.parsing import AnswerParser, RequestIds, read_as
 from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
@@ -501,7 +501,7 @@ class SGLangEngine:
             metas = [self._meta_info(*item) for item in zip(answers, prompts, numbers, strict=True)]
             return read_as(read, metas, self.url)
 
-        return await asked_again(self._http, once)
+        return await self._http.retries.question(once)
 
     def _meta_info(self, answer: Any, prompt: TokenIds, number: str) -> Mapping[str, Any]:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None

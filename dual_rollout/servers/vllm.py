@@ -26,7 +26,7 @@ from dual_rollout.functional.candidates import at_temperature
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
 from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.servers.parsing import MALFORMED, asked_again, joined
+from dual_rollout.servers.parsing import MALFORMED, joined
 from dual_rollout.servers.probe import Probe, summary
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
@@ -73,7 +73,7 @@ class VLLMEngine(VLLMWeights):
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
-            info, self._names = await asked_again(self._http, self._described)
+            info, self._names = await self._http.retries.question(self._described)
             self._info = info
         return self._info
 
@@ -81,7 +81,7 @@ class VLLMEngine(VLLMWeights):
         """The server was restarted: is it the same model, perhaps under another name?"""
         before = await self.describe()
         try:
-            now, names = await asked_again(self._http, self._described)
+            now, names = await self._http.retries.question(self._described)
         except EngineRejectedError as error:
             raise EngineReplacedError(f"was replaced by a server of another model ({error})", url=self.url) from error
         if now.root != before.root:
@@ -267,7 +267,7 @@ class VLLMEngine(VLLMWeights):
                 raise EngineProtocolError("/detokenize answered without a text", url=self.url)
             return answer["prompt"]
 
-        return await asked_again(self._http, ask)
+        return await self._http.retries.question(ask)
 
     async def health(self) -> None:
         await self._http.get("/health")

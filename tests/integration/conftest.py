@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenacity import wait_exponential_jitter
 
-from dual_rollout.decoding import outage
-from dual_rollout.servers import http, parsing, replicas
+from dual_rollout.servers import retry
 from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.warm_servers import WarmServer
 
@@ -48,7 +46,6 @@ def tiny_pair(tiny_models: tuple[Path, Path]) -> Iterator[TinyPair]:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the usual ones before a question is asked again, for faults that are over at once or stay."""
-    for module, name in ((parsing, "_PAUSE_S"), (outage, "_FIRST_PATIENCE_S"), (replicas, "_BACKOFF_S")):
-        monkeypatch.setattr(module, name, 0.1 * getattr(module, name))
-    monkeypatch.setattr(http, "_backoff", wait_exponential_jitter(multiplier=0.025, max=1.5, jitter=0.025))
+    """A tenth of the usual ones before a request is sent again, for faults that are over at once or stay."""
+    for name in ("_FIRST_PAUSE_S", "_LONGEST_PAUSE_S", "_JITTER_S"):
+        monkeypatch.setattr(retry, name, 0.1 * getattr(retry, name))

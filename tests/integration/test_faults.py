@@ -322,6 +322,41 @@ def test_a_fault_that_stays_is_reported_and_nothing_hangs(tiny_pair: TinyPair, n
         assert len(output.importance_weights) == len(output.logprobs_q) == len(output.generated_tokens)
 
 
+MANY = [[10 + i, 20, 30] for i in range(64)]
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize("max_retries", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "side", "run"),
+    [("500", "t", LOCKSTEP), ("500", "theta", LOCKSTEP), ("500", "theta", BLOCK), ("NaN", "t", LOCKSTEP)],
+    ids=str,
+)
+def test_requests_to_a_server_of_which_no_answer_is_of_use(
+    tiny_pair: TinyPair, name: str, side: str, run: Run, max_retries: int
+):
+    """The bound that docs/scale.md states: a list is sent 1 + max_retries times, and its halves, down to each prompt,
+    once; a draft is a request of its own, and each sequence is in one half of each size."""
+
+    async def generated() -> tuple[list[GenerationOutput], int]:
+        async with FaultProxy(tiny_pair.theta_url).running() as theta, FaultProxy(tiny_pair.t_url).running() as t:
+            config = dataclasses.replace(configured(theta.url, t.url, run), max_retries=max_retries)
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch(PROMPTS[:1], max_tokens=1)
+                bad = theta if side == "theta" else t
+                bad.fault = SURVIVED[name](bad)
+                outputs = await coordinator.generate_batch(MANY, max_tokens=MAX_TOKENS)
+                return outputs, bad.injected
+
+    outputs, requests = asyncio.run(asyncio.wait_for(generated(), 100))
+    assert all(output.error is not None and not output.generated_tokens for output in outputs)
+    n = len(MANY)
+    if run is LOCKSTEP:
+        assert requests <= 2 * n - 1 + max_retries
+    else:
+        assert requests <= n * (1 + max_retries + math.log2(n))
+
+
 @pytest.mark.parametrize(("side", "run"), [("t", LOCKSTEP), ("theta", BLOCK), ("theta", TAIL)], ids=str)
 def test_a_server_that_answers_500_for_seconds_is_waited_for(tiny_pair: TinyPair, side: str, run: Run):
     """As a proxy does while the server behind it is restarted."""

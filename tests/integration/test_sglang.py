@@ -25,7 +25,7 @@ from dual_rollout.exceptions import (
     EngineRejectedError,
     EngineUnavailableError,
 )
-from dual_rollout.servers import HttpTransport, SGLangEngine, parsing
+from dual_rollout.servers import HttpTransport, SGLangEngine, retry
 from dual_rollout.types import NO_TOKEN
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import tempered
@@ -47,7 +47,7 @@ PROMPTS = [[1, 2], [3, 4, 5], [0]]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parsing, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.01)
 
 
 def with_engine(
@@ -565,7 +565,7 @@ def test_an_answer_that_is_invalid_once_is_asked_for_again():
             assert len(stub.requests) == count + (count == 6)
 
     stub.alter = alter
-    with_engine(stub, use)
+    with_engine(stub, use, max_retries=1)
 
 
 @pytest.mark.parametrize("limit", ["x", 1.5, -3, True, [1]])

@@ -22,7 +22,6 @@ from typing import Any
 import orjson
 import pytest
 from aiohttp import web
-from tenacity import wait_fixed
 
 from dual_rollout import CoordinatorConfig
 from dual_rollout.exceptions import (
@@ -32,7 +31,7 @@ from dual_rollout.exceptions import (
     EngineRejectedError,
     EngineUnavailableError,
 )
-from dual_rollout.servers import HttpTransport, parsing
+from dual_rollout.servers import HttpTransport, parsing, retry
 from dual_rollout.servers.http import USUAL_RESPONSE_BYTES, longest_answer, shown
 
 Answer = Callable[[web.Request], Any]
@@ -191,7 +190,8 @@ def test_retry_after_is_obeyed():
 
 def test_a_closed_connection_is_replaced_at_once(monkeypatch):
     """vLLM closes idle connections, and those of requests after an internal error, without saying so."""
-    monkeypatch.setattr("dual_rollout.servers.http._backoff", wait_fixed(1000))  # which `total_timeout` does not allow
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 1000.0)  # which `total_timeout` does not allow
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE_S", 1000.0)
     server = FaultyServer(reset_at_once, ok)
     assert post(server) == {"fine": True}
 
@@ -331,7 +331,8 @@ def test_a_compressed_answer_is_refused_before_it_is_unpacked(code: int):
 
 def test_an_error_does_not_keep_the_answer(monkeypatch: pytest.MonkeyPatch):
     """Sequences keep their errors, and an error the local variables of where it was raised."""
-    monkeypatch.setattr(parsing, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "_JITTER_S", 0.0)
     read: list[weakref.ref[Any]] = []
 
     class Answer:
@@ -344,7 +345,7 @@ def test_an_error_does_not_keep_the_answer(monkeypatch: pytest.MonkeyPatch):
 
     async def run() -> EngineProtocolError:
         with pytest.raises(EngineProtocolError, match="another shape") as caught:
-            await parsing.asked_again(HttpTransport("http://a"), ask)
+            await HttpTransport("http://a", max_retries=2).retries.question(ask)
         return caught.value
 
     kept = asyncio.run(run())

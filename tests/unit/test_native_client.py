@@ -20,6 +20,7 @@ from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLI
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats
 from dual_rollout.servers.native import NativeEngine, NativeSample
+from dual_rollout.servers.retry import RetryPolicy
 
 VOCAB_SIZE = 20
 ALPHA, KL_THETA, KL_T = 0.25, 0.5, 0.75
@@ -37,8 +38,12 @@ class Server:
 
     def __init__(self) -> None:
         self.stats = HttpStats()
+        self.retries = RetryPolicy(self.url, max_retries=2, total_timeout=60.0, count=self.count_retry)
         self.payloads: list[dict[str, Any]] = []
         self.spoils: list[Spoil] = []
+
+    def count_retry(self) -> None:
+        self.stats.retries += 1
 
     async def get(self, path: str) -> Any:
         assert path == "/v1/models"

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.decoding import outage
 from dual_rollout.decoding.call import CallSettings, DecodingCall
 from dual_rollout.decoding.scheduler import Scheduler, advance
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Choice, Load, Tuner
 from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.engine import sending_once
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 
 
@@ -29,22 +29,18 @@ def add_token(sequence: DecodingSequence) -> None:
 
 
 class OneToken:
-    """A mode that gives every sequence a token, and refuses a round with one of `bad` prompts in it. Until its
-    `well_from`-th round the server answers nonsense."""
+    """A mode that gives every sequence a token, and refuses a round with one of `bad` prompts in it."""
 
-    def __init__(self, bad: set[int] | None = None, down: bool = False, well_from: int = 0):
+    def __init__(self, bad: set[int] | None = None, down: bool = False):
         self.rounds: list[int] = []
         self._bad = bad or set()
         self._down = down
-        self._well_from = well_from
 
     async def advance(self, batch: list[DecodingSequence]) -> None:
         self.rounds.append(len(batch))
         await asyncio.sleep(0)
         if self._down:
             raise EngineUnavailableError("gone", url="http://nowhere")
-        if len(self.rounds) < self._well_from:
-            raise EngineProtocolError("HTTP 500", url="http://nowhere")
         if any(sequence.context_theta[0] in self._bad for sequence in batch):
             raise EngineRejectedError("bad prompt", url="http://nowhere", status=400)
         for sequence in batch:
@@ -91,7 +87,7 @@ def test_rounds_can_be_counted_and_resumed() -> None:
 
 def test_a_bad_prompt_is_found_and_fails_alone() -> None:
     batch = sequences(9)
-    asyncio.run(advance(OneToken(bad={4}), batch, retries=5))
+    asyncio.run(advance(OneToken(bad={4}), batch))
     assert [sequence.failure is not None for sequence in batch] == [i == 4 for i in range(9)]
     assert [len(sequence.tokens) for sequence in batch] == [0 if i == 4 else 1 for i in range(9)]
 
@@ -99,20 +95,25 @@ def test_a_bad_prompt_is_found_and_fails_alone() -> None:
 def test_a_server_that_is_gone_fails_the_round() -> None:
     batch = sequences(3)
     mode = OneToken(down=True)
-    asyncio.run(advance(mode, batch, retries=5))
+    asyncio.run(advance(mode, batch))
     assert all(isinstance(sequence.failure, EngineUnavailableError) for sequence in batch)
     assert mode.rounds == [3], "a dead server is not asked again for every sequence"
 
 
-def test_a_server_that_answers_everything_badly_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "_FIRST_PATIENCE_S", 0.001)
-    batch = sequences(4)
-    asyncio.run(advance(OneToken(bad={2}, well_from=7 + 7 + 1), batch, retries=2))  # two rounds with all their halves
-    assert [sequence.failure is not None for sequence in batch] == [i == 2 for i in range(4)]
-    assert [len(sequence.tokens) for sequence in batch] == [0 if i == 2 else 1 for i in range(4)]
-    batch = sequences(4)
-    asyncio.run(advance(OneToken(well_from=7 + 7 + 1), batch, retries=1))
-    assert all(isinstance(sequence.failure, EngineProtocolError) for sequence in batch)
+@pytest.mark.parametrize("count", [1, 4, 64])
+def test_what_is_answered_badly_is_sent_once_in_halves(count: int) -> None:
+    """2n − 1 requests at most, which the clients do not repeat, but for the first."""
+    batch, mode = sequences(count), OneToken(bad=set(range(count)))
+    repeatable: list[bool] = []
+
+    class Watched:
+        async def advance(self, batch: list[DecodingSequence]) -> None:
+            repeatable.append(not sending_once())
+            await mode.advance(batch)
+
+    asyncio.run(advance(Watched(), batch))
+    assert all(isinstance(sequence.failure, (EngineProtocolError, EngineRejectedError)) for sequence in batch)
+    assert repeatable == [True] + [False] * (2 * count - 2)
 
 
 def test_no_sequence_begins_once_a_server_is_gone() -> None:
