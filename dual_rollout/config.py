@@ -142,11 +142,6 @@ class CoordinatorConfig:
     )
     alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.", _SHARE)
     alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.", _SHARE)
-    allow_mixed_versions: bool = _option(
-        False,
-        "Whether a sequence goes on when π_θ's weights change under way, with the version of each token recorded "
-        "(weight_versions). Otherwise it ends with an error.",
-    )
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.", _ABOVE_0)
     policy_logprobs: bool = _option(
         True,

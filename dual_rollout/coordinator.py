@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -85,29 +84,12 @@ class DualVLLMCoordinator:
 
     @property
     def weight_version(self) -> int | None:
-        """The version of π_θ's weights, for the outputs to record; set by whoever changes the weights between rollouts.
-
-        For a change while sequences are drawn there is `changing_weights`.
-        """
+        """The version of π_θ's weights, for the outputs to record. Whoever changes them between rollouts sets it."""
         return self._weights.version
 
     @weight_version.setter
     def weight_version(self, version: int | None) -> None:
         self._weights.version = version
-
-    def changing_weights(self, version: int) -> AbstractAsyncContextManager[None]:
-        """Change π_θ's weights while sequences are drawn (`allow_mixed_versions`).
-
-        ```python
-        async with coordinator.changing_weights(2):
-            await coordinator.theta.reload_weights(folder)
-        ```
-
-        The positions that are being asked for are completed first, by the weights they were asked of, and no others
-        are until the block is left; then `weight_version` is `version`. So every token's distribution, and all that is
-        recorded of it, comes from the weights whose version it has. If the block raises, the version stays.
-        """
-        return self._weights.changing(version)
 
     async def __aenter__(self) -> Self:
         return self

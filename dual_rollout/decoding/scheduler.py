@@ -111,11 +111,8 @@ class Scheduler:
             rounds = None if rounds is None else rounds - 1
 
     async def _round(self, mode: Mode, group: list[DecodingSequence]) -> None:
-        config = self._call.config
-        async with self._weights.in_use(group):
-            await advance(mode, group)
-            if config.allow_mixed_versions:  # what no list held is asked while its weights are there
-                await asyncio.gather(*(complete_record(self._call, sequence) for sequence in group))
+        self._weights.mark(group)
+        await advance(mode, group)
 
     async def _fill(self, group: list[DecodingSequence], capacity: int) -> None:
         while len(group) < capacity:
@@ -135,10 +132,8 @@ class Scheduler:
         """Complete the record aside, while the others go on."""
 
         async def complete() -> None:
-            async with self._weights.in_use():
-                await complete_record(self._call, sequence)
-                if not self._call.config.allow_mixed_versions:
-                    self._weights.refuse_mixed(sequence)
+            await complete_record(self._call, sequence)
+            self._weights.refuse_mixed(sequence)
             if self._call.settings.on_finished is not None:
                 await self._call.settings.on_finished(sequence)
 

@@ -20,8 +20,8 @@ from dual_rollout.types import NO_TOKEN, TopK
 
 _FEWEST_TOKENS = 16  # a shorter list would bound the tokens it lacks too loosely
 _ASKED_FIRST = 128
-_REQUEST = 300  # tokens of a list that cost as much as one more request for it
 _REMEMBERED = 1024  # lists
+_ENOUGH_FOR = 0.75  # of them: what is asked for next
 
 
 class TopKSource:
@@ -52,7 +52,9 @@ class TopKSource:
             most = min((await self.engine.probe(context)).max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K)
             doubled = (_FEWEST_TOKENS << i for i in range(most.bit_length()))
             self._steps = [k for k in doubled if k < most] + [most]
-        return self._cheapest() if self._needs else min(_ASKED_FIRST, self._steps[-1])
+        if not self._needs:
+            return min(_ASKED_FIRST, self._steps[-1])
+        return self._step(float(np.quantile(self._needs, _ENOUGH_FOR)))
 
     async def complete(self, top: TopK, k: int, contexts: Callable[[], Sequence[TokenIds]]) -> TopK:
         """The lists that q* is built from, out of those that came when `k` tokens were asked for after `contexts`."""
@@ -70,30 +72,15 @@ class TopKSource:
         if k >= self._steps[-1] or not short.any():
             return top
         rows, every = np.flatnonzero(short), contexts()
-        longer, left = self._cheapest(above=k), [every[row] for row in rows]
+        longer, left = self._step(k + 1), [every[row] for row in rows]
         self._stats.repeated_lists += len(rows)
         again = await self.engine.next_top_k(left, longer, self._config.temperature)
         self._count(again)
         return _replaced(top, rows, await self._until_enough(again, longer, lambda: left))
 
-    def _cheapest(self, above: int = 0) -> int:
-        """The length to ask for of lists that need more than `above` tokens, by what was needed of late.
-
-        It makes least the tokens received, counting those of the requests that follow for lists that come short, and
-        the cost of these requests. From the longest step down: the best plan for lists that no step before was enough
-        for.
-        """
-        steps = [k for k in self._steps if k > above]
-        needs = np.sort(self._needs)
-        beyond = (len(needs) - np.searchsorted(needs, [above, *steps], side="right")).tolist()
-        plans = [(0.0, 0)]
-        for i in reversed(range(len(steps))):
-            options = (
-                (beyond[i] * steps[j] + beyond[j + 1] * _REQUEST + plans[j - i][0], steps[j])
-                for j in range(i, len(steps))
-            )
-            plans.insert(0, min(options))
-        return plans[0][1]
+    def _step(self, tokens: float) -> int:
+        """The shortest length that is asked for and has as many tokens."""
+        return next(step for step in self._steps if step >= tokens)
 
     def _count(self, top: TopK) -> None:
         self._stats.received_tokens += int((top.token_ids != NO_TOKEN).sum())

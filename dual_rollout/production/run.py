@@ -37,7 +37,6 @@ _OPERATION = frozenset(
         "theta_url",
         "t_url",
         "targets",
-        "allow_mixed_versions",
         "max_concurrency",
         "max_retries",
         "request_timeout",

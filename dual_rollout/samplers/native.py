@@ -57,10 +57,9 @@ class NativeSampler:
                     sequence.fail(gone)
                 try:
                     while not sequence.done:
-                        async with self._weights.in_use([sequence]):
-                            await self._extend(sequence, settings)
-                    if not settings.config.allow_mixed_versions:
-                        self._weights.refuse_mixed(sequence)
+                        self._weights.mark([sequence])
+                        await self._extend(sequence, settings)
+                    self._weights.refuse_mixed(sequence)
                 except DualRolloutError as error:
                     sequence.fail(error)
                     gone = error if isinstance(error, EngineUnavailableError) else gone

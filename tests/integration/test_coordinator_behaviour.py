@@ -421,46 +421,7 @@ def test_one_call_equals_the_coordinator():
 # ---- versions of the weights ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoding", ["lockstep", "block"])
-def test_every_token_is_of_the_weights_whose_version_it_has(tiny_pair: TinyPair, decoding: Any) -> None:
-    """π_θ gets π_t's weights between two tokens. With lists of 3 most tokens are scored afterwards."""
-    options = {"decoding": decoding, "missing": "floor", "num_draft_tokens": 3, "ignore_eos": True, "seed": 0}
-
-    async def run() -> None:
-        config = CoordinatorConfig(
-            theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=3, allow_mixed_versions=True, **options
-        )
-        async with DualVLLMCoordinator(config) as coordinator:
-            theta, t = coordinator.theta, coordinator.t
-            coordinator.weight_version = 1
-            task = asyncio.create_task(coordinator.generate_batch(["the", "and so", "is it"], max_tokens=24))
-            while coordinator.stats.decoding.tokens < 12:
-                await asyncio.sleep(0.001)
-            try:
-                async with coordinator.changing_weights(2):
-                    seen = coordinator.stats.decoding.tokens
-                    await theta.reload_weights(str(tiny_pair.t_model))
-                    assert coordinator.stats.decoding.tokens == seen, "nothing is drawn meanwhile"
-                outputs = await task
-            finally:
-                await theta.reload_weights(str(tiny_pair.theta_model))
-            for output in outputs:
-                versions = output.weight_versions
-                assert output.error is None and versions == sorted(versions) and set(versions) == {1, 2}
-                assert len(versions) == 24 and output.weight_version == 1
-                text, first = [*output.prompt_token_ids, *output.generated_tokens], len(output.prompt_token_ids)
-                before, after = await theta.score(text, first), await t.score(text, first)
-                own = np.where(np.array(versions) == 1, before[0], after[0])
-                np.testing.assert_allclose(output.logprobs_theta, own, atol=1e-4)
-                np.testing.assert_allclose(output.logprobs_t, after[0], atol=1e-4)
-                weights = np.exp(np.array(output.logprobs_theta) - output.logprobs_q)
-                np.testing.assert_allclose(output.importance_weights, weights, rtol=1e-6)
-                assert np.abs(before[0] - after[0]).max() > 0.05, "the weights differ"
-
-    asyncio.run(asyncio.wait_for(run(), 60))
-
-
-def test_a_sequence_mixes_no_weights_unless_allowed(tiny_pair: TinyPair) -> None:
+def test_a_sequence_mixes_no_weights(tiny_pair: TinyPair) -> None:
     async def run() -> None:
         config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, ignore_eos=True)
         async with DualVLLMCoordinator(config) as coordinator:
@@ -468,12 +429,7 @@ def test_a_sequence_mixes_no_weights_unless_allowed(tiny_pair: TinyPair) -> None
             task = asyncio.create_task(coordinator.generate_batch(["the", "and so"], max_tokens=24))
             while coordinator.stats.decoding.tokens < 6:
                 await asyncio.sleep(0.001)
-            with pytest.raises(RuntimeError, match="failed"):
-                async with coordinator.changing_weights(2):
-                    raise RuntimeError("failed")
-            assert coordinator.weight_version == 1, "the change did not come about"
-            async with coordinator.changing_weights(2):
-                pass
+            coordinator.weight_version = 2
             assert all("from version 1 to 2" in str(output.error) for output in await task)
             (output,) = await coordinator.generate_batch(["the"], max_tokens=3)
             assert output.error is None and output.weight_versions == [2] * 3

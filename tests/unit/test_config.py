@@ -34,7 +34,6 @@ INVALID = {
     "kl_budget": [0.5],  # without alpha_method "kl_budget"
     "alpha_min": [-0.1, 1.5, math.nan, "0", None],
     "alpha_max": [-0.1, 1.5, math.nan, True],
-    "allow_mixed_versions": ["no", 1, None],
     "temperature": [0, -1.0, math.inf, math.nan, "1"],
     "seed": [-1, 1.5, True],
     "policy_logprobs": ["no", None, False],  # False without engine "native"
