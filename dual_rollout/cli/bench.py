@@ -105,10 +105,11 @@ _HEADER = "mode          conc. context    tok/s  req/tok  KB/tok  accept  first 
 
 
 def _line(row: Row) -> str:
+    chosen = f"\n{'':13}{row.chosen}" if row.chosen else ""
     accept = "" if row.acceptance is None else f"{row.acceptance:.2f}"
     return (
         f"{row.mode:13}{row.concurrency:>6}{row.context:>8}{row.tokens_per_second:>9.1f}{row.requests_per_token:>9.3f}"
-        f"{row.kb_per_token:>8.1f}{accept:>8}{row.first_token_s:>9.3f}{row.cpu_us_per_token:>8.0f}  {row.chosen or ''}"
+        f"{row.kb_per_token:>8.1f}{accept:>8}{row.first_token_s:>9.3f}{row.cpu_us_per_token:>8.0f}{chosen}"
     )
 
 

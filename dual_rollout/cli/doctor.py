@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import sys
+import textwrap
 from collections.abc import Awaitable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "aiohttp", "numpy")
+COLUMNS = 80
 SYMBOLS = {"ok": "✓", "failed": "✗", "optional": "–"}
 PROMPT = [1, 2, 3, 4]  # ids that any vocabulary has
 TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
@@ -303,17 +305,23 @@ def versions() -> dict[str, str]:
 
 
 def render(checks: list[Check], servers: dict[str, dict[str, Any] | None]) -> str:
-    """The report as text, to be pasted into an issue."""
-    lines = [", ".join(f"{name} {number}" for name, number in versions().items())]
+    """The report as text of 80 columns, to be pasted into an issue."""
+    lines = _wrapped("", ", ".join(f"{name} {number}" for name, number in versions().items()))
     for server, capabilities in servers.items():
         lines.append(f"{server} server: {(capabilities or {}).get('version') or 'unknown'}")
     lines.append("")
     width = max(len(check.name) for check in checks)
     for check in checks:
-        lines.append(f"{SYMBOLS[check.status]} {check.server:<4}  {check.name:<{width}}  {check.detail}")
+        lines += _wrapped(f"{SYMBOLS[check.status]} {check.server:<4}  {check.name:<{width}}  ", check.detail)
         if check.fix:
-            lines.append(f"  {'':<4}  {'':<{width}}  → {check.fix}")
+            lines += _wrapped(f"{'':<{width + 10}}→ ", check.fix)
     return "\n".join(lines)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """A text behind its label; URLs and flags stay whole, even where they are longer than a line."""
+    lines = textwrap.wrap(text, COLUMNS - len(label), break_long_words=False, break_on_hyphens=False) or ["–"]
+    return [(label if number == 0 else " " * len(label)) + line for number, line in enumerate(lines)]
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ def doctor(theta: str, t: str | None, *flags: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def in_one_line(printed: str) -> str:
+    return " ".join(printed.split())
+
+
 def report(theta: str, t: str | None, *flags: str) -> dict[str, Any]:
     status, printed = doctor(theta, t, *flags, "--json")
     found = json.loads(printed)
@@ -82,6 +86,7 @@ def test_a_good_pair(small_urls):
     status, printed = doctor(*small_urls, "--top-k", "20")
     assert status == 0
     assert "✗" not in printed and printed.count("✓") > 8
+    assert max(map(len, printed.splitlines())) <= 80
     for word in ("dual_rollout", "python", "trl", "transformers", "torch", *small_urls):
         assert word in printed
 
@@ -153,7 +158,7 @@ def test_a_server_that_compiles_at_its_first_requests_is_given_time(monkeypatch,
 
     monkeypatch.setattr("dual_rollout.cli.doctor.TIMEOUT_S", 0.5)
     assert asyncio.run(run()) == 1
-    assert "(--timeout 300)" in capsys.readouterr().out
+    assert "(--timeout 300)" in in_one_line(capsys.readouterr().out)
     assert asyncio.run(run("--timeout", "60")) == 0, capsys.readouterr().out
 
 
@@ -168,7 +173,7 @@ def test_a_web_server_is_named_by_the_title_of_its_page():
             return await asyncio.to_thread(doctor, url, url)
 
     status, printed = asyncio.run(run())
-    assert status == 1 and 'an HTML page, "404 Not Found"' in printed and "<" not in printed
+    assert status == 1 and 'an HTML page, "404 Not Found"' in in_one_line(printed) and "<" not in printed
 
 
 def test_servers_that_offer_little():
