@@ -1,0 +1,232 @@
+"""Tables and figures of docs/evidence.md, from the results.
+
+    python -m recipes.evidence.figures [--results FOLDER] [--docs docs/evidence.md]
+
+Tables replace what stands between `<!-- table NAME -->` and `<!-- end -->` in the document; figures go beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.evidence.arms import ARMS
+from recipes.evidence.run import RESULTS, read
+
+_RESAMPLES = 10_000
+_CURVES = ("grpo", "kl_symmetry", "kl_budget", "fixed", "fixed_unweighted", "sft_grpo", "teacher", "distillation")
+_OVER_TIME = (
+    ("groups_without_signal", "groups without signal"),
+    ("alpha", "α"),
+    ("kl_theta", "KL(q‖π_θ), nats per token"),
+    ("ess", "effective sample size"),
+    ("pareto_k", "Pareto k̂"),
+    ("clipped_share", "weights above 3"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    arm: str
+    seed: int
+    learning_rate: float
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    final: dict[str, Any]
+    moved: dict[str, Any]
+
+    @classmethod
+    def from_file(cls, path: Path) -> Result:
+        lines = read(path)
+
+        def of_kind(kind: str) -> list[dict[str, Any]]:
+            return [line for line in lines if line["kind"] == kind]
+
+        (run,), (final,), (moved,) = of_kind("run"), of_kind("final"), of_kind("moved")
+        return cls(run["arm"], run["seed"], run["learning_rate"], of_kind("step"), of_kind("evaluation"), final, moved)
+
+
+def results_of(folder: Path) -> dict[str, list[Result]]:
+    """By arm, in the order of the protocol."""
+    found = [Result.from_file(path) for path in sorted(folder.glob("*.jsonl"))]
+    return {arm: runs for arm in ARMS if (runs := [result for result in found if result.arm == arm])}
+
+
+def mean_and_band(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95% interval by resampling the values; both ends are the mean where there is one value."""
+    array = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).choice(array, (_RESAMPLES, len(array))).mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(array.mean()), float(low), float(high)
+
+
+def success_table(results: dict[str, list[Result]]) -> str:
+    """One row per arm, with 95% intervals over its seeds."""
+    rows = ["| arm | seeds | sampled | greedy | any of 4 | tokens sampled | KL to the start, nats a sequence |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for arm, runs in results.items():
+        cells = [
+            _interval([run.final["sampled"] for run in runs], _percent),
+            _interval([run.final["greedy"] for run in runs], _percent),
+            _interval([run.final["ever"] for run in runs], _percent),
+            f"{np.mean([run.evaluations[-1]['tokens'] for run in runs]) / 1000:.0f}k",
+            _interval([run.moved["kl_per_sequence"] for run in runs], "{:.1f}".format),
+        ]
+        rows.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def sampling_table(results: dict[str, list[Result]]) -> str:
+    """What the rollouts were like, over the first and the last tenth of the updates."""
+    columns = (("reward", "reward"), *_OVER_TIME)
+    rows = ["| arm | " + " | ".join(title for _, title in columns) + " |", "|---|" + "---|" * len(columns)]
+    for arm, runs in results.items():
+        cells = []
+        for name, _ in columns:
+            ends = []
+            for part in (slice(None, 10), slice(-10, None)):
+                values = [step[name] for run in runs for step in run.steps[part] if step.get(name) is not None]
+                ends.append(f"{np.mean(values):.2f}" if values else "–")
+            cells.append(" → ".join(ends))
+        rows.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def first_updates_table(results: dict[str, list[Result]], updates: int = 3) -> str:
+    """What the rollouts are like while the policy is still the untrained one, within the learning rate's warm-up."""
+    columns = (("reward", "reward"), *_OVER_TIME, ("weight", "mean weight, truncated"))
+    rows = ["| arm | runs | " + " | ".join(title for _, title in columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
+    for arm, runs in results.items():
+        cells = []
+        for name, _ in columns:
+            means = [np.mean([step[name] for step in run.steps[:updates] if name in step] or [np.nan]) for run in runs]
+            cells.append("–" if np.isnan(means).all() else f"{np.nanmean(means):.3f}")
+        rows.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def rates_table(results: dict[str, list[Result]]) -> str:
+    """Success before and after, one row per arm, learning rate and length."""
+    rows = ["| arm | learning rate | updates | runs | before | after |", "|---|---|---|---|---|---|"]
+    for arm, runs in results.items():
+        for rate, updates in sorted({(run.learning_rate, len(run.steps)) for run in runs}):
+            same = [run for run in runs if (run.learning_rate, len(run.steps)) == (rate, updates)]
+            before = np.mean([run.evaluations[0]["sampled"] for run in same])
+            after = np.mean([run.final["sampled"] for run in same])
+            rows.append(f"| `{arm}` | {rate:g} | {updates} | {len(same)} | {_percent(before)} | {_percent(after)} |")
+    return "\n".join(rows)
+
+
+def timing_table(folder: Path) -> str:
+    """Median seconds of a step, without the first two, on a device that does nothing else."""
+    rows = ["| arm | rollout, s | update, s | step, s |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("*.jsonl")):
+        steps = [line for line in read(path) if line["kind"] == "step" and "rollout_s" in line][2:]
+        if steps:
+            cells = [
+                f"{np.median([step[name] for step in steps]):.2f}" for name in ("rollout_s", "update_s", "seconds")
+            ]
+            rows.append(f"| `{path.stem}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(results: dict[str, list[Result]], title: str, stem: Path) -> list[Path]:
+    """Success against sampled tokens, and the rollouts over the updates; mean and band over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm in _CURVES:
+        if arm in results:
+            tokens = np.mean([[line["tokens"] for line in run.evaluations] for run in results[arm]], axis=0)
+            _band(axes, tokens / 1000, [[line["sampled"] for line in run.evaluations] for run in results[arm]], arm)
+    axes.set(
+        xlabel="tokens sampled, thousands", ylabel="held-out success of the policy alone", title=title, ylim=(0, None)
+    )
+    axes.legend(fontsize=8)
+    success = stem.with_name(f"{stem.name}-success.png")
+    figure.savefig(success, dpi=120)
+    plt.close(figure)
+
+    figure, grid = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    for axes, (name, label) in zip(grid.flat, _OVER_TIME, strict=True):
+        for arm in _CURVES:
+            rows = [[step.get(name, np.nan) for step in run.steps] for run in results.get(arm, [])]
+            if rows and not np.isnan(np.asarray(rows, dtype=float)).all():
+                _band(axes, np.arange(1, len(rows[0]) + 1), rows, arm)
+        axes.set(xlabel="update", ylabel=label)
+    grid[0, 0].legend(fontsize=6)
+    rollouts = stem.with_name(f"{stem.name}-rollouts.png")
+    figure.savefig(rollouts, dpi=100)
+    plt.close(figure)
+    return [success, rollouts]
+
+
+def _band(axes: Any, x: np.ndarray, rows: Sequence[Sequence[float]], label: str) -> None:
+    values = np.asarray(rows, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile(values[drawn].mean(axis=1), [0.025, 0.975], axis=0)
+    (line,) = axes.plot(x, values.mean(axis=0), label=label, linewidth=1.3)
+    axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+
+
+def _interval(values: Sequence[float], form: Callable[[float], str]) -> str:
+    mean, low, high = mean_and_band(values)
+    return f"{form(mean)} ({form(low)} to {form(high)})" if len(values) > 1 else form(mean)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """The document with each marked table replaced."""
+    for name, table in tables.items():
+        text = re.sub(
+            rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)",
+            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=Path("docs/evidence.md"))
+    options = parser.parse_args()
+    tables = {}
+    for folder in sorted(path for path in options.results.iterdir() if path.is_dir()):
+        results = results_of(folder)
+        tables[f"{folder.name} timing"] = timing_table(folder / "timing")
+        abandoned = results_of(folder / "rate-too-high")
+        if abandoned:
+            tables[f"{folder.name} first updates"] = first_updates_table(abandoned)
+            tables[f"{folder.name} rates"] = rates_table(abandoned)
+        if results:
+            tables[f"{folder.name} success"] = success_table(results)
+            tables[f"{folder.name} rollouts"] = sampling_table(results)
+            for path in draw(
+                results, f"{folder.name}: mean and 95% band over seeds", options.docs.parent / f"evidence-{folder.name}"
+            ):
+                print(path)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table}")
+    if options.docs.exists():
+        options.docs.write_text(fill(options.docs.read_text(), tables))
+
+
+if __name__ == "__main__":
+    main()
