@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         sample_from_distribution,
         solve_kl_symmetry,
     )
+    from dual_rollout.training.distillation import DualDistillationTrainer
     from dual_rollout.training.rloo import DualRLOOTrainer
     from dual_rollout.training.rollout import DualRollout
     from dual_rollout.training.rollout_batch import RolloutBatch
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 # Loaded on first use: a process that only coordinates never imports torch, and the numerics need numpy alone.
 _HOME = {
     "CoordinatorConfig": "dual_rollout.config",
+    "DualDistillationTrainer": "dual_rollout.training.distillation",
     "DualGRPOTrainer": "dual_rollout.training.trainer",
     "DualRLOOTrainer": "dual_rollout.training.rloo",
     "DualRollout": "dual_rollout.training.rollout",
@@ -42,6 +44,7 @@ _HOME = {
 
 __all__ = [
     "CoordinatorConfig",
+    "DualDistillationTrainer",
     "DualGRPOTrainer",
     "DualRLOOTrainer",
     "DualRollout",

@@ -82,6 +82,14 @@ class DualVLLMCoordinator:
     def tokenizer(self, tokenizer: Any) -> None:
         self._prompts.tokenizer = tokenizer
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, whether or not there is room for it. `tokenizer` must be set for text.
+
+        Raises:
+            ValueError: a prompt that cannot be encoded.
+        """
+        return self._prompts.encode(prompt, 0, {})
+
     @property
     def weight_version(self) -> int | None:
         """The version of π_θ's weights, for the outputs to record. Whoever changes them between rollouts sets it."""
@@ -107,7 +115,7 @@ class DualVLLMCoordinator:
         self,
         prompts: Sequence[Prompt],
         *,
-        t_prompts: Sequence[Prompt] | None = None,
+        t_prompts: Sequence[Prompt | None] | None = None,
         targets: Sequence[str | None] | None = None,
         **options: Unpack[CallOptions],
     ) -> list[GenerationOutput]:
@@ -115,7 +123,8 @@ class DualVLLMCoordinator:
 
         Args:
             prompts: strings, chat message lists or token-id lists, as π_θ sees them.
-            t_prompts: what π_t sees instead, one per prompt (privileged context); the completion is shared.
+            t_prompts: what π_t sees instead, one per prompt (privileged context), None where it is what π_θ sees; the
+                completion is shared.
             targets: which π_t, one per prompt: a name in `config.targets`, None for the one at `t_url`, or "none" for
                 no target: plain generation from π_θ, with α = 0, log q* = log π_θ, weight exactly 1, log π_t NaN.
             options: `max_tokens` and others, see `CallOptions`.
@@ -128,7 +137,12 @@ class DualVLLMCoordinator:
             _check_list(name, given, len(prompts))
         nothing = [None] * len(prompts)
         rows = zip(prompts, t_prompts or nothing, targets or nothing, strict=True)
-        requests = [GenerationRequest(i, *row) for i, row in enumerate(rows)]
+        return await self.generate_requests([GenerationRequest(i, *row) for i, row in enumerate(rows)], **options)
+
+    async def generate_requests(
+        self, requests: Sequence[GenerationRequest], **options: Unpack[CallOptions]
+    ) -> list[GenerationOutput]:
+        """As `generate_batch`, of requests, each of which may have a `max_tokens` and a seed of its own."""
         for request in requests:
             self._dispatcher.sampler_of(request)  # what none can draw is refused before the first token
         call, outputs = self._call(options), dict[int, GenerationOutput]()
@@ -136,7 +150,7 @@ class DualVLLMCoordinator:
             async for request, sequence in self._draw(requests, call, look_ahead=len(requests)):
                 outputs[request.index] = self._output(request, sequence)
                 bar.update()
-        return [outputs[i] for i in range(len(requests))]
+        return [outputs[request.index] for request in requests]
 
     async def generate_iter(
         self, requests: Iterable[GenerationRequest], **options: Unpack[CallOptions]

@@ -74,7 +74,7 @@ class Synced(DualGRPOTrainer):
         self.model.eval()
         self.errors.append(largest_error(served(config.theta_url, adapter), self.model))
         self.model.train()
-        self.versions.append(output[5]["weight_version"])
+        self.versions.append(self._rollout_columns["weight_version"])
         return output
 
 

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -27,22 +28,31 @@ class Contexts:
     """One entry per row; None where no row has the column.
 
     Attributes:
-        t_prompts: what π_t sees.
+        t_prompts: what π_t sees; None in rows where it is what π_θ sees.
         targets: names of targets.
     """
 
-    t_prompts: Sequence[Prompt] | None = None
+    t_prompts: Sequence[Prompt | None] | None = None
     targets: Sequence[str | None] | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Contexts:
-        """The contexts of dataset rows, which have `prompt` besides the two columns."""
-        t_prompts = targets = None
-        if any(row.get(T_PROMPT_COLUMN) is not None for row in rows):
-            t_prompts = [row["prompt"] if row.get(T_PROMPT_COLUMN) is None else row[T_PROMPT_COLUMN] for row in rows]
-        if any(row.get(T_TARGET_COLUMN) is not None for row in rows):
-            targets = [row.get(T_TARGET_COLUMN) for row in rows]
+        """The contexts of dataset rows."""
+        found = {name: [row.get(name) for row in rows] for name in CONTEXT_COLUMNS}
+        t_prompts, targets = (None if all(entry is None for entry in found[name]) else found[name] for name in found)
         return cls(t_prompts, targets)
+
+    def with_observations(self, prompts: Sequence[Prompt | None], shown: Sequence[Prompt]) -> Contexts:
+        """π_t's prompts with what TRL has added to the policy's: the first observations of environments.
+
+        Args:
+            prompts: of the dataset's rows.
+            shown: what the policy sees of them.
+        """
+        if self.t_prompts is None:
+            return self
+        rows = zip(self.t_prompts, prompts, shown, strict=True)
+        return replace(self, t_prompts=[None if row[0] is None else _with_observation(*row) for row in rows])
 
 
 class ContextsByPrompt:
@@ -72,6 +82,28 @@ class ContextsByPrompt:
                 )
             rows.append({"prompt": prompt, **context})
         return Contexts.from_rows(rows)
+
+
+def same_turns(prompt: list[int], t_prompt: list[int], context: list[int]) -> list[int]:
+    """What π_t sees in a later turn: its own first prompt, and then the same tokens as π_θ.
+
+    Args:
+        prompt: what π_θ saw in the first turn, up to and with what the template puts before an answer.
+        t_prompt: what π_t saw then.
+        context: what π_θ sees now. A template may put something else before an answer that has been given than before
+            one to come; that is then so for π_t as well.
+
+    Raises:
+        ValueError: the template has changed more than that.
+    """
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, context, strict=False)))
+    rewritten = prompt[common:]
+    if rewritten and t_prompt[-len(rewritten) :] != rewritten:
+        raise ValueError(
+            "the chat template rewrites the first prompt in a later turn, so that π_t's cannot be continued as π_θ's "
+            "is: use a template that only appends, or leave t_prompt out"
+        )
+    return t_prompt[: len(t_prompt) - len(rewritten)] + context[common:]
 
 
 def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str | None = None) -> Any:
@@ -110,3 +142,25 @@ def _by_prompt(dataset: Any) -> dict[bytes, dict[str, Any]]:
 
 def _key(prompt: Prompt) -> bytes:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
+
+
+def _with_observation(t_prompt: Any, prompt: Any, shown: Any) -> Prompt:
+    """`t_prompt` with what `shown` has at its end and `prompt` does not, in the last message's content."""
+    if prompt == shown:
+        return t_prompt
+    before, content = [] if prompt is None else prompt[-1]["content"], shown[-1]["content"]
+    if isinstance(content, str):
+        observation = content[len(before) :]
+    else:  # parts; TRL makes one of a string
+        observation = content[1 if isinstance(before, str) else len(before) :]
+    if isinstance(t_prompt, str):
+        return t_prompt + _text(observation)
+    last = t_prompt[-1]
+    if isinstance(last["content"], str):
+        return [*t_prompt[:-1], {**last, "content": last["content"] + _text(observation)}]
+    parts = [{"type": "text", "text": observation}] if isinstance(observation, str) else observation
+    return [*t_prompt[:-1], {**last, "content": [*last["content"], *parts]}]
+
+
+def _text(observation: Any) -> str:
+    return observation if isinstance(observation, str) else "".join(part.get("text", "") for part in observation)

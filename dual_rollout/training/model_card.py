@@ -44,8 +44,10 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
         **{f"`{name}`": value for name, value in settings.items()},
         "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
     }
+    none = rows["weights π_θ/q\\* in the loss"] == "none"
+    effect = "no importance weight enters the loss" if none else _CORRECTED
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return _SECTION.format(version=__version__, table=table)
+    return _SECTION.format(version=__version__, table=table, effect=effect)
 
 
 def add_to_card(path: Path, section: str) -> None:
@@ -89,6 +91,8 @@ def _without_folders(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+_CORRECTED = "their importance weights π_θ/q\\* correct the policy gradient"
+
 _SECTION = """### Rollouts
 
 The completions it was trained on were not drawn from the policy π_θ alone. `dual_rollout` {version} drew them, token by
@@ -96,7 +100,7 @@ token, from
 
 $$q^*(y) \\propto \\pi_\\theta(y)^{{1-\\alpha}}\\,\\pi_t(y)^{{\\alpha}}$$
 
-between the policy and a target model π_t, and their importance weights π_θ/q\\* correct the policy gradient.
+between the policy and a target model π_t, and {effect}.
 
 | | |
 |---|---|

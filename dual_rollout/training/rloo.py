@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from trl import RLOOTrainer
 
-from dual_rollout.training.processes import fail_together
 from dual_rollout.training.trainer import DualTrainerMixin
-from dual_rollout.training.trl_settings import check_training_args
-from dual_rollout.types import Prompt
 
 
 class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
@@ -31,34 +28,13 @@ class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
     _old_logps: torch.Tensor | None = None
     _token_weights: torch.Tensor | None = None
 
-    def _rollout_arguments(self) -> dict[str, Any]:
-        return {}  # RLOO has no `rollout_func`
-
     def _check_args(self, args: Any) -> None:
         if args.use_vllm:
             raise ValueError("RLOO sends no weights to a server that it does not ask for completions: use_vllm=false")
-        check_training_args(args)
+        super(DualTrainerMixin, self)._check_args(args)  # GRPO's further settings are not there
 
-    def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        with fail_together():  # as GRPO's are, and π_t's
-            return self.rollout.encode(prompts, self), None, {}
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any
-    ) -> list[list[int]]:
-        with fail_together():
-            if images is not None:
-                raise ValueError("a prompt has an image, and rollouts from q* are of text alone")
-        self._rollout_rows = self.rollout(prompt_ids, self)
-        return self._rollout_rows["completion_ids"]
-
-    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
-        """Give the reward functions what the rollout knows of each row, as GRPO does."""
-        for name, values in self._rollout_rows.items():
-            if name not in ("prompt_ids", "completion_ids", "logprobs"):
-                for row, value in zip(inputs, values, strict=True):
-                    row[name] = value
-        return super()._calculate_rewards(inputs, *args)
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        return [list(record.token_ids) for record in self._draw_turn(prompt_ids)]  # RLOO takes no log q*
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._old_logps = None

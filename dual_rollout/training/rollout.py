@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from types import TracebackType
@@ -15,26 +14,20 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
-from dual_rollout.coordinator import DualVLLMCoordinator
+from dual_rollout.coordinator import CoordinatorStats, DualVLLMCoordinator
 from dual_rollout.exceptions import EngineError, RolloutError
-from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.servers import Engine, EngineInfo
-from dual_rollout.text import encode_prompt, with_template_options
+from dual_rollout.text import with_template_options
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.rollout_batch import RolloutBatch
-from dual_rollout.training.rollout_metrics import (
-    log_completion_columns,
-    log_rollout,
-    log_token_counts,
-    mode_of,
-    token_counts,
-)
-from dual_rollout.training.schedules import AlphaSchedule, training_progress
+from dual_rollout.training.rollout_metrics import mode_of
+from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args
-from dual_rollout.types import GenerationOutput, Prompt
+from dual_rollout.training.turns import ROLLOUT_COLUMNS, RolloutSession
+from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +49,8 @@ class DualRollout:
     from the same random streams as its parent would: give each a seed of its own.
 
     With `config.seed` a trainer's random streams depend on the seed, the process, the training step, whether it trains
-    or evaluates, and the number of the rollout within that step, and on nothing else: a resumed run goes on with the
-    same ones, and evaluation does not change them.
+    or evaluates, and the number of the rollout (of each turn, with tools) within that step, and on nothing else: a
+    resumed run goes on with the same ones, and evaluation does not change them.
 
     A trainer that evaluates (its model is not in training mode) gets completions of π_θ alone, α = 0 and weight 1, for
     it is the policy that is evaluated. With engine "native", whose server has q* alone, they are of q*, with a warning.
@@ -124,49 +117,64 @@ class DualRollout:
             ValueError: the trainer asks for what q* cannot honour, or a prompt's contexts cannot be looked up, or the
                 trainer corrects nothing and `allow_uncorrected` is not set.
         """
-        check_training_args(trainer.args)
-        corrects = getattr(trainer, "rollout", None) is self
-        if not corrects:
-            self._check_corrected(trainer)
-        self._warn_of_settings(trainer)
-        state = trainer.state
-        config = self.schedule.at(self.config, training_progress(state.global_step, state.max_steps))
-        check = self._policy_check(trainer) if corrects or trainer.use_vllm else None
-        stats = self._open().stats
-        before, started = token_counts(stats.decoding), time.perf_counter()
+        session = self.begin(trainer)
         with fail_together():
             check_rollout_is_all(trainer, prompts)
-            if mode_of(trainer) == "eval" and NO_TARGET in self._open().targets:
-                contexts = Contexts(targets=[NO_TARGET] * len(prompts))
-            else:
-                contexts = trainer.contexts if corrects else self._contexts.find(prompts, trainer)
-            outputs = self._generate(
-                prompts,
-                alpha_rule=config.alpha_rule,
-                t_prompts=contexts.t_prompts,
-                targets=contexts.targets,
-                max_tokens=trainer.max_completion_length,
-                temperature=trainer.temperature,
-                eos_token_ids=trainer.eos_token_ids,
-                stream=(mode_of(trainer), state.global_step, trainer.accelerator.process_index),
-                tokenizer=self._tokenizer_under(trainer),
-            )
-        self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
-        log_rollout(trainer, outputs, stats.retries, time.perf_counter() - started)
-        log_token_counts(trainer, token_counts(stats.decoding) - before)
-        if check is not None:
-            check.run(self.ask_policy_servers, "after the rollout")
-            check.log(trainer._metrics[mode_of(trainer)])
-        for name in self.schedule.ends:
-            trainer._metrics[mode_of(trainer)][f"sampling/{name}"].append(getattr(config, name))
-        log_completion_columns(trainer, outputs)
+            contexts = Contexts()
+            if not session.of_policy:
+                known = getattr(trainer, "rollout", None) is self
+                contexts = trainer.contexts if known else self._contexts.find(prompts, trainer)
+            outputs = session.draw(prompts, contexts)
+        session.finish([[output] for output in outputs])
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [output.generated_tokens for output in outputs],
             "logprobs": [output.record.logprobs_q for output in outputs],
-            **{name: [getattr(output.record, name) for output in outputs] for name in FLOAT_COLUMNS},
-            "weight_version": [output.weight_version for output in outputs],
+            **{name: [getattr(output, name) for output in outputs] for name in ROLLOUT_COLUMNS},
         }
+
+    def begin(self, trainer: Any) -> RolloutSession:
+        """A rollout of a trainer; every process begins it.
+
+        Raises:
+            ValueError: the trainer asks for what q* cannot honour, or corrects nothing (`allow_uncorrected`).
+            WeightSyncError: π_θ's server does not serve the trainer's policy.
+        """
+        check_training_args(trainer.args)
+        if getattr(trainer, "rollout", None) is not self:
+            self._check_corrected(trainer)
+        self._warn_of_settings(trainer)
+        return RolloutSession(self, trainer)
+
+    def draw_for(
+        self,
+        trainer: Any,
+        prompts: Sequence[Prompt],
+        contexts: Contexts,
+        max_tokens: int | Sequence[int],
+        config: CoordinatorConfig,
+    ) -> list[GenerationOutput]:
+        """Sequences under a trainer's settings; `RolloutSession.draw` is what calls it.
+
+        Args:
+            config: what chooses α at this step.
+
+        Raises:
+            RolloutError, ValueError: as there.
+        """
+        outputs = self._generate(
+            prompts,
+            alpha_rule=config.alpha_rule,
+            t_prompts=contexts.t_prompts,
+            targets=contexts.targets,
+            max_tokens=max_tokens,
+            temperature=trainer.temperature,
+            eos_token_ids=trainer.eos_token_ids,
+            stream=(mode_of(trainer), trainer.state.global_step, trainer.accelerator.process_index),
+            tokenizer=self._tokenizer_under(trainer),
+        )
+        self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
+        return outputs
 
     def generate(
         self,
@@ -219,14 +227,23 @@ class DualRollout:
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
         return RolloutBatch.from_outputs(outputs, 0 if pad is None else pad)
 
-    def encode(self, prompts: Sequence[Prompt], trainer: Any) -> list[list[int]]:
-        """Token ids of a trainer's prompts, as π_θ sees them in `__call__`.
+    def encode(self, prompts: Sequence[Prompt], trainer: Any, tools: Sequence[Any] | None = None) -> list[list[int]]:
+        """Token ids of a trainer's prompts, as its servers see them in `__call__`.
+
+        Args:
+            tools: for each prompt, the functions that its template shows; None for none.
 
         Raises:
-            ValueError: a prompt that cannot be encoded.
+            ValueError: a prompt that cannot be encoded; it names the first one.
         """
-        tokenizer, parse = self._tokenizer_under(trainer), self.config.parse_special_tokens
-        return [encode_prompt(prompt, tokenizer, parse_special_tokens=parse) for prompt in prompts]
+        coordinator, encoded = self._open(), []
+        for i, prompt in enumerate(prompts):
+            coordinator.tokenizer = self._tokenizer_under(trainer, None if tools is None else tools[i])
+            try:
+                encoded.append(coordinator.encode(prompt))
+            except ValueError as error:
+                raise ValueError(f"prompt {i} of the batch: {error}") from error
+        return encoded
 
     def reload_policy_weights(self, folder: str) -> None:
         """Make π_θ's server load the safetensors in `folder` and drop its prefix cache; π_t's is left alone."""
@@ -292,6 +309,16 @@ class DualRollout:
         return self._served_models.get(which)
 
     @property
+    def stats(self) -> CoordinatorStats:
+        """Counts and times over the life of the connections."""
+        return self._open().stats
+
+    @property
+    def can_draw_from_policy(self) -> bool:
+        """Whether π_θ can be asked alone."""
+        return NO_TARGET in self._open().targets
+
+    @property
     def weight_version(self) -> int | None:
         """The version of π_θ's weights that the next outputs record."""
         return self._open().weight_version
@@ -321,9 +348,9 @@ class DualRollout:
         prompts: Sequence[Prompt],
         *,
         alpha_rule: AlphaRule | None = None,
-        t_prompts: Sequence[Prompt] | None,
+        t_prompts: Sequence[Prompt | None] | None,
         targets: Sequence[str | None] | None,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         temperature: float | None,
         stream: tuple[str, int, int],
         tokenizer: Any,
@@ -332,17 +359,18 @@ class DualRollout:
         coordinator = self._open()
         if tokenizer is not None:
             coordinator.tokenizer = tokenizer
+        n = len(prompts)
+        each = [max_tokens] * n if isinstance(max_tokens, int) else max_tokens
+        rows = zip(range(n), prompts, t_prompts or [None] * n, targets or [None] * n, each, strict=True)
         outputs = self._run(
-            coordinator.generate_batch(
-                prompts,
-                t_prompts=t_prompts,
-                max_tokens=max_tokens,
+            coordinator.generate_requests(
+                [GenerationRequest(*row) for row in rows],
+                max_tokens=max(each),
                 temperature=temperature,
                 seed=self._seed(*stream),
                 alpha_rule=alpha_rule,
                 eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
                 return_diagnostics=True,
-                targets=targets,
             )
         )
         failed = [(i, output.error) for i, output in enumerate(outputs) if output.error is not None]
@@ -351,7 +379,7 @@ class DualRollout:
             raise RolloutError(f"{len(failed)} of {len(outputs)} sequences failed; the first is number {i}: {error}")
         return outputs
 
-    def _policy_check(self, trainer: Any) -> PolicyCheck:
+    def policy_check(self, trainer: Any) -> PolicyCheck:
         """Compare what π_θ's servers serve with the trainer's policy; to be run again after the rollout."""
         check = PolicyCheck(
             trainer,
@@ -365,7 +393,7 @@ class DualRollout:
 
     def _warn_of_settings(self, trainer: Any) -> None:
         config = self.config
-        if mode_of(trainer) == "eval" and NO_TARGET not in self._open().targets:
+        if mode_of(trainer) == "eval" and not self.can_draw_from_policy:
             self._warn_once(
                 "evaluation measures q*, not the policy: a native server samples from q* alone. Evaluate checkpoints "
                 "on a server of their own"
@@ -396,14 +424,16 @@ class DualRollout:
             raise ValueError(f"{fault}. To train like that on purpose, set allow_uncorrected=True in DualRollout")
         self._warn_once(fault)
 
-    def _tokenizer_under(self, trainer: Any) -> Any:
-        """The policy's tokenizer, with the trainer's arguments for its chat template."""
+    def _tokenizer_under(self, trainer: Any, tools: Any = None) -> Any:
+        """The policy's tokenizer, with the trainer's arguments for its chat template, and its own template if any."""
         own = self.tokenizer
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class) if own is None else own
-        return with_template_options(tokenizer, trainer.chat_template_kwargs)
+        options = {"tools": tools or None, "chat_template": getattr(trainer, "chat_template", None)}
+        given = {name: value for name, value in options.items() if value is not None}
+        return with_template_options(tokenizer, {**given, **trainer.chat_template_kwargs})
 
     def _warn_if_target_is_policy(
-        self, outputs: Sequence[GenerationOutput], t_prompts: Sequence[Prompt] | None, dataset: Any = None
+        self, outputs: Sequence[GenerationOutput], t_prompts: Sequence[Prompt | None] | None, dataset: Any = None
     ) -> None:
         """Say, at the first rollout that tells, that π_t and π_θ are one distribution: nothing else would show it."""
         rows = [output for output in outputs if not all(output.without_target)]

@@ -103,16 +103,17 @@ def log_token_counts(trainer: Any, local: np.ndarray) -> None:
         metrics["spec_decode/acceptance_rate"].append(accepted / drafted)
 
 
-def log_completion_columns(trainer: Any, outputs: Sequence[GenerationOutput]) -> None:
-    """Two columns of the table that `log_completions` shows: each completion's mean α and mean weight per token."""
+def log_completion_columns(trainer: Any, rows: Sequence[Sequence[GenerationOutput]]) -> None:
+    """Two columns of the table that `log_completions` shows: each completion's mean α and mean weight per token.
+
+    Args:
+        rows: what was drawn for each completion, turn by turn.
+    """
     if not hasattr(trainer, "_log_completion_extra"):
         return
-    columns = {
-        "alpha": [output.alpha_history for output in outputs],
-        "importance_weight": [output.importance_weights for output in outputs],
-    }
-    for name, rows in columns.items():
-        trainer._log_completion_extra(name, [round(float(np.mean(row)), 4) for row in rows])
+    for name, column in (("alpha", "alpha"), ("importance_weight", "importance_weights")):
+        drawn = [np.concatenate([getattr(output, column) for output in turns]) for turns in rows]
+        trainer._log_completion_extra(name, [round(float(np.mean(values)), 4) for values in drawn])
 
 
 def mode_of(trainer: Any) -> str:

@@ -228,9 +228,12 @@ class LoraWeightSync:
 
 
 class TrlWeightSync:
-    """Nothing to do: TRL sends the weights over NCCL, and resets the prefix cache, before it asks for a rollout."""
+    """TRL sends the weights over NCCL, and resets the prefix cache, once for each step."""
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
+        if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
+            trainer.vllm_generation.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
         rollout.weight_version = trainer.state.global_step
 
 

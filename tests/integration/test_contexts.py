@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.training.contexts import ContextsByPrompt
-from dual_rollout.training.trainer import check_columns
+from dual_rollout.training.rollout_trainer import check_columns
 from dual_rollout.training.trl_settings import check_rollout_is_all
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import ObservedGRPO, ObservedRLOO, check_target, rloo_config, row_key, rows, run
@@ -384,7 +384,7 @@ def test_images_and_tools_are_refused() -> None:
 def test_images_are_refused_in_rloo() -> None:
     trainer = DualRLOOTrainer.__new__(DualRLOOTrainer)
     with pytest.raises(ValueError, match="image"):
-        trainer._generate_single_turn([[1, 2]], [["a picture"]], {})
+        trainer._tokenize_prompts([[{"role": "user", "content": [{"type": "image"}]}]])
 
 
 def test_columns_that_the_rollout_would_overwrite_are_refused() -> None:

@@ -483,8 +483,10 @@ def test_completions_end_where_the_trainer_says(
 def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> None:
     """TRL's own loop with our turns, here in a thread: `old_log_probs`, which its loss divides by, are those of q*.
 
-    With the whole vocabulary listed, q* of every position is known from the two models alone.
+    With the whole vocabulary listed, q* of every position is known from the two models alone. π_t sees the `t_prompt`
+    of the row, and in every fourth row no target takes part.
     """
+    dataset = [{**row, "t_target": "none" if row["number"] % 4 == 3 else None} for row in rows()]
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
     tokenizer.response_template = qwen3_template  # ChatML, as the tiny models' template
     config = CoordinatorConfig(
@@ -497,7 +499,7 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
     loop = DualRolloutLoop(
         dual_config=config,
         model_name="policy",
-        dataset=Dataset.from_list(rows()),
+        dataset=Dataset.from_list(dataset),
         reward_funcs=[count_of_the],
         processing_class=tokenizer,
         eos_token_ids=[tokenizer.eos_token_id, *EVERY_THIRD],
@@ -515,24 +517,35 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     try:
-        drawn = [samples.get(timeout=100) for _ in range(6)]
+        drawn = [samples.get(timeout=100) for _ in range(8)]
     finally:
         loop._loop.call_soon_threadsafe(loop._stop_event.set)
         thread.join(timeout=100)
     assert not thread.is_alive()
     theta, t = (AutoModelForCausalLM.from_pretrained(m) for m in (tiny_pair.theta_model, tiny_pair.t_model))
+    options = {"add_generation_prompt": True, "return_dict": False}
+    by_prompt = {tuple(tokenizer.apply_chat_template(row["prompt"], **options)): row for row in dataset}
+    seen = set()
     for sample in drawn:
         real = sample.completion_mask.astype(bool)
-        with torch.no_grad():
-            logits = (model(torch.tensor(sample.input_ids)[None]).logits[0, :-1].double() for model in (theta, t))
-            probs_theta, probs_t = (values.softmax(-1).numpy()[real[1:]] for values in logits)
+        row, completion = by_prompt[tuple(sample.input_ids[~real].tolist())], sample.input_ids[real].tolist()
+        seen.add(row["t_target"])
+
+        def distributions(model: Any, prompt: list[int], completion: list[int] = completion) -> np.ndarray:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            return logits.double().softmax(-1).numpy()
+
+        probs_theta = distributions(theta, sample.input_ids[~real].tolist())
+        probs_t = distributions(t, tokenizer.apply_chat_template(row["t_prompt"], **options))
         q = compute_q_star(probs_theta, probs_t, solve_kl_symmetry(probs_theta, probs_t))
+        q = probs_theta if row["t_target"] == "none" else q
         expected = np.log(q[np.arange(real.sum()), sample.input_ids[real]])
         np.testing.assert_allclose(sample.old_log_probs[real], expected, atol=2e-3)
         assert sample.model_version == 3
-        completion = sample.input_ids[real].tolist()
         assert not set(EVERY_THIRD) & set(completion[:-1]), "it goes on after an end that TRL knows"
         assert completion[-1] in (tokenizer.eos_token_id, *EVERY_THIRD) or len(completion) == 5
+    assert seen == {None, "none"}
     same_prompt = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.group_id == b.group_id]
     assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in same_prompt), "turns have their own streams"
 

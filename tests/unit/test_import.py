@@ -82,6 +82,7 @@ def test_every_public_name_resolves():
 def test_the_promised_names_are_public():
     assert set(dual_rollout.__all__) >= {
         "CoordinatorConfig",
+        "DualDistillationTrainer",
         "DualGRPOTrainer",
         "DualRollout",
         "DualVLLMCoordinator",

@@ -1,0 +1,322 @@
+"""Tools and environments: every turn is drawn from q*, and tools' results are nobody's tokens.
+
+The servers list the whole vocabulary, so that q* of every position is known from two plain forwards: π_θ's over the
+policy's prompt and completion, π_t's over its own prompt and the same completion. `tests/tool_model.py` makes the
+models; what the tools answer is in the prompt of the next turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from dual_rollout import CoordinatorConfig, DualDistillationTrainer, DualGRPOTrainer, compute_q_star, solve_kl_symmetry
+from dual_rollout.training.contexts import Contexts, same_turns
+from dual_rollout.training.turns import rows_with_results
+from tests.integration.conftest import TinyPair
+from tests.integration.test_distillation import distillation_config
+from tests.integration.test_training import grpo_config
+from tests.tool_model import call, make_tool_pair, tool_tokenizer
+from tests.warm_servers import WarmServer
+
+LENGTH = 120
+CALLS = [
+    call("add", a=2, b=3),
+    call("add", a=2, b=3) + call("divide", a=8, b=2),
+    call("divide", a=1, b=0),
+    call("look"),
+]
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first
+        b: the second
+    """
+    return a + b
+
+
+def divide(a: int, b: int) -> float:
+    """Divide two numbers.
+
+    Args:
+        a: the first
+        b: the second
+    """
+    return a / b
+
+
+class School:
+    """An environment whose task stands in its first observation, and that is over after one sum."""
+
+    def reset(self, **row: Any) -> str:
+        self.sums = 0
+        return f" in {row['number']}"
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first
+            b: the second
+        """
+        self.sums += 1
+        if self.sums > 1:
+            raise ValueError("over")
+        return a + b
+
+    def get_reward(self) -> float:
+        return float(self.sums)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyPair]:
+    theta_model, t_model = make_tool_pair(tmp_path_factory.mktemp("tools"), CALLS)
+    flags = ["--max-logprobs", "-1", "--max-model-len", "320", "--threads", "1"]
+    with WarmServer(theta_model, flags) as theta, WarmServer(t_model, flags) as t:
+        yield TinyPair(theta_model, t_model, theta.url, t.url)
+
+
+def rows() -> list[dict[str, Any]]:
+    """The second and fourth have a `t_prompt`; the first's and the second's prompts are the same."""
+    texts = ["what is that", "what is that", "and to the", "the user of what"]
+
+    def prompt(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    return [
+        {"prompt": prompt(text), "t_prompt": prompt(f"{text} {i}") if i % 2 else None, "number": i}
+        for i, text in enumerate(texts)
+    ]
+
+
+class Observed:
+    """Keeps each rollout's rows and batch, and π_θ's next-token distributions, `(B, T, V)`, at that moment."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.seen: list[tuple[list[dict[str, Any]], dict[str, Any], torch.Tensor, dict[str, Any]]] = []
+        super().__init__(*args, **kwargs)
+
+    def _generate(self, prompts: Any) -> Any:
+        generated = super()._generate(prompts)
+        self.columns = dict(self._rollout_columns) if self.rollout_func is None else generated[5]
+        self.messages = generated[3] or []
+        return generated
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        probs = distributions(self.model, prompts_of(batch), batch)
+        self.seen.append(([dict(row) for row in inputs], kept, probs, self.columns))
+        return batch
+
+
+class ObservedGRPO(Observed, DualGRPOTrainer):
+    pass
+
+
+class ObservedDistillation(Observed, DualDistillationTrainer):
+    rollout_func = None
+
+
+def prompts_of(batch: dict[str, Any]) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+
+
+def distributions(model: Any, prompts: list[list[int]], batch: dict[str, Any]) -> torch.Tensor:
+    """`(B, T, V)` float64 probabilities at every completion token, by a plain forward of each row alone."""
+    found = []
+    for prompt, completion in zip(prompts, batch["completion_ids"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion.tolist()])).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.double().softmax(-1))
+    return torch.stack(found)
+
+
+def dual_config(pair: TinyPair) -> CoordinatorConfig:
+    return CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=len(tool_tokenizer(CALLS)), seed=3)
+
+
+def run(pair: TinyPair, folder: Path, **options: Any) -> ObservedGRPO:
+    grpo = {
+        "max_completion_length": LENGTH,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        **options.pop("grpo", {}),
+    }
+    trainer = ObservedGRPO(
+        model=str(pair.theta_model),
+        args=grpo_config(folder, **grpo),
+        train_dataset=Dataset.from_list(rows()),
+        dual_config=dual_config(pair),
+        **options,
+    )
+    with trainer.rollout:
+        trainer.train()
+    return trainer
+
+
+def lengths(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def check(trainer: Any, pair: TinyPair, t_prompts: Any, tools: list[Any]) -> list[list[list[int]]]:
+    """All numbers of every drawn token, and none of the others. Returns each row's turns, as indices of its tokens."""
+    t_model = AutoModelForCausalLM.from_pretrained(pair.t_model)
+    tokenizer, found = trainer.processing_class, []
+    for inputs, batch, probs_theta, columns in trainer.seen:
+        own = prompts_of(batch)
+        others = [t_prompts(row) for row in inputs]
+        options = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
+        t_ids = [
+            ids if other is None else tokenizer.apply_chat_template(other, **options)["input_ids"]
+            for ids, other in zip(own, others, strict=True)
+        ]
+        assert any(ids != t for ids, t in zip(own, t_ids, strict=True))
+        probs_t = distributions(t_model, t_ids, batch)
+        for i in range(len(inputs)):
+            length = int(batch["completion_mask"][i].sum())
+            tokens, drawn = batch["completion_ids"][i][:length], batch["tool_mask"][i][:length].bool().numpy()
+            assert length <= LENGTH and tokens[0] is not None and drawn[0]
+            p, t = (probs[i][:length].numpy() for probs in (probs_theta, probs_t))
+            alpha = solve_kl_symmetry(p, t)
+            q = compute_q_star(p, t, alpha)
+            at = (np.arange(length), tokens.numpy())
+            expected = {"alpha": alpha, "logprobs_q": np.log(q[at])}
+            expected |= {"logprobs_theta": np.log(p[at]), "logprobs_t": np.log(t[at])}
+            expected["importance_weights"] = np.exp(expected["logprobs_theta"] - expected["logprobs_q"])
+            for name, values in expected.items():
+                column = np.array(columns[name][i])
+                np.testing.assert_allclose(column[drawn], values[drawn], atol=5e-3, rtol=5e-3, err_msg=name)
+                assert len(column) == length and np.isnan(column[~drawn]).all()
+            if "importance_sampling_ratio" in batch:
+                ratio = batch["importance_sampling_ratio"][i]
+                assert (ratio[:length][~drawn] == 1).all() and (ratio[length:] == 1).all()
+                weights = torch.from_numpy(expected["importance_weights"]).float().clamp(max=3.0)
+                torch.testing.assert_close(ratio[:length][drawn], weights[drawn], atol=1e-2, rtol=1e-2)
+                assert not batch["advantages"][i].isnan().any()
+            runs = [
+                [i for i, _ in group] for key, group in itertools.groupby(enumerate(drawn), lambda x: bool(x[1])) if key
+            ]
+            for turn in runs:  # each ends at the stop token, or where there is room for no more
+                ends = [int(tokens[j]) in trainer.eos_token_ids for j in turn]
+                assert not any(ends[:-1]) and (ends[-1] or turn[-1] == LENGTH - 1)
+            found.append(runs)
+    return found
+
+
+def test_every_turn_with_tools_is_drawn_from_q_star(pair: TinyPair, tmp_path: Path) -> None:
+    trainer = run(pair, tmp_path, tools=[add, divide], reward_funcs=lengths)
+    turns = check(trainer, pair, lambda row: row["t_prompt"], [add, divide])
+    assert sum(len(row) > 2 for row in turns) > 1, "the test needs rows of several turns"
+    assert any(len(row) == 1 for row in turns), "and such that call nothing"
+    said = [message for row in trainer.messages for message in row]
+    results = {message["content"] for message in said if message["role"] == "tool"}
+    assert {"5", "4.0"} <= results and any("division by zero" in text for text in results)
+    assert any(len(message.get("tool_calls") or ()) == 2 for message in said)
+    for log, (inputs, batch, _, _) in zip(trainer.state.log_history, trainer.seen, strict=False):
+        drawn = np.concatenate([row["alpha"] for row in inputs])
+        assert np.isnan(drawn).any()
+        assert log["sampling/alpha/mean"] == pytest.approx(np.nanmean(drawn), abs=1e-6)
+        assert log["sampling/alpha/min"] == pytest.approx(np.nanmin(drawn), abs=1e-6)
+        ratio = batch["importance_sampling_ratio"][(batch["completion_mask"] * batch["tool_mask"]).bool()]
+        assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(float(ratio.mean()), abs=1e-5)
+        assert 0 < log["sampling/policy_drift/max"] < 5e-3 and log["sampling/policy_check"] < 1e-3
+        assert 0 < log["tools/failure_frequency"] < 1 and math.isfinite(log["loss"])
+        assert all(row["weight_version"] == log["step"] - 1 for row in inputs)
+
+
+def test_distillation_with_tools(pair: TinyPair, tmp_path: Path) -> None:
+    trainer = ObservedDistillation(
+        model=str(pair.theta_model),
+        teacher_model=AutoModelForCausalLM.from_pretrained(pair.t_model),
+        args=distillation_config(
+            tmp_path, max_steps=1, per_device_train_batch_size=8, max_completion_length=LENGTH, shuffle_dataset=False
+        ),
+        train_dataset=Dataset.from_list(rows() * 2),
+        dual_config=dual_config(pair),
+        tools=[add, divide],
+    )
+    with trainer.rollout:
+        trainer.train()
+    assert any(len(row) > 1 for row in check(trainer, pair, lambda row: row["t_prompt"], [add, divide]))
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_environments(pair: TinyPair, tmp_path: Path) -> None:
+    """Both sides see the first observation; one environment is over before the others."""
+    trainer = run(pair, tmp_path, environment_factory=School, grpo={"max_steps": 1})
+
+    def t_prompt(row: dict[str, Any]) -> Any:
+        shown = row["t_prompt"]
+        return shown and [{**shown[0], "content": f"{shown[0]['content']} in {row['number']}"}]
+
+    turns = check(trainer, pair, t_prompt, [School().add])
+    texts = trainer.processing_class.batch_decode(trainer.seen[0][1]["prompt_ids"])
+    assert all(f" in {row['number']}" in text for row, text in zip(trainer.seen[0][0], texts, strict=True))
+    assert len({len(row) for row in turns}) > 1
+    said = [message["content"] for row in trainer.messages for message in row if message["role"] == "tool"]
+    assert "5" in said and str({"error": "over"}) in said
+
+
+def test_a_rollout_function_of_ones_own_masks_what_it_did_not_draw(pair: TinyPair, tmp_path: Path) -> None:
+    added = [5, 6, 7]
+
+    def turns(prompts: Any, trainer: Any) -> dict[str, Any]:
+        rollout = trainer.rollout(prompts, trainer)
+        drawn = [len(ids) for ids in rollout["completion_ids"]]
+        for name, rows in rollout.items():
+            if name not in ("prompt_ids", "weight_version"):
+                rollout[name] = [row + (added if name == "completion_ids" else [math.nan] * 3) for row in rows]
+        return {**rollout, "env_mask": [[1] * n + [0] * 3 for n in drawn]}
+
+    trainer = run(pair, tmp_path, rollout_func=turns, reward_funcs=lengths, grpo={"max_steps": 1})
+    check(trainer, pair, lambda row: row["t_prompt"], [])
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+    def bare(prompts: Any, trainer: Any) -> dict[str, Any]:
+        rollout = turns(prompts, trainer)
+        return {name: rollout[name] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
+
+    with pytest.raises(ValueError, match="rollout_func must return alpha"):
+        run(pair, tmp_path, rollout_func=bare, reward_funcs=lengths, grpo={"max_steps": 1})
+    with pytest.raises(ValueError, match="leave rollout_func out"):
+        run(pair, tmp_path, rollout_func=turns, tools=[add], reward_funcs=lengths)
+
+
+def test_a_target_goes_on_from_its_own_prompt() -> None:
+    assert same_turns([1, 2, 9], [5, 9], [1, 2, 9, 3, 4]) == [5, 9, 3, 4]
+    # "9 8" before an answer to come, "9" before one that was given
+    assert same_turns([1, 2, 9, 8], [5, 9, 8], [1, 2, 9, 3, 4]) == [5, 9, 3, 4]
+    with pytest.raises(ValueError, match="rewrites the first prompt"):
+        same_turns([1, 2, 9, 8], [5, 9, 7], [1, 2, 9, 3, 4])
+
+
+def test_observations_reach_the_target() -> None:
+    prompt = [{"role": "user", "content": "go"}]
+    text = [{"role": "user", "content": "go north"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "go"}, {"type": "text", "text": " north"}]}]
+    hint = [{"role": "system", "content": "cheat"}, {"role": "user", "content": "go"}]
+    for shown in (text, parts):
+        found = Contexts([None, hint]).with_observations([prompt, prompt], [shown, shown]).t_prompts
+        assert found == [None, [hint[0], {"role": "user", "content": "go north"}]]
+    assert Contexts([hint]).with_observations([None], [text]).t_prompts[0][1]["content"] == "gogo north"
+    assert Contexts([hint]).with_observations([prompt], [prompt]).t_prompts == [hint]
+    assert Contexts().with_observations([prompt], [text]).t_prompts is None
+
+
+def test_rows_that_wait_for_a_turn() -> None:
+    tool, answer = {"role": "tool"}, {"role": "assistant"}
+    messages = [[answer], [answer, tool], [answer, tool], [answer, tool, answer]]
+    assert rows_with_results(messages, [[1], [1], [1] * 8, [1]], 8) == [1], "the third has no room for another turn"
