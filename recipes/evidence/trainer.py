@@ -12,7 +12,7 @@ import torch
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.functional.weights import effective_sample_size, pareto_k
 from dual_rollout.record import FLOAT_COLUMNS
-from dual_rollout.training.rollout import log_over_processes
+from dual_rollout.training.rollout_metrics import log_over_processes
 from dual_rollout.training.schedules import AlphaSchedule, training_progress
 from dual_rollout.types import Prompt
 from recipes.evidence.models import chat_ids
