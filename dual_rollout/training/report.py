@@ -70,19 +70,20 @@ class RunReport(TrainerCallback):
         return [entry for entry in entries if entry["step"] <= step]
 
     def table(self, unlogged: dict[str, float] | None = None) -> str:
-        """First entry, last entry and mean over the entries of each figure, in 54 columns.
+        """First entry, last entry and mean over the entries of each figure, in 54 columns; nothing where there is none.
 
         Args:
             unlogged: figures of the steps since the last entry, of a run that has stopped.
         """
         entries = [*self._entries, *([unlogged] if unlogged else [])]
-        lines = [f"{'':24}{'first':>10}{'last':>10}{'mean':>10}"]
+        lines = []
         for label, name, form in _ROWS:
             values = [entry[name] for entry in entries if entry.get(name) is not None]
             if values:
                 cells = (values[0], values[-1], sum(values) / len(values))
                 lines.append(f"{label:24}" + "".join(f"{form.format(cell):>10}" for cell in cells))
-        return "\n".join(["", *lines, ""])
+        heading = f"{'':24}{'first':>10}{'last':>10}{'mean':>10}"
+        return "\n".join(["", heading, *lines, ""]) if lines else ""
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from dual_rollout.exceptions import exit_status
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.exceptions import DualRolloutError, exit_status
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.console import Console
@@ -88,12 +89,21 @@ def _told_when_it_stops(trainer: DualGRPOTrainer, console: Console) -> Iterator[
     """After Ctrl-C or an error, print the figures so far, what of the training is kept, and how to go on."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         console.close()
         if trainer.accelerator.is_main_process:
             print(trainer.report.table(unlogged=trainer.unlogged_metrics()))
             print(what_is_kept(trainer.args, trainer.state), flush=True)
+            if _is_of_the_target(error, trainer.rollout.config):
+                print("dual_on_target_failure: policy goes on without π_t, and wait waits for its server.", flush=True)
         raise
+
+
+def _is_of_the_target(error: BaseException, config: CoordinatorConfig) -> bool:
+    """Whether the target's server has failed, and the run stops for it."""
+    urls = [config.t_url] if isinstance(config.t_url, str) else config.t_url or []
+    named = any(url in str(error) and url not in str(config.theta_url) for url in urls)
+    return isinstance(error, DualRolloutError) and named and config.on_target_failure == "fail"
 
 
 def check_processes() -> None:

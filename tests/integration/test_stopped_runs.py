@@ -64,6 +64,15 @@ def test_what_no_checkpoint_holds_is_lost(
     assert "is not empty" in capsys.readouterr().err, "its metrics are of a step that was trained"
 
 
+def test_when_the_target_is_gone_it_is_said_how_to_go_on_without(
+    tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = {"dual_t_url": "http://127.0.0.1:9", "dual_max_retries": 0}
+    assert main(["train", str(stopping_recipe(tmp_path, tiny_pair, **gone))]) == 1
+    printed = capsys.readouterr()
+    assert "127.0.0.1:9" in printed.err and "dual_on_target_failure: policy" in printed.out
+
+
 def test_a_run_that_stopped_in_its_first_step_is_begun_again_by_the_same_command(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
