@@ -863,6 +863,22 @@ def test_shares_are_disjoint_and_their_sizes_are_known(total):
         assert [_owned(total, job) for job in jobs] == [sum(row[i] for row in owners) for i in range(count)]
 
 
+def test_a_system_turn_for_the_target_alone(tiny_pair, tmp_path):
+    """A row whose column is null says so, and the others are what they are without it."""
+    prompts = [[{"role": "user", "content": text}] for text in QUESTIONS[:3]]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, ("a", None, "c"), strict=True)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    flag = ("--t-system-prompt", "It is {answer}.")
+    generate(tiny_pair, "--input", source, "--output", tmp_path / "out", *flag, status=3)
+    found = rows_of(tmp_path / "out")
+    assert "'answer' is null in a row" in found[1]["error"] and found[1]["generated_tokens"] == []
+    told = [[{"role": "system", "content": f"It is {row['answer']}."}, *row["prompt"]] for row in rows]
+    assert [row["t_prompt"] for row in (found[0], found[2])] == [told[0], told[2]]
+    outputs = batch(tiny_pair, prompts, t_prompts=told)
+    for i in (0, 2):
+        assert found[i]["generated_tokens"] == outputs[i].generated_tokens and found[i]["error"] is None
+
+
 @pytest.mark.parametrize(
     "kind",
     [
