@@ -67,6 +67,7 @@ def test_a_recipe_runs_two_steps_with_stand_ins(
         "num_generations": 4,
         "max_completion_length": 8,
         "use_cpu": True,
+        "bf16": False,
         "disable_tqdm": True,
     }
     if "reward_model_name_or_path" in recipe:
