@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from dual_rollout.types import TopK
+from dual_rollout.functional.top_k import TopK
 
 TokenIds = Sequence[int]
 T = TypeVar("T")

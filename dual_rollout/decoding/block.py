@@ -29,7 +29,7 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.engine import Context, Drafts, ScoringMethod, prefixes
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
-from dual_rollout.types import NO_TOKEN
+from dual_rollout.functional.top_k import NO_TOKEN
 
 
 class Block:

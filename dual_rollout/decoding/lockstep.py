@@ -11,7 +11,7 @@ from dual_rollout.decoding.call import DecodingCall, both
 from dual_rollout.decoding.positions import Draws, Positions, append_draws, build_positions
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.functional.sampling import sample_rows
-from dual_rollout.types import NO_TOKEN
+from dual_rollout.functional.top_k import NO_TOKEN
 
 
 class Lockstep:

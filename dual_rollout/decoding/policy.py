@@ -8,8 +8,8 @@ import numpy as np
 
 from dual_rollout.decoding.call import DecodingCall
 from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.functional.top_k import NO_TOKEN
 from dual_rollout.record import NOT_KNOWN_YET
-from dual_rollout.types import NO_TOKEN
 
 _TOKENS_PER_REQUEST = 256
 

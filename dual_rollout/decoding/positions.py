@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from dual_rollout.decoding.tail import TailToken, draw_tail_token
 from dual_rollout.functional.candidates import Candidates, merge_lists
 from dual_rollout.functional.diagnostics import log_diagnostics
 from dual_rollout.functional.distribution import NextTokenDistribution, next_token_distribution
+from dual_rollout.functional.top_k import NO_TOKEN, TopK, extended
 from dual_rollout.record import NOT_KNOWN_YET
-from dual_rollout.types import NO_TOKEN, TopK
 
 NamedLogprobs = Callable[[list[list[int]]], Awaitable[list[np.ndarray]]]
 """Log-probabilities of named tokens: for each row those of its list of ids, which may be empty."""
@@ -136,11 +136,4 @@ def _diagnostics(candidates: Candidates, q: NextTokenDistribution) -> dict[str, 
 
 async def _completed(top: TopK, missing: list[list[int]], name: NamedLogprobs) -> TopK:
     """The lists with the missing tokens added."""
-    width = max(map(len, missing))
-    if width == 0:
-        return top
-    extra_ids = np.full((len(missing), width), NO_TOKEN, dtype=np.int64)
-    extra = np.full((len(missing), width), -np.inf)
-    for row, (ids, logprobs) in enumerate(zip(missing, await name(missing), strict=True)):
-        extra_ids[row, : len(ids)], extra[row, : len(ids)] = ids, logprobs
-    return replace(top, token_ids=np.hstack([top.token_ids, extra_ids]), logprobs=np.hstack([top.logprobs, extra]))
+    return extended(top, missing, await name(missing)) if any(missing) else top

@@ -12,7 +12,7 @@ from dual_rollout.decoding.call import DecodingCall, both
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.exceptions import DualRolloutError, EngineProtocolError
 from dual_rollout.functional.candidates import ROUNDING, Candidates
-from dual_rollout.types import NO_TOKEN
+from dual_rollout.functional.top_k import NO_TOKEN
 
 logger = logging.getLogger(__name__)
 

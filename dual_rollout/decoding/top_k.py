@@ -15,8 +15,7 @@ import numpy as np
 from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.engine import ScoringEngine, TokenIds
-from dual_rollout.functional.candidates import most_likely, tokens_to_mass
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.functional.top_k import TopK, most_likely, replaced, tokens_to_mass
 
 _FEWEST_TOKENS = 16  # a shorter list would bound the tokens it lacks too loosely
 _ASKED_FIRST = 128
@@ -68,7 +67,7 @@ class TopKSource:
 
     async def _until_enough(self, top: TopK, k: int, contexts: Callable[[], Sequence[TokenIds]]) -> TopK:
         """The same lists, those asked for again that hold neither `top_k_mass` nor all there is."""
-        short = (tokens_to_mass(top, self._config.top_k_mass) > k) & ((top.token_ids != NO_TOKEN).sum(axis=1) >= k)
+        short = (tokens_to_mass(top, self._config.top_k_mass) > k) & (top.lengths >= k)
         if k >= self._steps[-1] or not short.any():
             return top
         rows, every = np.flatnonzero(short), contexts()
@@ -76,25 +75,11 @@ class TopKSource:
         self._stats.repeated_lists += len(rows)
         again = await self.engine.next_top_k(left, longer, self._config.temperature)
         self._count(again)
-        return _replaced(top, rows, await self._until_enough(again, longer, lambda: left))
+        return replaced(top, rows, await self._until_enough(again, longer, lambda: left))
 
     def _step(self, tokens: float) -> int:
         """The shortest length that is asked for and has as many tokens."""
         return next(step for step in self._steps if step >= tokens)
 
     def _count(self, top: TopK) -> None:
-        self._stats.received_tokens += int((top.token_ids != NO_TOKEN).sum())
-
-
-def _replaced(top: TopK, rows: np.ndarray, others: TopK) -> TopK:
-    """`top` with other lists in `rows`, as wide as the wider of both."""
-    width = max(top.token_ids.shape[1], others.token_ids.shape[1])
-    ids = np.full((len(top.token_ids), width), NO_TOKEN, dtype=np.int64)
-    logprobs = np.full(ids.shape, -np.inf)
-    ids[:, : top.token_ids.shape[1]], logprobs[:, : top.logprobs.shape[1]] = top.token_ids, top.logprobs
-    ids[rows], logprobs[rows] = NO_TOKEN, -np.inf
-    ids[rows, : others.token_ids.shape[1]] = others.token_ids
-    logprobs[rows, : others.logprobs.shape[1]] = others.logprobs
-    complete = np.broadcast_to(top.complete, len(ids)).copy()
-    complete[rows] = others.complete
-    return TopK(ids, logprobs, complete, others.vocab_size)
+        self._stats.received_tokens += int(top.lengths.sum())

@@ -13,12 +13,12 @@ every possible token leaves open what that rounding can hide, at least: "too lit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.functional.top_k import NO_TOKEN, TopK
 
 Support = Literal["union", "tail"]
 
@@ -180,38 +180,6 @@ def _normalise(logp: np.ndarray) -> np.ndarray:
     peak = np.where(peak > -np.inf, peak, 0.0)
     total = np.exp(logp - peak).sum(axis=1, keepdims=True)
     return logp - (peak + np.log(np.where(total > 0, total, 1.0)))
-
-
-def tokens_to_mass(top: TopK, mass: float) -> np.ndarray:
-    """How many of each row's most likely tokens hold `mass` together, `(B,)`; K + 1 where all of the list do not."""
-    reached = np.cumsum(np.exp(-np.sort(-top.logprobs, axis=1)), axis=1) >= mass
-    return np.where(reached.any(axis=1), reached.argmax(axis=1), top.logprobs.shape[1]) + 1
-
-
-def most_likely(top: TopK, counts: np.ndarray) -> TopK:
-    """Each row cut to its `counts[row]` most likely tokens, the most likely first; of equals the lower id."""
-    order = np.lexsort((top.token_ids, -top.logprobs), axis=1)[:, : counts.max()]
-    ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (top.token_ids, top.logprobs))
-    kept = np.arange(order.shape[1]) < counts[:, None]
-    complete = top.complete & (counts >= (top.token_ids != NO_TOKEN).sum(axis=1))
-    return TopK(np.where(kept, ids, NO_TOKEN), np.where(kept, logprobs, -np.inf), complete, top.vocab_size)
-
-
-def at_temperature(top: TopK, temperature: float) -> TopK:
-    """Raw (temperature 1) lists turned into those of softmax(logits / temperature).
-
-    The normaliser needs Σ π^(1/T) over the whole vocabulary. What the list leaves open enters as if it were made
-    of tokens as likely as the last one listed: exact when the list holds all mass, an upper bound for T < 1, an
-    approximation otherwise. Servers that report processed log-probabilities need none of this.
-    """
-    with np.errstate(divide="ignore"):
-        open_mass = np.maximum(1.0 - np.exp(top.logprobs).sum(axis=1, keepdims=True), 0.0)
-        smallest = np.where(np.isfinite(top.logprobs), top.logprobs, np.inf).min(axis=1, keepdims=True)
-        open_log = np.log(open_mass) + (1.0 / temperature - 1.0) * smallest
-    scaled = top.logprobs / temperature
-    peak = scaled.max(axis=1, keepdims=True)  # at low temperatures every one of them underflows
-    log_listed = peak + np.log(np.exp(scaled - peak).sum(axis=1, keepdims=True))
-    return replace(top, logprobs=scaled - np.logaddexp(log_listed, open_log))
 
 
 def _as_row(name: str, logprobs: Mapping[int, float], vocab_size: int | None) -> TopK:

@@ -11,8 +11,8 @@ import numpy as np
 
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineReplacedError, EngineRestartedError
+from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import HttpTransport
-from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,13 @@ import itertools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dual_rollout.exceptions import EngineProtocolError
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.functional.top_k import NO_TOKEN, TopK, filled, most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -132,27 +133,22 @@ class AnswerParser:
         values = self.logprobs(logprobs)
         # Impossible tokens are no candidates; some versions of vLLM also pad rows with them.
         names = np.where(values > -np.inf, np.array(ids, dtype=np.int64), 0)
-        token_ids = np.full((len(lengths), int(lengths.max())), NO_TOKEN, dtype=np.int64)
-        logprobs_RW = np.full(token_ids.shape, -np.inf)
-        filled = np.arange(token_ids.shape[1]) < lengths[:, None]
-        token_ids[filled], logprobs_RW[filled] = self.ids(names), values
-        token_ids[logprobs_RW == -np.inf] = NO_TOKEN
-        ordered = np.sort(token_ids, axis=1)
+        top = filled(self.ids(names), values, lengths)
+        ordered = np.sort(top.token_ids, axis=1)
         if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)).any():
             raise self.invalid("a list that names a token twice")
-        mass = self._check_mass(logprobs_RW)
+        mass = self._check_mass(top.logprobs)
         cut_off = self.vocab_size is not None and lengths < min(k, self.vocab_size)
-        short = (token_ids != NO_TOKEN).sum(axis=1) < k
+        short = top.lengths < k
         if (cut_off | (short & (mass < 1 - _OPEN_MASS))).any():
             raise self.invalid(
                 f"a list of fewer than {k} tokens that is not all there is. Is another client using "
                 "logprob_token_ids on this server? That garbles the lists of requests in the same step"
             )
-        if token_ids.shape[1] > k:
-            order = np.lexsort((token_ids, -logprobs_RW), axis=1)[:, :k]
-            token_ids, logprobs_RW = (np.take_along_axis(array, order, axis=1) for array in (token_ids, logprobs_RW))
-        counts = (token_ids != NO_TOKEN).sum(axis=1)
-        return TopK(token_ids, logprobs_RW, (counts < k) | (counts == self.vocab_size), self.vocab_size)
+        if top.token_ids.shape[1] > k:
+            top = most_likely(top, np.full(len(lengths), k))
+        counts = top.lengths
+        return replace(top, complete=(counts < k) | (counts == self.vocab_size), vocab_size=self.vocab_size)
 
     def _check_mass(self, logprobs: np.ndarray) -> np.ndarray:
         """The mass of each row."""
@@ -160,17 +156,3 @@ class AnswerParser:
         if (mass > 1 + _ROUNDING).any():
             raise self.invalid("probabilities of different tokens that add up to more than 1")
         return mass
-
-
-def joined(lists: Sequence[TopK]) -> TopK:
-    """The rows of all, in order, as wide as the widest."""
-    if len(lists) == 1:
-        return lists[0]
-    ends = np.cumsum([len(top.token_ids) for top in lists])
-    token_ids = np.full((int(ends[-1]), max(top.token_ids.shape[1] for top in lists)), NO_TOKEN, dtype=np.int64)
-    logprobs, complete = np.full(token_ids.shape, -np.inf), np.zeros(len(token_ids), dtype=bool)
-    for top, end in zip(lists, ends.tolist(), strict=True):
-        rows = slice(end - len(top.token_ids), end)
-        token_ids[rows, : top.token_ids.shape[1]], logprobs[rows, : top.logprobs.shape[1]] = top.token_ids, top.logprobs
-        complete[rows] = top.complete
-    return TopK(token_ids, logprobs, complete, lists[0].vocab_size)

@@ -12,9 +12,9 @@ import numpy as np
 
 from dual_rollout.engine import Capabilities, EngineInfo, ScoringMethod, TokenIds
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
+from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.types import TopK
 
 _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
 _TAIL_LENGTH = 4
@@ -144,19 +144,8 @@ class Probe:
         return None, None
 
     async def _logprobs_mode(self, k: int) -> Literal["raw", "processed"]:
-        """Doubling the temperature halves the distances between tokens, which no rounding can look like.
-
-        Where the tokens are too alike to tell, or only one may be listed, its own log-probability must move by more
-        than kernels round. "raw" is the safe answer: lists are then asked for at temperature 1.
-        """
-        one, two = [
-            np.sort((await self._lists([self.prompt], k, temperature)).logprobs[0])[::-1] for temperature in (1.0, 2.0)
-        ]
-        last = min(int(np.isfinite(one).sum()), int(np.isfinite(two).sum())) - 1
-        distance, at_two = one[0] - one[last], two[0] - two[last]
-        if distance > _SAME_LOGPROB:
-            return "processed" if at_two < 0.75 * distance else "raw"
-        return "processed" if abs(one[0] - two[0]) > _SAME_LOGPROB else "raw"
+        one, two = [await self._lists([self.prompt], k, temperature) for temperature in (1.0, 2.0)]
+        return "processed" if follow_temperature(one, two) else "raw"
 
     async def _prefix_caching(self, metrics: str | None) -> bool | None:
         if found := re.search(r'vllm:cache_config_info\{[^}]*enable_prefix_caching="(\w+)"', metrics or ""):
@@ -227,6 +216,21 @@ class Probe:
             return await self._http.retries.question(ask)
         except (EngineRejectedError, EngineProtocolError):
             return None
+
+
+def follow_temperature(at_one: TopK, at_two: TopK) -> bool:
+    """Whether log-probabilities follow the temperature: lists after one text, asked for at temperature 1 and at 2.
+
+    Doubling it halves the distances between tokens, which no rounding can look like. Where the tokens are too alike to
+    tell, or only one may be listed, its own log-probability must move by more than kernels round. False is the safe
+    answer: lists are then asked for at temperature 1.
+    """
+    one, two = (np.sort(top.logprobs[0])[::-1] for top in (at_one, at_two))
+    last = min(int(np.isfinite(one).sum()), int(np.isfinite(two).sum())) - 1
+    distance, at_two_distance = one[0] - one[last], two[0] - two[last]
+    if distance > _SAME_LOGPROB:
+        return bool(at_two_distance < 0.75 * distance)
+    return bool(abs(one[0] - two[0]) > _SAME_LOGPROB)
 
 
 def summary(capabilities: Capabilities) -> str:

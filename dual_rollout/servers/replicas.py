@@ -30,9 +30,8 @@ from dual_rollout.exceptions import (
     EngineRestartedError,
     EngineUnavailableError,
 )
-from dual_rollout.servers.parsing import joined
+from dual_rollout.functional.top_k import TopK, joined, taken
 from dual_rollout.servers.retry import pause_s
-from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -481,5 +480,4 @@ def _in_order(parts: Sequence[tuple[list[int], TopK]], counts: Sequence[int]) ->
     top = joined([part for _, part in parts])
     prompts = [i for indices, _ in parts for i in indices]
     order = np.argsort(np.repeat(prompts, [counts[i] for i in prompts]), kind="stable")
-    complete = np.broadcast_to(top.complete, len(order))
-    return TopK(top.token_ids[order], top.logprobs[order], complete[order], top.vocab_size)
+    return taken(top, order)

@@ -27,11 +27,11 @@ from dual_rollout.engine import (
     prefixes,
 )
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
-from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.functional.top_k import TopK, at_temperature
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import NextTokens, ServerIdentity, listed
 from dual_rollout.servers.parsing import AnswerParser, RequestIds, read_as
-from dual_rollout.types import TopK
+from dual_rollout.servers.probe import follow_temperature
 
 logger = logging.getLogger(__name__)
 
@@ -426,15 +426,10 @@ class SGLangEngine:
         return None
 
     async def _reports_processed(self, prompt: TokenIds) -> bool:
-        """Whether log-probabilities follow the temperature; measured on `prompt`, once.
-
-        If they do, doubling it halves the differences between tokens, which no rounding on the server can look like.
-        """
+        """Whether log-probabilities follow the temperature; measured on `prompt`, once."""
         if self._processed is None:
             lists = await asyncio.gather(*(self._lists([prompt], _PROBED_TOKENS, t) for t in (1.0, 2.0)))
-            one, two = (np.sort(top.logprobs[0])[::-1] for top in lists)
-            last = int(np.isfinite(one).sum()) - 1
-            self._processed = bool(two[0] - two[last] < 0.75 * (one[0] - one[last]))
+            self._processed = follow_temperature(*lists)
             if not self._processed:
                 logger.warning(
                     "%s reports raw log-probabilities; at temperature != 1 the mass outside the top-k list is "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, TypeVar
@@ -22,16 +21,16 @@ from dual_rollout.engine import (
     prefixes,
 )
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineReplacedError
-from dual_rollout.functional.candidates import at_temperature
+from dual_rollout.functional.top_k import TopK, at_temperature, joined
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
 from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.servers.parsing import MALFORMED, joined
+from dual_rollout.servers.parsing import MALFORMED
 from dual_rollout.servers.probe import Probe, summary
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
+from dual_rollout.servers.shared_lock import SharedLock
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
 from dual_rollout.servers.vllm_weights import VLLMWeights
-from dual_rollout.types import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class VLLMEngine(VLLMWeights):
         self._capabilities: Capabilities | None = None
         self._probing = asyncio.Lock()
         self._warned = False
-        self._gate = _Gate()
+        self._gate = SharedLock()
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
@@ -484,34 +483,3 @@ def _on_wire(temperature: float) -> float:
     """At temperature 0 vLLM reports log_softmax(logits) in both log-probability modes, like at 1, and the list never
     holds a sampled token beyond the k most likely."""
     return 0.0 if temperature == 1.0 else temperature
-
-
-class _Gate:
-    """Keeps two kinds of requests apart in time: shared ones, any number at once, and those that must be alone.
-
-    Whoever comes first goes first, so neither kind waits forever.
-    """
-
-    def __init__(self) -> None:
-        self._door = asyncio.Lock()
-        self._inside = 0
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @contextlib.asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        async with self._door:
-            self._inside += 1
-            self._empty.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
-
-    @contextlib.asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        async with self._door:
-            await self._empty.wait()
-            yield

@@ -10,8 +10,8 @@ import numpy as np
 
 from dual_rollout.engine import Drafts, TokenIds
 from dual_rollout.exceptions import EngineProtocolError
+from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.parsing import AnswerParser
-from dual_rollout.types import TopK
 
 _KEY_PREFIX = "token_id:"
 _ROUNDING = 1e-3  # nats

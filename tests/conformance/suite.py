@@ -19,8 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from dual_rollout.functional.top_k import NO_TOKEN, TopK
 from dual_rollout.servers import Engine, HttpTransport, VLLMEngine
-from dual_rollout.types import NO_TOKEN, TopK
 
 T = TypeVar("T")
 

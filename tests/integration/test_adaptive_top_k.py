@@ -16,10 +16,9 @@ import pytest
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.top_k import TopKSource
-from dual_rollout.functional.candidates import most_likely, tokens_to_mass
+from dual_rollout.functional.top_k import NO_TOKEN, TopK, most_likely, tokens_to_mass
 from dual_rollout.servers import HttpTransport, VLLMEngine
 from dual_rollout.stats import CoordinatorStats
-from dual_rollout.types import NO_TOKEN, TopK
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import FEWEST_LISTED, listed, position_law
 from tests.markov_server import MarkovServer

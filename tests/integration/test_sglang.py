@@ -25,8 +25,8 @@ from dual_rollout.exceptions import (
     EngineRejectedError,
     EngineUnavailableError,
 )
+from dual_rollout.functional.top_k import NO_TOKEN
 from dual_rollout.servers import HttpTransport, SGLangEngine, retry
-from dual_rollout.types import NO_TOKEN
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import tempered
 from tests.integration.test_coordinator_law import (

@@ -12,7 +12,7 @@ from dual_rollout.config import AlphaRule
 from dual_rollout.decoding import block
 from dual_rollout.decoding.positions import Positions
 from dual_rollout.functional import TAIL_TOKEN, merge_lists, next_token_distribution
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.functional.top_k import NO_TOKEN, TopK
 from tests.chi_square import chi_square_p_value
 from tests.integration.test_coordinator_law import CASES, FALSE_ALARM, THETA, Case, T, V, sequence_law
 

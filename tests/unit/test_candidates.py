@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dual_rollout import merge_top_k_candidates
 from dual_rollout.functional import TAIL_TOKEN, merge_lists, next_token_distribution
-from dual_rollout.functional.candidates import ROUNDING, at_temperature
-from dual_rollout.types import NO_TOKEN, TopK
+from dual_rollout.functional.candidates import ROUNDING
+from dual_rollout.functional.top_k import NO_TOKEN, TopK, at_temperature
 
 
 def complete(listed: dict[int, float], ids: list[int], support: str) -> list[float]:
