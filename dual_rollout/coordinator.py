@@ -134,7 +134,8 @@ class DualVLLMCoordinator:
             PreflightError: the servers cannot serve what the config asks.
         """
         for name, given in (("prompts", prompts), ("t_prompts", t_prompts), ("targets", targets)):
-            _check_list(name, given, len(prompts))
+            if given is not None or name == "prompts":
+                _check_list(name, given, prompts)
         nothing = [None] * len(prompts)
         rows = zip(prompts, t_prompts or nothing, targets or nothing, strict=True)
         return await self.generate_requests([GenerationRequest(i, *row) for i, row in enumerate(rows)], **options)
@@ -283,15 +284,13 @@ async def generate_with_optimal_sampling(
         return await coordinator.generate_batch(prompts, max_tokens=max_tokens, **options)
 
 
-def _check_list(name: str, given: Any, count: int) -> None:
-    """Refuse what is no list with an entry for each of `count` prompts."""
-    if given is None and name != "prompts":
-        return
+def _check_list(name: str, given: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse what is no list with an entry for each prompt."""
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         of = "names" if name == "targets" else "prompts"
         raise ValueError(f"{name} must be a list of {of}, one entry per prompt; got one {type(given).__name__}")
-    if len(given) != count:
-        raise ValueError(f"{name} must have one entry per prompt: got {len(given)} for {count} prompts")
+    if len(given) != len(prompts):
+        raise ValueError(f"{name} must have one entry per prompt: got {len(given)} for {len(prompts)} prompts")
 
 
 def _chunk(sequence: DecodingSequence, decoder: IncrementalDecoder | None) -> StreamChunk:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from datasets import load_dataset
@@ -24,8 +23,8 @@ async def run(theta_url: str, t_url: str, max_tokens: int) -> None:
         outputs = await coordinator.generate_batch(prompts, max_tokens=max_tokens)
     with PATH.open("w", encoding="utf-8") as file:
         for output in outputs:
-            row = asdict(output)
-            file.write(json.dumps({"prompt": output.prompt, **{name: row[name] for name in COLUMNS}}) + "\n")
+            row = {"prompt": output.prompt, **{name: getattr(output, name) for name in COLUMNS}}
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:

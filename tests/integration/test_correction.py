@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,7 @@ def test_drift_is_logged_and_corrected_where_trl_computes_it(
         dual_config=dual_config(tiny_pair),
         importance_sampling_clip_max=ANY_WEIGHT,
     )
+    trainer.rollout.policy_check_bound = math.inf  # else the run stops before the second rollout
     with trainer.rollout:
         trainer.train()
     drift = [
@@ -198,7 +200,7 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
         seen.update(columns)
         return count_of_the(completions)
 
-    with DualRollout(dual_config(tiny_pair)) as rollout:
+    with DualRollout(dual_config(tiny_pair), allow_uncorrected=True) as rollout:
         ours = (
             {"dual_config": dual_config(tiny_pair)} if trainer_class is DualGRPOTrainer else {"rollout_func": rollout}
         )
