@@ -18,15 +18,16 @@ T = TypeVar("T")
 
 
 class Context(list[int]):
-    """A text that grows by what is sampled. `home` is where its beginning is cached, if there are several servers."""
+    """A text that grows by what is sampled. `replica` is the one of several servers that has its
+    beginning cached."""
 
-    home: object = None
+    replica: object = None
 
     @classmethod
     def like(cls, other: TokenIds, token_ids: TokenIds) -> Context:
-        """Another text with the same beginning as `other`, and so at home where that is."""
+        """Another text with the same beginning as `other`, and so for the same replica."""
         context = cls(token_ids)
-        context.home = getattr(other, "home", None)
+        context.replica = getattr(other, "replica", None)
         return context
 
 
@@ -178,7 +179,7 @@ class ScoringEngine(Protocol):
 
         Raises:
             EngineRejectedError: a prompt or k is more than the server takes.
-            EngineProtocolError: an answer is not what was asked for, three times.
+            EngineProtocolError: no answer was what was asked for, however often the request was sent.
         """
         ...
 
@@ -196,7 +197,7 @@ class ScoringEngine(Protocol):
 
         Raises:
             EngineRejectedError: a text or k is more than the server takes, or it lacks the method.
-            EngineProtocolError: rows are missing or wrong, three times.
+            EngineProtocolError: rows are missing or wrong, however often the request was sent.
         """
         ...
 

@@ -72,6 +72,10 @@ class NativeEngine(VLLMEngine):
     _vocab_size: int | None = None
     _temperature: float | None = None
 
+    async def _describe_again(self) -> None:
+        await super()._describe_again()
+        self._temperature = None  # another process may have other settings: the next batch looks at them again
+
     async def attach(self, temperature: float) -> None:
         """Find the pseudo-tokens, and check that the server is what it should be; once for each temperature in turn.
 

@@ -170,7 +170,7 @@ class Probe:
     async def _prompt_rows(self) -> tuple[bool, bool]:
         """Whether the prompt's log-probabilities after a prefix-cache hit are right, and those of named tokens.
 
-        Older model runners answer the first question with uninitialised memory, or die of it. They also refuse
+        Older model runners answer the first of these requests with uninitialised memory, or die of it. They also refuse
         prompt_logprob_token_ids, so that is asked first.
         """
         longer = [*self.prompt, *self.prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
@@ -203,17 +203,17 @@ class Probe:
 
     async def _complete(self, **options: Any) -> Any:
         payload = {"model": self._info.model, "prompt": self.prompt, "max_tokens": 1, "temperature": 0.0, **options}
-        return await self._http.retries.question(lambda: self._http.post("/v1/completions", payload))
+        return await self._http.retries.query(lambda: self._http.post("/v1/completions", payload))
 
     async def _generate(self, prompt: TokenIds, **sampling: Any) -> Any:
         sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **sampling}
         payload = {"model": self._info.model, "token_ids": prompt, "sampling_params": sampling}
-        return await self._http.retries.question(lambda: self._http.post("/inference/v1/generate", payload))
+        return await self._http.retries.query(lambda: self._http.post("/inference/v1/generate", payload))
 
     async def _optional(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer, or None from a server that has none to this question."""
+        """The answer, or None from a server that refuses, or answers nonsense."""
         try:
-            return await self._http.retries.question(ask)
+            return await self._http.retries.query(ask)
         except (EngineRejectedError, EngineProtocolError):
             return None
 

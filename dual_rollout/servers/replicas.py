@@ -289,63 +289,64 @@ class Replicas:
         """The answers to parts of `prompts`, each with the numbers of its prompts.
 
         A replica that does not answer is taken out, and another one asked. One that answers nonsense is taken out
-        if the other does better; otherwise the prompts are to blame, and the error is raised. A question that none
+        if the other does better; otherwise the prompts are to blame, and the error is raised. A request that none
         answers in `attempts` (each replica once, and `max_retries` more) is given up, however well they say they are.
         """
         if attempts is None:
             attempts = len(self._replicas) + (0 if sending_once() else self._max_retries)
         left = attempts - 1
         indices = range(len(prompts)) if indices is None else indices
-        homes = await self._homes(prompts, indices, tried)
+        shares = await self._shares(prompts, indices, tried)
 
-        async def part(home: _Replica, rows: list[int]) -> list[tuple[list[int], T]]:
-            home.rows += len(rows)
+        async def part(replica: _Replica, rows: list[int]) -> list[tuple[list[int], T]]:
+            replica.rows += len(rows)
             try:
-                answer = await ask(home.engine, rows)
-                home.probation = _FIRST_PROBATION_S
+                answer = await ask(replica.engine, rows)
+                replica.probation = _FIRST_PROBATION_S
                 return [(rows, answer)]
             except (EngineUnavailableError, EngineRestartedError) as error:
-                self._take_out(home, error)
+                self._take_out(replica, error)
                 if left == 0:
                     raise EngineUnavailableError(f"no replica answers, last: {error}", url=self.url) from error
                 again, blamed = tried, None
             except (EngineProtocolError, EngineOversizedError) as error:
-                again, blamed = [*tried, home], error
-                if all(replica in again or replica.out_until is not None for replica in self._replicas):
+                again, blamed = [*tried, replica], error
+                if all(other in again or other.out_until is not None for other in self._replicas):
                     raise type(error)(str(error), url=self.url) from error
             finally:
-                home.rows -= len(rows)
+                replica.rows -= len(rows)
             answers = await self._ask(prompts, ask, rows, again, max(left, 1))
             if blamed is not None:
-                self._take_out(home, blamed)
+                self._take_out(replica, blamed)
             return answers
 
-        done = await asyncio.gather(*(part(*item) for item in homes.items()), return_exceptions=True)
+        done = await asyncio.gather(*(part(*item) for item in shares.items()), return_exceptions=True)
         for result in done:
             if isinstance(result, BaseException):
                 raise result
         return [answer for part_answers in done for answer in part_answers]  # type: ignore[union-attr]
 
-    async def _homes(
+    async def _shares(
         self, prompts: Sequence[TokenIds], indices: Sequence[int], tried: Collection[_Replica]
     ) -> dict[_Replica, list[int]]:
-        """Which replica each prompt goes to: its own where that is in, else the least loaded."""
+        """Which replica each prompt goes to: the one that has its beginning cached, where that is in, else the least
+        loaded."""
         await self._have_some()
         inside = [r for r in self._replicas if r.out_until is None and r not in tried]
         if not inside:
             inside = [r for r in self._replicas if r.out_until is None]
-        homes: dict[_Replica, list[int]] = {replica: [] for replica in inside}
-        homeless = []
+        shares: dict[_Replica, list[int]] = {replica: [] for replica in inside}
+        new = []
         for i in indices:
-            home = getattr(prompts[i], "home", None)
-            homes[home].append(i) if home in homes else homeless.append(i)
-        for i in homeless:
-            home = min(inside, key=lambda replica: replica.rows + len(homes[replica]))
-            homes[home].append(i)
+            replica = getattr(prompts[i], "replica", None)
+            shares[replica].append(i) if replica in shares else new.append(i)
+        for i in new:
+            replica = min(inside, key=lambda replica: replica.rows + len(shares[replica]))
+            shares[replica].append(i)
             prompt = prompts[i]
             if isinstance(prompt, Context):
-                prompt.home = home
-        return {replica: sorted(rows) for replica, rows in homes.items() if rows}
+                prompt.replica = replica
+        return {replica: sorted(rows) for replica, rows in shares.items() if rows}
 
     async def _ask_all(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         """The answers of all that are in; one that does not answer is taken out."""

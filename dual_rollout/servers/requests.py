@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class CheckedRequests:
-    """Asks one server; what was answered with a 500, broken JSON or nonsense is asked again, at most twice.
+    """Sends requests to one server, again as `RetryPolicy` says.
 
-    Every question is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
+    Every request is numbered (`request_id`), and the answer must be to that one: a proxy may give an earlier answer
     again. Where a server does not repeat the number, the count of prompt tokens must fit.
     """
 
@@ -52,7 +52,7 @@ class CheckedRequests:
             watched: the answer must be of the server that was there at first.
 
         Raises:
-            EngineProtocolError: three answers were of no use.
+            EngineProtocolError: no answer was of use, however often the request was sent.
             EngineRestartedError: the server has lost the weights that it was given.
             EngineReplacedError: it serves another model than at first.
         """
@@ -77,7 +77,7 @@ class CheckedRequests:
             self._check(path, answer, number, models(), prompt_tokens)
             return read_as(read, answer, self._http.url)
 
-        return await self._http.retries.question(once)
+        return await self._http.retries.query(once)
 
     def _check(self, path: str, answer: Any, number: str, models: set[str], prompt_tokens: int) -> None:
         """Whether it is an answer to that request."""
@@ -125,4 +125,4 @@ class BirthInMetrics:
                 raise EngineProtocolError(what, url=self._http.url)
             return None
 
-        return await self._http.retries.question(ask)
+        return await self._http.retries.query(ask)

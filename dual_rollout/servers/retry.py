@@ -72,7 +72,7 @@ class RetryPolicy:
         """What `send` gives, sent again where it got no answer."""
         return await self._repeat(send, (NoAnswerError,))
 
-    async def question(self, send: Callable[[], Awaitable[T]]) -> T:
+    async def query(self, send: Callable[[], Awaitable[T]]) -> T:
         """What `send` gives, sent again also where the answer was of no use. Asking twice must do no harm."""
         return await self._repeat(send, (NoAnswerError, EngineProtocolError))
 

@@ -496,7 +496,7 @@ class SGLangEngine:
             metas = [self._meta_info(*item) for item in zip(answers, prompts, numbers, strict=True)]
             return read_as(read, metas, self.url)
 
-        return await self._http.retries.question(once)
+        return await self._http.retries.query(once)
 
     def _meta_info(self, answer: Any, prompt: TokenIds, number: str) -> Mapping[str, Any]:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None

@@ -72,7 +72,7 @@ class VLLMEngine(VLLMWeights):
 
     async def describe(self) -> EngineInfo:
         if self._info is None:
-            info, self._names = await self._http.retries.question(self._described)
+            info, self._names = await self._http.retries.query(self._described)
             self._info = info
         return self._info
 
@@ -80,7 +80,7 @@ class VLLMEngine(VLLMWeights):
         """The server was restarted: is it the same model, perhaps under another name?"""
         before = await self.describe()
         try:
-            now, names = await self._http.retries.question(self._described)
+            now, names = await self._http.retries.query(self._described)
         except EngineRejectedError as error:
             raise EngineReplacedError(f"was replaced by a server of another model ({error})", url=self.url) from error
         if now.root != before.root:
@@ -266,7 +266,7 @@ class VLLMEngine(VLLMWeights):
                 raise EngineProtocolError("/detokenize answered without a text", url=self.url)
             return answer["prompt"]
 
-        return await self._http.retries.question(ask)
+        return await self._http.retries.query(ask)
 
     async def health(self) -> None:
         await self._http.get("/health")

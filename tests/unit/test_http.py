@@ -345,7 +345,7 @@ def test_an_error_does_not_keep_the_answer(monkeypatch: pytest.MonkeyPatch):
 
     async def run() -> EngineProtocolError:
         with pytest.raises(EngineProtocolError, match="another shape") as caught:
-            await HttpTransport("http://a", max_retries=2).retries.question(ask)
+            await HttpTransport("http://a", max_retries=2).retries.query(ask)
         return caught.value
 
     kept = asyncio.run(run())
