@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
     from dual_rollout.servers import Capabilities, Engine
     from dual_rollout.servers.native import NativeServerInfo
-    from dual_rollout.tokens import Comparison
+    from dual_rollout.vocabulary import Comparison
 
 T = TypeVar("T")
 

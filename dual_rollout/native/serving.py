@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from dual_rollout.native import ARCHITECTURE
-
-_CONFLICTS_TOLERATED = 0.01  # of all ids: special tokens may have been renamed between a base model and its child
+from dual_rollout.vocabulary import Vocabulary, compare_vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +112,21 @@ def _check_same_tokens(settings: NativeSettings, vocab_size: int) -> None:
     except (OSError, ValueError) as error:
         print(f"dual-rollout: warning: tokenizers not compared: {error}", file=sys.stderr)
         return
-    tokens_theta, tokens_t = ({token_id: token for token, token_id in vocab.items()} for vocab in (theta, t))
+
+    def known(vocab: dict[str, int]) -> dict[str, int]:
+        return {token: token_id for token, token_id in vocab.items() if token_id < vocab_size}
+
     if beyond := {token for token, token_id in (theta | t).items() if token_id >= vocab_size}:
         print(
             f"dual-rollout: warning: {len(beyond)} tokens ({', '.join(sorted(beyond)[:3])}) are beyond the "
             f"{vocab_size} ids that both models know: they are never sampled, and our client refuses them in prompts",
             file=sys.stderr,
         )
-    common = [token_id for token_id in tokens_theta if token_id in tokens_t and token_id < vocab_size]
-    differing = [token_id for token_id in common if tokens_theta[token_id] != tokens_t[token_id]]
-    if not differing:
-        return
-    examples = ", ".join(f"{i}: {tokens_theta[i]!r} and {tokens_t[i]!r}" for i in differing[:3])
-    message = f"{len(differing)} token ids mean different tokens in {settings.theta} and {settings.t} ({examples})"
-    if len(differing) > _CONFLICTS_TOLERATED * len(common):
-        raise ValueError(message + ": q* needs two models with the same token ids")
-    print(f"dual-rollout: warning: {message}", file=sys.stderr)
+    compared = compare_vocabularies(*(Vocabulary(known(vocab), {}, None) for vocab in (theta, t)))
+    if compared.differences:
+        raise ValueError(
+            f"{settings.theta} and {settings.t} do not speak the same tokens: {'; '.join(compared.differences)}. "
+            "q* needs two models with the same token ids"
+        )
+    for note in compared.notes:
+        print(f"dual-rollout: warning: tokenizers: {note}", file=sys.stderr)

@@ -22,7 +22,8 @@ from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
-from dual_rollout.tokens import compare_tokens, compare_vocabularies, read_vocabulary
+from dual_rollout.tokens import compare_tokens
+from dual_rollout.vocabulary import compare_vocabularies, read_vocabulary
 from tests.markov_server import MarkovServer, random_chain
 from tests.warm_servers import WarmServer
 
@@ -246,6 +247,16 @@ def test_five_differences_are_shown_and_additions_are_none(tiny_models):
     assert [any(word in note for note in comparison.notes) for word in ("<tool>", "pad_token", "chat template")] == [
         True
     ] * 3
+
+
+def test_a_few_renamed_tokens_are_a_note(tiny_models):
+    """As between a base model with reserved tokens and its child; not where one has the other's name."""
+    original = read_vocabulary(str(tiny_models[0]))
+    renamed = {**{f"<tool_{t}>" if t == "a" else t: i for t, i in original.ids.items()}}
+    comparison = compare_vocabularies(original, type(original)(renamed, original.roles, original.chat_template))
+    assert comparison.same and "1 tokens have another name" in comparison.notes[0] and "<tool_a>" in comparison.notes[0]
+    all_renamed = type(original)({f"<{t}>": i for t, i in original.ids.items()}, {}, None)
+    assert compare_vocabularies(original, all_renamed).same is False
 
 
 def test_a_folder_on_another_machine_has_no_vocabulary(tmp_path):
