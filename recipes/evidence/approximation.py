@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dual_rollout.functional import merge_lists, next_token_distribution
+from dual_rollout.functional import merge_lists, next_token_distribution, sample_rows
 from dual_rollout.functional.diagnostics import log_diagnostics
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.training.tasks import load_task
@@ -35,9 +35,9 @@ SUPPORTS: tuple[Literal["union", "tail"], ...] = ("union", "tail")
 RESULTS = Path(__file__).parent / "results" / "approximation.json"
 DOCS = Path(__file__).parents[2] / "docs"
 NOISE = 0.12
-ROLLOUTS, ROLLOUT_TOKENS = 16, 64
-WINDOWS, WINDOW_TOKENS = 8, 192
-FINE_TUNING_STEPS, FINE_TUNING_BATCH, FINE_TUNING_RATE = 60, 8, 5e-5
+ROLLOUTS, ROLLOUT_TOKENS = 16, 48
+WINDOWS, WINDOW_TOKENS = 8, 96
+FINE_TUNING_STEPS, FINE_TUNING_BATCH, FINE_TUNING_RATE, FINE_TUNED_LAYERS = 8, 4, 3e-4, 10
 _ROWS = 64  # positions computed at once
 _SEED = 0
 
@@ -65,10 +65,12 @@ def with_noise(model: Any) -> Any:
 
 
 def fine_tuned(model: Any, tokenizer: Any) -> Any:
-    """A few minutes of supervised fine-tuning on worked sums; in place."""
+    """A few minutes of supervised fine-tuning of the last layers on worked sums; in place."""
     rows, _ = load_task("chain_sum", size=FINE_TUNING_STEPS * FINE_TUNING_BATCH, seed=1000, options={})
-    optimiser = torch.optim.AdamW(model.parameters(), lr=FINE_TUNING_RATE, weight_decay=0.0)
-    model.train()
+    trained = [parameter for layer in model.model.layers[-FINE_TUNED_LAYERS:] for parameter in layer.parameters()]
+    for parameter in set(model.parameters()) - set(trained):
+        parameter.requires_grad = False
+    optimiser = torch.optim.AdamW(trained, lr=FINE_TUNING_RATE, weight_decay=0.0)
     for step in range(FINE_TUNING_STEPS):
         loss = 0.0
         for row in rows.select(range(step * FINE_TUNING_BATCH, (step + 1) * FINE_TUNING_BATCH)):
@@ -79,12 +81,11 @@ def fine_tuned(model: Any, tokenizer: Any) -> Any:
             part = model(input_ids=text, labels=labels).loss / FINE_TUNING_BATCH
             part.backward()
             loss += part.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        if step % 10 == 0:
-            print(f"fine-tuning, step {step}: {loss:.3f} nats a token", flush=True)
-    return model.eval()
+        print(f"fine-tuning, step {step}: {loss:.3f} nats a token", flush=True)
+    return model
 
 
 def worked(question: str) -> str:
@@ -109,33 +110,51 @@ def chat(tokenizer: Any, *turns: str) -> list[int]:
 def rollout_texts(theta: Any, t: Any, tokenizer: Any, shows_answer: bool) -> list[Text]:
     """Questions, and what q* of the whole vocabularies says after them."""
     rows, _ = load_task("chain_sum", size=ROLLOUTS, seed=0, options={})
-    rng, texts = np.random.default_rng(_SEED), []
-    for row in rows:
-        question = row["question"]
-        before = chat(tokenizer, question)
-        hint = f"{question}\nThe solution is:\n{worked(question)}\nAnswer in your own words."
-        before_t = chat(tokenizer, hint) if shows_answer else before
-        texts.append(Text(before, before_t, sampled(theta, t, before, before_t, tokenizer.eos_token_id, rng)))
-    return texts
+    before_theta = [chat(tokenizer, question) for question in rows["question"]]
+    before_t = before_theta
+    if shows_answer:
+        hints = (f"{q}\nThe solution is:\n{worked(q)}\nAnswer in your own words." for q in rows["question"])
+        before_t = [chat(tokenizer, hint) for hint in hints]
+    rng, eos = np.random.default_rng(_SEED), tokenizer.eos_token_id
+    readers = [Reader(theta, before_theta), Reader(t, before_t)]
+    tokens = np.zeros((ROLLOUTS, 0), dtype=np.int64)
+    for _ in range(ROLLOUT_TOKENS):
+        logps = [reader.next_logprobs(tokens) for reader in readers]
+        q = np.exp(log_q_star(*logps, solve_alpha(*logps))[0])
+        tokens = np.column_stack([tokens, sample_rows(q, rng.random(ROLLOUTS))])
+    ended = [row.index(eos) + 1 if eos in row else len(row) for row in tokens.tolist()]
+    return [
+        Text(*before, row[:end])
+        for before, row, end in zip(zip(before_theta, before_t, strict=True), tokens.tolist(), ended, strict=True)
+    ]
 
 
-def sampled(
-    theta: Any, t: Any, before_theta: list[int], before_t: list[int], eos: int, rng: np.random.Generator
-) -> list[int]:
-    tokens: list[int] = []
-    caches: list[Any] = [None, None]
-    inputs = [before_theta, before_t]
-    while len(tokens) < ROLLOUT_TOKENS and (not tokens or tokens[-1] != eos):
-        logps = []
-        for i, model in enumerate((theta, t)):
-            with torch.no_grad():
-                output = model(torch.tensor([inputs[i]]), past_key_values=caches[i], use_cache=True)
-            caches[i] = output.past_key_values
-            logps.append(output.logits[:, -1].double().log_softmax(-1).numpy())
-        q = np.exp(log_q_star(*logps, solve_alpha(*logps))[0][0])
-        tokens.append(int(rng.choice(len(q), p=q / q.sum())))
-        inputs = [tokens[-1:], tokens[-1:]]
-    return tokens
+class Reader:
+    """A model that reads several texts as they grow, their beginnings padded on the left."""
+
+    def __init__(self, model: Any, beginnings: Sequence[list[int]]):
+        width = max(map(len, beginnings))
+        self._model, self._cache = model, None
+        self._input = torch.tensor([[0] * (width - len(ids)) + ids for ids in beginnings])
+        self._mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in beginnings])
+
+    def next_logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """`(B, V)` log-probabilities of what follows the beginnings and `tokens` `(B, T)`, T one more at each call."""
+        if tokens.shape[1]:
+            self._input = torch.tensor(tokens[:, -1:])
+            self._mask = torch.cat([self._mask, torch.ones_like(self._input)], dim=1)
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -self._input.shape[1] :]
+        with torch.no_grad():
+            output = self._model(
+                self._input,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].double().log_softmax(-1).numpy()
 
 
 def documentation_texts(tokenizer: Any, shows_answer: bool) -> list[Text]:
@@ -161,15 +180,21 @@ def distributions(theta: Any, t: Any, texts: Sequence[Text]) -> Iterator[tuple[n
             with torch.no_grad():
                 logits = model(torch.tensor([[*before, *text.tokens]])).logits[0]
             rows.append(logits[len(before) - 1 : -1].double().log_softmax(-1).numpy())
-        for first in range(0, len(text.tokens), _ROWS):
-            yield rows[0][first : first + _ROWS], rows[1][first : first + _ROWS]
+        for start in range(0, len(text.tokens), _ROWS):
+            yield rows[0][start : start + _ROWS], rows[1][start : start + _ROWS]
 
 
-def top_k(logp: np.ndarray, k: int) -> TopK:
-    """The list that a server gives, whose numbers are float32."""
-    ids = np.argpartition(-logp, k, axis=1)[:, :k]
+def longest_list(logp: np.ndarray) -> TopK:
+    """The list of the most tokens that is measured, the likeliest first, in float32 as a server gives it."""
+    ids = np.argpartition(-logp, LENGTHS[-1], axis=1)[:, : LENGTHS[-1]]
+    order = np.argsort(-np.take_along_axis(logp, ids, axis=1), axis=1)
+    ids = np.take_along_axis(ids, order, axis=1)
     logprobs = np.take_along_axis(logp, ids, axis=1).astype(np.float32).astype(np.float64)
     return TopK(ids, logprobs, False, logp.shape[1])
+
+
+def first(top: TopK, k: int) -> TopK:
+    return replace(top, token_ids=top.token_ids[:, :k].copy(), logprobs=top.logprobs[:, :k])
 
 
 def compared(logp_theta: np.ndarray, logp_t: np.ndarray) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
@@ -177,10 +202,10 @@ def compared(logp_theta: np.ndarray, logp_t: np.ndarray) -> Iterator[tuple[str, 
     alpha = solve_alpha(logp_theta, logp_t)
     log_q, psi = log_q_star(logp_theta, logp_t, alpha)
     q, p = np.exp(log_q), np.exp(logp_theta)
+    tops = longest_list(logp_theta), longest_list(logp_t)
     for k in LENGTHS:
-        lists = top_k(logp_theta, k), top_k(logp_t, k)
         for support in SUPPORTS:
-            candidates = merge_lists(*lists, support)
+            candidates = merge_lists(*(first(top, k) for top in tops), support)
             found = next_token_distribution(candidates)
             q_k = np.zeros_like(q)
             rows, columns = np.nonzero(candidates.token_ids != NO_TOKEN)
@@ -250,7 +275,13 @@ def measure(model: str) -> dict[str, Any]:
     return {
         "model": Path(model).name,
         "noise": NOISE,
-        "fine_tuning": {"task": "chain_sum", "steps": FINE_TUNING_STEPS, "rate": FINE_TUNING_RATE},
+        "fine_tuning": {
+            "task": "chain_sum",
+            "steps": FINE_TUNING_STEPS,
+            "batch": FINE_TUNING_BATCH,
+            "rate": FINE_TUNING_RATE,
+            "layers": FINE_TUNED_LAYERS,
+        },
         "seed": _SEED,
         "pairs": results,
     }
