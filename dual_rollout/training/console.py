@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Any
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ COLUMNS = (
 )
 """Heading, width, metric and form of what a line shows of a step; with the step's number it fits 80 columns."""
 
+WIDTH = 80
 STEP_WIDTH = 6
 HEADING = f"{'step':>{STEP_WIDTH}}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
 HEADING_EVERY = 20
@@ -77,7 +79,7 @@ class Console(TrainerCallback):
         for name, text in alarms(logs).items():
             if name not in self._said:
                 self._said.add(name)
-                self._print(f"! {text}")
+                self._print(textwrap.fill(f"! {text}", WIDTH, subsequent_indent="  "))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 _ROWS = (
-    ("reward", "reward", "{:.3f}"),
+    ("reward of q*", "reward", "{:.3f}"),
+    ("reward of the policy", "eval_reward", "{:.3f}"),  # in the evaluations
     ("α mean", "sampling/alpha/mean", "{:.3f}"),
     ("weight π_θ/q* mean", "sampling/importance_sampling_ratio/mean", "{:.3f}"),
     ("weight π_θ/q* min", "sampling/importance_sampling_ratio/min", "{:.2g}"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             check_output_dir(recipe.training, overwrite=recipe.dual.dual_overwrite_output_dir)
     checkpoint = checkpoint_to_resume(recipe.training)
     transformers_logging.disable_progress_bar()  # one for every file that is read or saved; the console has its own
+    disable_progress_bars()  # of datasets
     dataset, reward_funcs = load_data(recipe)
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
     recipe.training.model_init_kwargs = {

@@ -76,11 +76,12 @@ def test_a_run_shows_its_steps_and_each_alarm_once(
     recipe = stopping_recipe(tmp_path, tiny_pair, **same, save_strategy="steps", save_steps=1)
     out, err = run(recipe, capfd)
     lines = out.splitlines()
-    assert lines.count(HEADING) == 1 and out.count("The target adds nothing") == 1
+    assert lines.count(HEADING) == 1 and out.count("! The target adds nothing") == 1
     steps = [line for line in lines if line[:STEP_WIDTH].strip() in ("1", "2", "3") and "policy" not in line]
     assert len(steps) == 3 and all(len(line) <= 80 for line in steps)
     ours = out + "\n".join(line for line in err.splitlines() if not line.startswith("[transformers]"))
     assert "{'" not in ours, "no dictionaries"
+    assert max(len(line) for line in lines if line.startswith(("! ", "  "))) <= 80
     assert "training:" in err and "model shards" not in err, "one bar, and none for what is saved"
 
 
