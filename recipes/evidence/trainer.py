@@ -26,7 +26,6 @@ class InProcessRollout:
         self, config: CoordinatorConfig, schedule: AlphaSchedule, sampler: PairSampler, tokenizer: Any, seed: int
     ):
         self.config, self.schedule, self.seed = config, schedule, seed
-        self.sampled_tokens = 0
         self._sampler, self._tokenizer = sampler, tokenizer
 
     def __call__(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, Any]:
@@ -44,7 +43,6 @@ class InProcessRollout:
         )
         batch = samples.batch
         lengths = batch.completion_mask.sum(dim=1).tolist()
-        self.sampled_tokens += sum(lengths)
         self._log(trainer, samples, time.perf_counter() - started)
 
         def rows(padded: torch.Tensor) -> list[list[Any]]:
@@ -93,14 +91,29 @@ class EvidenceTrainer(DualGRPOTrainer):
         baseline: "policy" takes each group's advantages from the policy's mean reward, as its weights estimate it.
     """
 
-    def __init__(self, *args: Any, sampler: PairSampler, tokenizer: Any, baseline: str = "q", **kwargs: Any):
-        self._sampler, self._baseline = sampler, baseline
-        self._rollout_tokenizer, self._rollout_seed = tokenizer, kwargs["args"].seed
-        super().__init__(*args, processing_class=tokenizer, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        sampler: PairSampler,
+        tokenizer: Any,
+        dual_config: CoordinatorConfig,
+        alpha_schedule: AlphaSchedule,
+        baseline: str = "q",
+        **kwargs: Any,
+    ):
+        self._baseline = baseline
+        self._own_rollout = InProcessRollout(dual_config, alpha_schedule, sampler, tokenizer, kwargs["args"].seed)
+        super().__init__(
+            *args,
+            rollout_func=self._own_rollout,
+            processing_class=tokenizer,
+            dual_config=dual_config,
+            alpha_schedule=alpha_schedule,
+            **kwargs,
+        )
 
     def _make_rollout(self, config: CoordinatorConfig, schedule: AlphaSchedule | None) -> Any:
-        schedule = AlphaSchedule() if schedule is None else schedule
-        return InProcessRollout(config, schedule, self._sampler, self._rollout_tokenizer, self._rollout_seed)
+        return self._own_rollout
 
     def _make_weight_sync(self, method: Any) -> Any:
         return _SharedWeights()
