@@ -75,6 +75,42 @@ def vllm_command(settings: NativeSettings, flags: Sequence[str]) -> list[str]:
     return [*command, *flags]
 
 
+def pairs_command(theta: str, flags: Sequence[str]) -> list[str]:
+    """The API server of one model in both roles: two requests are one rollout, see `native.route`.
+
+    Raises:
+        ValueError: `flags` that pairs do not work with.
+    """
+    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    refused = {
+        "--model": "write THETA first",
+        "--scheduler-cls": "both requests of a pair must come to the scheduler at once",
+        "--worker-extension-cls": "it is used to fetch the numbers",
+        "--data-parallel-size": "both requests of a pair must reach one engine: start one server per engine",
+        "--api-server-count": "one process counts the pairs",
+        "--pipeline-parallel-size": "the logits of both rows must be in one place in each step",
+        "--speculative-config": "vLLM takes no logits processors with it",
+        "--enable-batch-sharded-sampling": "both rows of a pair must be on one rank",
+    }
+    if found := [f"{name}: {reason}" for name, reason in refused.items() if name in names]:
+        raise ValueError("pairs do not work with " + "; nor with ".join(found))
+    folder = Path(theta)  # clients find the tokenizer by the path that the server names
+    theta = str(folder.resolve()) if folder.is_dir() else theta
+    processor = "dual_rollout.native.processor"
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", theta]
+    command += [
+        "--logits-processors",
+        f"{processor}:PairProcessor",
+        "--worker-extension-cls",
+        f"{processor}.PairWorker",
+    ]
+    command += ["--scheduler-cls", "dual_rollout.native.scheduler.pair_scheduler"]
+    command += ["--middleware", "dual_rollout.native.route.PairsMiddleware"]
+    if "--enable-lora" in names and "--max-loras" not in names:
+        command += ["--max-loras", "2"]  # see `PairServer.check_adapters`
+    return [*command, *flags]
+
+
 def config_overrides(settings: NativeSettings) -> dict[str, Any]:
     """What π_θ's configuration is overridden with; `dual_rollout` is what the model class reads."""
     theta, t = (_read_config(model) for model in (settings.theta, settings.t))

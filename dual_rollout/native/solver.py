@@ -64,27 +64,37 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature:
     vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
     logp_theta = log_softmax(logits_theta, temperature)[:, :vocab_size]
     logp_t = log_softmax(logits_t, temperature)[:, :vocab_size]
-    slope = logp_t - logp_theta
-    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
     if rule.fixed is None:
-        alpha = balanced_alpha(logp_theta.where(common, _LOG_ZERO), slope.where(common, 0.0))
-        alpha = alpha.clamp(rule.minimum, rule.maximum)
+        alpha = balanced_alpha(*on_common(logp_theta, logp_t)).clamp(rule.minimum, rule.maximum)
     else:
         alpha = torch.full_like(logp_theta[:, :1], min(max(rule.fixed, rule.minimum), rule.maximum))
     alpha = (alpha / ALPHA_STEP).round() * ALPHA_STEP
-    if not rule.asks_for_an_end:
-        disjoint = ~common.any(dim=1, keepdim=True)
-        alpha = alpha.masked_fill(disjoint, 0.0)
-        possible = common | disjoint
+    return on_path(logp_theta, logp_t, alpha, torch.full_like(alpha, rule.asks_for_an_end, dtype=torch.bool))[0]
+
+
+def on_path(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor, at_an_end: Tensor) -> tuple[QStar, Tensor]:
+    """q at a given α, `(B, 1)`, and the weights `(B, V)` that it is in proportion to, whose largest is 1.
+
+    Where `at_an_end`, `(B, 1)` bool, q is one model itself; elsewhere it is on the tokens that both can say.
+    """
+    slope = logp_t - logp_theta
+    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
+    disjoint = ~(common.any(dim=1, keepdim=True) | at_an_end)
+    alpha = alpha.masked_fill(disjoint, 0.0)
     path = (1.0 - alpha) * logp_theta + alpha * logp_t  # exact at both ends
-    if not rule.asks_for_an_end:
-        path = path.where(possible, _LOG_ZERO)
+    path = path.where(common | disjoint | at_an_end, _LOG_ZERO)
     peak = path.amax(dim=1, keepdim=True)
     weight = (path - peak).exp()
     total = weight.sum(dim=1, keepdim=True)
     psi, rate = peak + total.log(), (weight * slope).sum(dim=1, keepdim=True) / total
     kl_theta, kl_t = alpha * rate - psi, (alpha - 1.0) * rate - psi
-    return QStar(path - psi, alpha, kl_theta.clamp(min=0.0), kl_t.clamp(min=0.0))
+    return QStar(path - psi, alpha, kl_theta.clamp(min=0.0), kl_t.clamp(min=0.0)), weight
+
+
+def on_common(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
+    """log π_θ and log π_t − log π_θ where neither model excludes the token, log 0 and 0 elsewhere."""
+    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
+    return logp_theta.where(common, _LOG_ZERO), (logp_t - logp_theta).where(common, 0.0)
 
 
 def q_star_logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
@@ -144,8 +154,8 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
     return alpha
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """log-probabilities at `temperature`, float32, finite."""
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """log-probabilities at `temperature`, a number or `(B, 1)`; float32, finite."""
     return (logits.float() / temperature).log_softmax(dim=1).clamp(min=_LOG_ZERO)
 
 

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 EVERYTHING = "everything"
 INSTALLED_AS = {"yaml": "pyyaml"}  # where it is not the name that is imported
-BRINGS_US = {"vllm"}  # an environment of its own, into which this package is installed
+BRINGS_US = {"vllm", "fastapi", "triton"}  # an environment of its own, into which this package is installed
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -110,3 +111,28 @@ def test_a_model_without_a_plain_configuration_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"vocab_size": 10}}))
     assert main(["serve-native", str(theta), str(tmp_path), "--dry-run"]) == 2
     assert "plain text decoders" in capsys.readouterr().err
+
+
+def test_one_model_serves_in_both_roles(theta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = printed_command(capsys, str(theta), "--port", "8000", "--enable-lora")
+    flags = dict(itertools.pairwise(command))
+    assert flags["--model"] == str(theta) and flags["--port"] == "8000"
+    assert flags["--logits-processors"] == "dual_rollout.native.processor:PairProcessor"
+    assert flags["--max-loras"] == "2" and "--hf-overrides" not in command
+    assert "--max-loras 3" in shlex.join(printed_command(capsys, str(theta), "--enable-lora", "--max-loras", "3"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-parallel-size=2"], "one server per engine"),
+        (["--api_server_count", "2"], "one process counts the pairs"),
+        (["--speculative-config.method", "ngram"], "no logits processors"),
+        (["--alpha-max", "0.5"], "--alpha-max belong to two models"),
+    ],
+)
+def test_what_pairs_do_not_work_with_is_refused(
+    theta: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve-native", str(theta), *flags, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The ways to choose α that `draw` does not know itself, in torch; `dual_rollout.functional.alpha` has the mathematics.
+
+They take up to 24 passes over the vocabulary and are not compiled: a rollout that asks for them pays for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dual_rollout.native.rule import PairRule
+from dual_rollout.native.solver import log_softmax, on_common
+
+_ROUNDS = 12
+
+
+def alpha_of_method(method: PairRule, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
+    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V)` logits, before the bounds."""
+    logp_theta, logp_t = (log_softmax(logits, method.temperature) for logits in (logits_theta, logits_t))
+    if method.alpha_method == "entropy":
+        theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in (logp_theta, logp_t))
+        return torch.where(theta + t > 0, theta / (theta + t), 0.5)
+    base, slope = on_common(logp_theta, logp_t)
+    if method.alpha_method == "ess_balance":
+        return _ess_balance(base, slope)
+    assert method.kl_budget is not None
+    return _kl_budget(base, slope, method.kl_budget)
+
+
+def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
+    zero = torch.zeros_like(base[:, :1])
+    offset = 2.0 * (_cumulants(base, slope, zero + 1.0)[0] - _cumulants(base, slope, zero)[0])
+
+    def imbalance(alpha: Tensor) -> tuple[Tensor, Tensor]:
+        left, left_mean, _ = _cumulants(base, slope, -alpha)
+        right, right_mean, _ = _cumulants(base, slope, 2.0 - alpha)
+        return left - right + offset, right_mean - left_mean
+
+    return _root(imbalance, zero + 0.5)
+
+
+def _kl_budget(base: Tensor, slope: Tensor, budget: float) -> Tensor:
+    half = torch.full_like(base[:, :1], 0.5)
+
+    def excess(alpha: Tensor) -> tuple[Tensor, Tensor]:
+        psi, mean, variance = _cumulants(base, slope, alpha)
+        root = (alpha * mean - psi).clamp(min=0.0).sqrt()
+        return root - budget**0.5, alpha * variance / (2.0 * root)
+
+    within = excess(2.0 * half)[0] <= 0
+    return torch.where(within, 1.0, _root(excess, half))
+
+
+def _root(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], alpha: Tensor) -> Tensor:
+    """Where an increasing function on [0, 1] is zero, by Newton's method inside a bracket; ½ where it is zero there."""
+    low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
+    for _ in range(_ROUNDS):
+        value, rate = evaluate(alpha)
+        low = torch.where(value <= 0, alpha, low)
+        high = torch.where(value >= 0, alpha, high)
+        newton = alpha - value / rate
+        inside = (newton >= low) & (newton <= high)  # NaN is not
+        alpha = torch.where(inside, newton, 0.5 * (low + high))
+    return alpha
+
+
+def _cumulants(base: Tensor, slope: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ψ, ψ′ and ψ″ at α, `(n, 1)` each: the log-partition, and mean and variance of the slope under q_α."""
+    path = base + alpha * slope
+    psi = path.logsumexp(dim=1, keepdim=True)
+    q = (path - psi).exp()
+    mean = (q * slope).sum(dim=1, keepdim=True)
+    return psi, mean, (q * (slope - mean).square()).sum(dim=1, keepdim=True)

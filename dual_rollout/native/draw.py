@@ -1,0 +1,172 @@
+"""One draw from q* for each of n pairs of rows, without a synchronisation; `kernel.py` is the same for GPUs.
+
+The random numbers come from a counter: a draw depends on the seed of its pair and its position alone, whatever else is
+in the batch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
+
+from dual_rollout.native.rule import PairRule
+from dual_rollout.native.solver import balanced_alpha, log_softmax, on_common, on_path
+
+FORCED = 1e30
+"""The logit of the drawn token: greater than any other, and finite in what vLLM computes of it."""
+PACKED = (
+    "row_theta",
+    "row_t",
+    "seed_low",
+    "seed_high",
+    "position",
+    "cell",
+    "temperature",
+    "alpha",
+    "alpha_min",
+    "alpha_max",
+)
+"""Rows of `packed`, `(10, n)` int64; the last four are the bits of float32."""
+
+_GOLDEN = -1640531527  # 2^32 over the golden ratio, as int32
+_ODD = 0x3C6EF373  # below 2^31, as the upper half of a seed is: their sum is never 0, of which _mix makes 0
+
+DrawInPlace = Callable[[Tensor, Tensor, Tensor], None]
+"""`(logits, packed, record)`: draws for every column of `packed`, gives the token the greatest logit in both its rows,
+writes its numbers into its cell of `record`, `(cells, len(NUMBERS))`, and moves position and cell on by one."""
+
+
+class Pairs(NamedTuple):
+    """n pairs of rows of one step.
+
+    Attributes:
+        rows_theta, rows_t: `(n,)` int64, rows of the logits.
+        seeds: `(n, 2)` int32, the lower and the upper half of the seed.
+        positions: `(n, 1)` int32, tokens of the rollout before this one.
+        temperature, alpha, alpha_min, alpha_max: `(n, 1)` float32; α NaN where the two divergences are to be equal.
+    """
+
+    rows_theta: Tensor
+    rows_t: Tensor
+    seeds: Tensor
+    positions: Tensor
+    temperature: Tensor
+    alpha: Tensor
+    alpha_min: Tensor
+    alpha_max: Tensor
+
+
+def draw(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """A token per pair, `(n,)` int64, and what is recorded of it, `(n, len(NUMBERS))`; a token id below 2^24 is exact.
+
+    Args:
+        logits: `(B, V)`, any floating type.
+    """
+    logp_theta = log_softmax(logits[pairs.rows_theta], pairs.temperature)
+    logp_t = log_softmax(logits[pairs.rows_t], pairs.temperature)
+    solved = balanced_alpha(*on_common(logp_theta, logp_t))
+    alpha = torch.where(pairs.alpha.isnan(), solved, pairs.alpha)
+    at_an_end = (pairs.alpha == 0.0) | (pairs.alpha == 1.0) | (pairs.alpha_max == 0.0) | (pairs.alpha_min == 1.0)
+    q, weight = on_path(logp_theta, logp_t, alpha.clamp(pairs.alpha_min, pairs.alpha_max), at_an_end)
+    # Exponential clocks with rates in proportion to q: the first to ring is a draw from q.
+    times = exponential(pairs.seeds, pairs.positions, weight.shape[1])
+    token = (weight / times).argmax(dim=1, keepdim=True)
+    numbers = (
+        token.float(),
+        q.alpha,
+        q.logprobs.gather(1, token),
+        logp_theta.gather(1, token),
+        logp_t.gather(1, token),
+        q.kl_theta,
+        q.kl_t,
+    )
+    return token[:, 0], torch.cat(numbers, dim=1)
+
+
+def exponential(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+    """`(n, size)` independent standard exponential numbers, a function of seed and position.
+
+    Numbers of 32 bits are put to use in full: the smallest time is 2^-33, so a token of probability far below that is
+    drawn too rarely, which all together is less than size · 2^-32 in total variation.
+    """
+    first = _mix(seeds[:, :1] ^ _mix(positions + _GOLDEN))
+    second = _mix(first ^ _mix(seeds[:, 1:] + _ODD))
+    tokens = torch.arange(size, dtype=torch.int32, device=seeds.device)
+    bits = _mix(_mix(tokens * _GOLDEN + first) ^ second)
+    # In two halves, each exact in float32, so that small numbers keep their low bits.
+    high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
+    uniform = high.float() * 2.0**-16 + (low.float() + 0.5) * 2.0**-32
+    return -torch.log1p(-uniform)
+
+
+def pack(
+    rows: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    cells: Sequence[int],
+    methods: Sequence[PairRule],
+) -> np.ndarray:
+    """`PACKED` of n pairs, `(10, n)`; seeds are in [0, 2^64)."""
+    halves = np.array([struct.unpack("<ii", struct.pack("<Q", seed)) for seed in seeds])
+    floats = [
+        (
+            method.temperature,
+            np.nan if method.fixed_alpha is None else method.fixed_alpha,
+            method.alpha_min,
+            method.alpha_max,
+        )
+        for method in methods
+    ]
+    bits = np.array(floats, np.float32).view(np.int32)
+    return np.concatenate((np.array(rows).T, halves.T, [positions, cells], bits.T)).astype(np.int64)
+
+
+def unpack(packed: Tensor) -> Pairs:
+    """The pairs that `pack` was given, without their cells."""
+    floats = packed[6:].int().view(torch.float32)[:, :, None]
+    return Pairs(packed[0], packed[1], packed[2:4].T.int(), packed[4].int()[:, None], *floats)
+
+
+def set_alpha(packed: Tensor, columns: Tensor, alpha: Tensor) -> None:
+    """Fix α, `(k, 1)`, of k pairs for the next draw."""
+    packed[PACKED.index("alpha"), columns] = alpha[:, 0].contiguous().view(torch.int32).long()
+
+
+def compiled_draw(backend: str = "inductor") -> DrawInPlace:
+    """`draw` compiled for the vocabulary that it meets first and any numbers of rows and pairs."""
+    compiled = torch.compile(draw, backend=backend)
+
+    def in_place(logits: Tensor, packed: Tensor, record: Tensor) -> None:
+        pairs, source = unpack(packed), logits
+        # A graph for any number of pairs or rows is one for two and more; a pair that comes twice draws the same.
+        if packed.shape[1] == 1:
+            pairs = Pairs(*(torch.cat((tensor, tensor)) for tensor in pairs))
+        if len(logits) == 1:
+            source = torch.cat((logits, logits))
+        for tensor in (source, *pairs):
+            maybe_mark_dynamic(tensor, 0)
+        tokens, numbers = compiled(source, pairs)
+        logits[pairs.rows_theta, tokens] = FORCED
+        logits[pairs.rows_t, tokens] = FORCED
+        record[packed[5]] = numbers[: packed.shape[1]]
+        packed[4:6] += 1
+
+    return in_place
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Every bit of an int32 spread over all of them: the finaliser of MurmurHash3, a bijection."""
+    bits = (bits ^ _shift(bits, 16)) * -2048144789
+    bits = (bits ^ _shift(bits, 13)) * -1028477387
+    return bits ^ _shift(bits, 16)
+
+
+def _shift(bits: Tensor, count: int) -> Tensor:
+    """A shift to the right that moves in zeros, as that of an unsigned number does."""
+    return (bits >> count) & ((1 << (32 - count)) - 1)

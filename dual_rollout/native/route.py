@@ -1,0 +1,401 @@
+"""`POST /v1/dual_rollout/generate` on vLLM's API server: a whole rollout per request, `--middleware`.
+
+Both sides are requests of the server's own engine. They are paired there and restarted here when they fall out of step,
+and the numbers come back as arrays: no list of log-probabilities per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import secrets
+import uuid
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from dual_rollout.native.rule import NUMBERS, PairMember, PairRule, Side
+
+logger = logging.getLogger(__name__)
+
+PATH = "/v1/dual_rollout"
+_VAIN_ATTEMPTS = 60
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0
+
+
+class PairsMiddleware:
+    """Adds the route to the application when the server starts; requests pass through."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            add_route(scope["app"])
+        await self._app(scope, receive, send)
+
+
+def add_route(app: FastAPI) -> None:
+    """Under /v1, where vLLM's own middleware asks for the API key."""
+    router, pairs = APIRouter(prefix=PATH), PairServer(app.state)
+
+    @router.get("")
+    async def describe() -> dict[str, Any]:
+        return pairs.describe()
+
+    @router.post("/generate")
+    async def generate(request: Request) -> JSONResponse:
+        try:
+            rollout = Rollout.from_json(await request.json(), pairs.limits())
+            pairs.check_steps(rollout)
+            pairs.check_adapters(rollout)
+            return JSONResponse(await _while_connected(request, pairs.generate(rollout)))
+        except UnknownModelError as error:
+            return _refusal(404, str(error))
+        except (ValueError, VLLMClientError) as error:
+            return _refusal(400, str(error))
+        except RuntimeError as error:
+            return _refusal(503, str(error))
+
+    app.include_router(router)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rollout must keep to."""
+
+    vocab_size: int
+    max_model_len: int
+    names: frozenset[str]
+    adapters: frozenset[str]
+
+
+class UnknownModelError(Exception):
+    """A model that is not served; vLLM's 404."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """The body of a request.
+
+    Attributes:
+        prompt_token_ids: what π_θ sees.
+        t_prompt_token_ids: what π_t sees; None samples from π_θ alone.
+        max_tokens: of the completion.
+        stop_token_ids: it ends with the first of these.
+        seed: with it, the same tokens come in any company; random when None.
+        method: how α is chosen; its fields are fields of the body.
+        model, t_model: served names, of the model itself or of LoRA adapters that are loaded; None is the former.
+        start: tokens of the rollout that are in the prompts already, from which the random numbers go on.
+        request_id: comes back in the answer.
+    """
+
+    prompt_token_ids: list[int]
+    t_prompt_token_ids: list[int] | None = None
+    max_tokens: int
+    stop_token_ids: list[int] = field(default_factory=list)
+    seed: int | None = None
+    method: PairRule = field(default_factory=PairRule)
+    model: str | None = None
+    t_model: str | None = None
+    start: int = 0
+    request_id: str | None = None
+
+    @classmethod
+    def from_json(cls, body: Any, limits: Limits) -> Rollout:
+        """Raises `ValueError`, saying which field to mend."""
+        if not isinstance(body, Mapping):
+            raise ValueError("the body must be a JSON object")
+        of_method = {spec.name for spec in fields(PairRule)}
+        own = {spec.name for spec in fields(cls)} - {"method"}
+        if unknown := set(body) - own - of_method:
+            raise ValueError(f"unknown field {min(unknown)!r}; known are {', '.join(sorted(own | of_method))}")
+        if missing := {"prompt_token_ids", "max_tokens"} - set(body):
+            raise ValueError(f"{min(missing)} is missing")
+        method = PairRule(**{name: value for name, value in body.items() if name in of_method})
+        rollout = cls(method=method, **{name: value for name, value in body.items() if name in own})
+        rollout._check(limits)
+        return rollout
+
+    def _check(self, limits: Limits) -> None:
+        _check_tokens("prompt_token_ids", self.prompt_token_ids, limits.vocab_size, may_be_empty=False)
+        if self.t_prompt_token_ids is not None:
+            _check_tokens("t_prompt_token_ids", self.t_prompt_token_ids, limits.vocab_size, may_be_empty=False)
+        _check_tokens("stop_token_ids", self.stop_token_ids, limits.vocab_size, may_be_empty=True)
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r:.80}")
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed must be a whole number in [0, 2^63), got {self.seed!r:.80}")
+        for name, prompt in (
+            ("prompt_token_ids", self.prompt_token_ids),
+            ("t_prompt_token_ids", self.t_prompt_token_ids),
+        ):
+            if prompt is not None and len(prompt) + self.max_tokens > limits.max_model_len:
+                raise ValueError(
+                    f"{name} has {len(prompt)} tokens, which leaves no room for max_tokens {self.max_tokens} in the "
+                    f"server's context of {limits.max_model_len} (--max-model-len)"
+                )
+        if not _is_int(self.start) or self.start < 0:
+            raise ValueError(f"start must be a whole number >= 0, got {self.start!r:.80}")
+        served = limits.names | limits.adapters
+        for model in (self.model, self.t_model):
+            if model is not None and model not in served:
+                listed = ", ".join(sorted(served))
+                raise UnknownModelError(f"the model {model!r:.80} does not exist; served are {listed}")
+
+
+@dataclass
+class Counts:
+    """Since the server's start: rollouts, attempts at them, and attempts of which nothing could be kept."""
+
+    rollouts: int = 0
+    attempts: int = 0
+    vain: int = 0
+
+
+class PairServer:
+    """Draws rollouts from the engine of an API server, whose `app.state` it is given."""
+
+    def __init__(self, state: Any):
+        self._state = state
+        self._counts = Counts()
+        self._places: asyncio.Semaphore | None = None
+        self._asked: dict[str, asyncio.Future[bytes | None]] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._number = 0
+
+    @property
+    def _engine(self) -> Any:
+        return self._state.engine_client
+
+    def limits(self) -> Limits:
+        model = self._engine.model_config
+        served = self._state.openai_serving_models
+        names = frozenset(path.name for path in served.base_model_paths)
+        return Limits(model.get_vocab_size(), model.max_model_len, names, frozenset(served.lora_requests))
+
+    def describe(self) -> dict[str, Any]:
+        limits = self.limits()
+        return {
+            "vocab_size": limits.vocab_size,
+            "max_model_len": limits.max_model_len,
+            "adapters": sorted(limits.adapters),
+            "max_pairs": self._max_pairs(),
+            **asdict(self._counts),
+        }
+
+    def check_steps(self, rollout: Rollout) -> None:
+        """Raise `ValueError` where both prompts can never be read to their end in the same step."""
+        config = self._engine.vllm_config
+        budget = config.scheduler_config.max_num_batched_tokens - config.scheduler_config.max_num_seqs
+        if rollout.t_prompt_token_ids is None:
+            return
+        if config.cache_config.enable_prefix_caching:
+            needed, why = 2 * config.cache_config.block_size, "two blocks of its KV cache"
+        else:
+            needed = len(rollout.prompt_token_ids) + len(rollout.t_prompt_token_ids) + 2 * rollout.max_tokens
+            why = "both prompts and their completions, since prefix caching is off"
+        if budget < needed:
+            raise ValueError(
+                "both prompts must be read to their end in one step: start the server with --max-num-batched-tokens "
+                f"{needed + config.scheduler_config.max_num_seqs} or more, --max-num-seqs and {why}"
+            )
+
+    def check_adapters(self, rollout: Rollout) -> None:
+        """Raise `ValueError` where vLLM's CPU build would show an adapter to a side that has none.
+
+        There (0.31) a request without an adapter, in a step with one that has, gets the last of the --max-loras places.
+        So that has to stay empty.
+        """
+        loaded = self._state.openai_serving_models.lora_requests
+        sides = {rollout.model in loaded, rollout.t_model in loaded}
+        if len(sides) == 2 and current_platform.is_cpu():
+            places = self._engine.vllm_config.lora_config.max_loras
+            if len(loaded) >= places:
+                raise ValueError(
+                    f"{len(loaded)} adapters are loaded, and the CPU build needs a place more than that: start the "
+                    f"server with --max-loras {len(loaded) + 1}"
+                )
+
+    async def generate(self, rollout: Rollout) -> dict[str, Any]:
+        """One rollout, as the answer's JSON.
+
+        Raises:
+            ValueError, VLLMClientError: the request is at fault.
+            RuntimeError: the sides cannot be brought into step.
+        """
+        if self._places is None:
+            self._places = asyncio.Semaphore(self._max_pairs())
+        seed = secrets.randbits(63) if rollout.seed is None else rollout.seed
+        tokens: list[int] = []
+        parts: list[np.ndarray] = []
+        attempts = vain = 0
+        async with self._places:
+            self._counts.rollouts += 1
+            while not (tokens and (len(tokens) == rollout.max_tokens or tokens[-1] in rollout.stop_token_ids)):
+                numbers = await self._attempt(rollout, tokens, seed)
+                attempts += 1
+                self._counts.attempts += 1
+                tokens += numbers[:, 0].astype(int).tolist()
+                parts.append(numbers)
+                vain = 0 if len(numbers) else vain + 1
+                if vain:
+                    self._counts.vain += 1
+                    await self._wait_after(vain)
+        numbers = np.concatenate(parts)
+        return {
+            "request_id": rollout.request_id,
+            "model": rollout.model,
+            "token_ids": tokens,
+            "finish_reason": "stop" if tokens[-1] in rollout.stop_token_ids else "length",
+            "restarts": attempts - 1,
+            "columns": NUMBERS[1:],
+            "numbers": base64.b64encode(numbers[:, 1:].astype("<f4").tobytes()).decode(),
+        }
+
+    async def _attempt(self, rollout: Rollout, tokens: Sequence[int], seed: int) -> np.ndarray:
+        """`(n, 7)` numbers of the tokens that come after `tokens`; n may be 0."""
+        pair, mark = uuid.uuid4().hex, self._engine.model_config.get_vocab_size() - 1
+        prompts: dict[Side, list[int]]
+        method = rollout.method
+        if rollout.t_prompt_token_ids is not None:
+            prompts = {"theta": rollout.prompt_token_ids, "t": rollout.t_prompt_token_ids}
+        else:
+            prompts = {"both": rollout.prompt_token_ids}
+            method = PairRule(alpha_method="fixed", fixed_alpha=0.0, temperature=method.temperature)
+        drawn: dict[str, list[int]] = {}
+        tasks = []
+        for side, prompt in prompts.items():
+            member = PairMember(
+                pair=pair, side=side, seed=seed, start=rollout.start + len(tokens), mark=mark, method=method
+            )
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=rollout.max_tokens - len(tokens),
+                stop_token_ids=[*rollout.stop_token_ids, mark],
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=member.to_extra_args(),
+            )
+            model = rollout.t_model if side == "t" else rollout.model
+            tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, model, pair, drawn)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if any(tokens and tokens[-1] == mark for tokens in drawn.values()):
+                await self._engine.abort([_request_id(pair, side) for side in prompts])
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            record = await self._take(pair)
+        if record is None or len(drawn) < len(prompts):
+            return np.empty((0, len(NUMBERS)), np.float32)
+        return _agreed(np.frombuffer(record, np.float32).reshape(-1, len(NUMBERS)), list(drawn.values()))
+
+    async def _request(
+        self, side: str, prompt: list[int], params: Any, model: str | None, pair: str, drawn: dict[str, list[int]]
+    ) -> None:
+        stream = self._engine.generate(
+            tokens_input(prompt),
+            params,
+            _request_id(pair, side),
+            lora_request=self._state.openai_serving_models.lora_requests.get(model),
+        )
+        async with contextlib.aclosing(stream):
+            async for output in stream:
+                drawn[side] = list(output.outputs[0].token_ids)
+
+    async def _take(self, pair: str) -> bytes | None:
+        """The pair's record. Those asked for while the workers answer are fetched together by the next call."""
+        future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._asked[pair] = future
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._fetch())
+        return await future
+
+    async def _fetch(self) -> None:
+        while self._asked:
+            asked, self._asked = self._asked, {}
+            try:
+                answers = await self._engine.collective_rpc("dual_rollout_take", args=(list(asked),))
+            except Exception as error:
+                for future in asked.values():
+                    if not future.done():
+                        future.set_exception(RuntimeError(f"the engine does not give its numbers: {error}"))
+                continue
+            for pair, future in asked.items():
+                found = next((answer[pair] for answer in answers if answer and pair in answer), None)
+                if not future.done():
+                    future.set_result(found)
+
+    async def _wait_after(self, vain: int) -> None:
+        """Longer after each attempt in vain: other rollouts end meanwhile, and leave memory or room in a step."""
+        if vain >= _VAIN_ATTEMPTS:
+            raise RuntimeError(
+                f"after {vain} attempts the two prompts were not read in one step: raise --max-num-batched-tokens "
+                "above the length of both, leave prefix caching on, or give the KV cache more memory"
+            )
+        if vain > 1:
+            await asyncio.sleep(min(_FIRST_PAUSE_S * 2.0 ** (vain - 2), _LONGEST_PAUSE_S))
+
+    def _max_pairs(self) -> int:
+        return max(1, self._engine.vllm_config.scheduler_config.max_num_seqs // 2)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives; it is cancelled when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        return await task
+    finally:
+        watch.cancel()
+
+
+def _agreed(record: np.ndarray, drawn: list[list[int]]) -> np.ndarray:
+    """The rows of the record up to the first that one side did not draw, or that was drawn by one side alone."""
+    length = min(len(record), *map(len, drawn))
+    good = ~np.isnan(record[:length]).any(axis=1)
+    for tokens in drawn:
+        good &= record[:length, 0] == tokens[:length]
+    return record[: length if good.all() else int(good.argmin())]
+
+
+def _request_id(pair: str, side: str) -> str:
+    return f"dual-rollout-{pair}-{side}"
+
+
+def _check_tokens(name: str, tokens: Any, vocab_size: int, *, may_be_empty: bool) -> None:
+    if not isinstance(tokens, list) or not (tokens or may_be_empty) or not all(map(_is_int, tokens)):
+        raise ValueError(f"{name} must be a list of token ids{'' if may_be_empty else ', at least one'}")
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ValueError(f"{name} has a token id outside [0, {vocab_size})")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refusal(status: int, message: str) -> JSONResponse:
+    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "ServiceUnavailableError")
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
