@@ -180,8 +180,6 @@ class CoordinatorConfig:
                 raise ValueError(f'{name} must be set with alpha_method "{method}"')
             if self.alpha_method != method and value is not None:
                 raise ValueError(f'{name} is set, but alpha_method is not "{method}": set one or drop the other')
-        if self.engine == "native" and self.alpha_method not in ("kl_symmetry", "fixed"):
-            raise ValueError(f'engine "native" knows alpha_method "kl_symmetry" and "fixed", not {self.alpha_method!r}')
         if self.engine == "native" and (not isinstance(self.theta_url, str) or self.targets):
             raise ValueError('engine "native" has one server, which holds its target: give one theta_url, no targets')
         if self.engine == "native" and not 0.05 <= self.temperature <= 2:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
     from dual_rollout.servers import Capabilities, Engine
-    from dual_rollout.servers.native import NativeServerInfo
+    from dual_rollout.servers.native import NativeEngine, NativeServerInfo
+    from dual_rollout.servers.pairs import PairServerInfo
     from dual_rollout.vocabulary import Comparison
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ SYMBOLS = {"ok": "✓", "failed": "✗", "optional": "–"}
 PROMPT = [1, 2, 3, 4]  # ids that any vocabulary has
 TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
 REQUEST_SHARE = 0.7  # of it at most for one request
+
+
+_WRONG_ROWS = 1.5  # nats; two kernels in bfloat16 differ by up to 0.4
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def weights_check(name: str, root: str | None, found: tuple[str | None, float | 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
     """All checks of a native server, and what it said of itself."""
     from dual_rollout.servers import HttpTransport, NativeEngine
+    from dual_rollout.servers.pairs import PairServerInfo
 
     url = str(config.theta_url)
     engine = NativeEngine(
@@ -162,6 +167,9 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
     )
     deadline = asyncio.get_running_loop().time() + config.total_timeout
     try:
+        server = await _by(deadline, engine.pair_server())
+        if isinstance(server, PairServerInfo):
+            return await _examine_pairs(engine, server, deadline)
         found = await _by(deadline, engine.examine(config.temperature))
         weights = await _by(deadline, weights_of(engine))
     finally:
@@ -170,6 +178,30 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
         return [_native_fault(found)], {"native": None}
     checks = [*native_checks(url, config.temperature, found), weights_check("q*", found.model, weights)]
     return checks, {"native": asdict(found)}
+
+
+async def _examine_pairs(
+    engine: NativeEngine, server: PairServerInfo, deadline: float
+) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
+    """The rows of a server of pairs. A few tokens show whether it draws from the rows that it should."""
+    info = await _by(deadline, engine.describe())
+    difference, weights = await _by(deadline, engine.compare_values()), await _by(deadline, weights_of(engine))
+    if isinstance(info, Exception):
+        return [_native_fault(info)], {"native": asdict(server)}
+    if isinstance(difference, Exception):
+        return [_native_fault(difference)], {"native": asdict(server)}
+    values = Check("q*", "values", "ok", f"both sides within {difference:.2g} nats of the server's own")
+    if difference > _WRONG_ROWS:
+        fix = "its numbers are of other rows, or rounded too far: report it, with vLLM's version and its flags"
+        values = Check("q*", "values", "failed", f"{difference:.2g} nats from the server's own", fix)
+    checks = [
+        Check("q*", "server", "ok", f"{info.model} at {engine.url}, in both roles: draws pairs of prompts"),
+        Check("q*", "vocabulary", "ok", f"{server.vocab_size} tokens"),
+        Check("q*", "places", "ok", f"{server.max_pairs} rollouts at once (half of --max-num-seqs)"),
+        values,
+        weights_check("q*", info.model, weights),
+    ]
+    return checks, {"native": asdict(server)}
 
 
 def native_checks(url: str, temperature: float, found: NativeServerInfo) -> list[Check]:

@@ -82,14 +82,16 @@ class DecodingSequence:
         position = len(self.tokens) - 1
         return self.log_weights.get(position, self.record.logprobs_theta[-1] - self.record.logprobs_q[-1])
 
-    def rewind(self) -> np.random.Generator:
-        """`rng`, set to the stream of the next position: the same numbers whenever it is asked before that token.
+    def rewind(self, position: int | None = None) -> np.random.Generator:
+        """`rng`, set to the stream of a position, by default the next: the same numbers whenever it is asked.
 
         So a round that has to be repeated, because a server failed or a neighbour's prompt was refused, ends in the
         same tokens, and what happens at one position does not shift the numbers of the next.
         """
         state = self._bits.state
-        state["state"]["counter"] = np.array([0, 0, 0, len(self.tokens)], dtype=np.uint64)
+        state["state"]["counter"] = np.array(
+            [0, 0, 0, len(self.tokens) if position is None else position], dtype=np.uint64
+        )
         state["buffer_pos"], state["has_uint32"] = 4, 0  # nothing left over from another position
         self._bits.state = state
         return self.rng

@@ -27,6 +27,7 @@ class DecodingStats:
             named tokens.
         policy_tokens: tokens drawn from π_θ alone, because their prompt has no target or π_t's server was gone.
         lost_target_tokens: those of them for which π_t's server was gone.
+        restarts: times that the two sides of a pair fell out of step on their server, and were begun again there.
         disjoint_positions: positions where complete lists shared no token; sampled from the policy there.
     """
 
@@ -45,6 +46,7 @@ class DecodingStats:
     policy_tokens: int = 0
     lost_target_tokens: int = 0
     disjoint_positions: int = 0
+    restarts: int = 0
 
     @property
     def top_k_mean(self) -> float:

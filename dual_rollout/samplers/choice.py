@@ -41,7 +41,8 @@ def choose_samplers(
     traffic = {"theta": HttpStats(), "t": HttpStats(), **{name: HttpStats() for name in config.targets or {}}}
     if config.engine == "native":
         native = connections.native(url_list(config.theta_url)[0], config.theta_model, traffic["theta"])
-        return Samplers(native, None, {None: NativeSampler(native, weights, stats)}, traffic)
+        alone = NativeSampler(native, weights, stats, without_target=True)
+        return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic)
 
     theta = connections.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
     t = connections.client(config.t_engine, config.t_url, config.t_model, traffic["t"])

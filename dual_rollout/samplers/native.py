@@ -3,7 +3,6 @@ where that is wanted."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,8 +12,10 @@ from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
-from dual_rollout.exceptions import DualRolloutError, EngineProtocolError, EngineUnavailableError
+from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.samplers.base import Sampler, Served
+from dual_rollout.samplers.pairs import PairSampler
+from dual_rollout.samplers.places import draw_in_places
 from dual_rollout.servers.native import NativeEngine, NativeSample
 from dual_rollout.types import GenerationRequest
 
@@ -23,50 +24,53 @@ _STREAMED_BLOCK = 16  # tokens drawn per request while streaming
 
 
 class NativeSampler:
-    """Samples from q* on one server that holds both models (`dual-rollout serve-native`)."""
+    """Samples from q* on one server that holds both models (`dual-rollout serve-native`).
 
-    def __init__(self, engine: NativeEngine, weights: PolicyWeights, stats: DecodingStats):
+    Which kind of server it is, one that shows both models one prompt or one of pairs, is seen when it is asked.
+
+    Args:
+        without_target: draw from π_θ alone, which only a server of pairs can.
+    """
+
+    def __init__(
+        self, engine: NativeEngine, weights: PolicyWeights, stats: DecodingStats, *, without_target: bool = False
+    ):
         self._engine = engine
         self._weights = weights
         self._stats = stats
+        self._without_target = without_target
 
     def check_request(self, request: GenerationRequest) -> None:
-        """See `Sampler`."""
-        if request.t_prompt is not None:
-            raise ValueError('engine "native" shows both models one prompt: a t_prompt needs engine "dual"')
+        """See `Sampler`: what the server cannot draw, `ready` refuses."""
 
     async def served(self, config: CoordinatorConfig) -> Served:
         """See `Sampler`."""
         both = await self._engine.describe()
-        return Served(both, both)
+        return Served(both, None if self._without_target else both)
 
     async def ready(self, sequences: Sequence[DecodingSequence], config: CoordinatorConfig) -> Sampler:
         """See `Sampler`."""
+        if (server := await self._engine.pair_server()) is not None:
+            alone = self._without_target
+            return PairSampler(self._engine, server, self._weights, self._stats, without_target=alone)
+        faults = {
+            "draws from π_θ alone": self._without_target,
+            "shows π_t another prompt": any(
+                list(sequence.context_t) != list(sequence.context_theta) for sequence in sequences
+            ),
+            f"knows alpha_method {config.alpha_method!r}": config.alpha_method not in ("kl_symmetry", "fixed"),
+        }
+        if found := [fault for fault, there in faults.items() if there]:
+            raise PreflightError(
+                f"{self._engine.url} holds two models, and none such {' or '.join(found)}: one of pairs does "
+                "(dual-rollout serve-native with one model, see docs/native.md), or two servers (engine: dual)"
+            )
         await self._engine.attach(config.temperature)
         return self
 
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
         """See `Sampler`."""
-        waiting = iter(sequences)
-        gone: EngineUnavailableError | None = None
-
-        async def run_place() -> None:
-            nonlocal gone
-            for sequence in waiting:
-                if gone is not None and not sequence.done:
-                    sequence.fail(gone)
-                try:
-                    while not sequence.done:
-                        self._weights.mark([sequence])
-                        await self._extend(sequence, settings)
-                    self._weights.refuse_mixed(sequence)
-                except DualRolloutError as error:
-                    sequence.fail(error)
-                    gone = error if isinstance(error, EngineUnavailableError) else gone
-                if settings.on_finished is not None:
-                    await settings.on_finished(sequence)
-
-        await asyncio.gather(*(run_place() for _ in range(settings.config.max_concurrency)))
+        await draw_in_places(sequences, settings, self._weights, settings.config.max_concurrency, self._extend)
 
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config, prompt = settings.config, list(sequence.context_theta)

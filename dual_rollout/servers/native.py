@@ -12,7 +12,7 @@ import numpy as np
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, decode
-from dual_rollout.servers.vllm import VLLMEngine
+from dual_rollout.servers.pairs import PairEngine
 from dual_rollout.servers.vllm_answers import token_ids_of
 from dual_rollout.types import FinishReason
 
@@ -62,7 +62,7 @@ class NativeServerInfo:
     reloads_weights: bool
 
 
-class NativeEngine(VLLMEngine):
+class NativeEngine(PairEngine):
     """π_θ and π_t behind one server. As an `Engine` it is π_θ where weights are updated, and q* where tokens are.
 
     Nobody else may ask this server for top-k log-probabilities meanwhile: in the CPU build's model runner, requests
@@ -181,7 +181,9 @@ class NativeEngine(VLLMEngine):
         return await self._ask([token_ids], read, temperature=temperature, prompt_logprobs=0)
 
     async def score(self, token_ids: TokenIds, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """log π_θ at the server's temperature; of the most likely tokens nothing is known (NaN)."""
+        """log π_θ; of two models at the server's temperature, and of the most likely tokens nothing is known (NaN)."""
+        if await self.pair_server() is not None:
+            return await super().score(token_ids, start)
         own = await self.policy_logprobs(token_ids, start)
         return own, np.full(len(own), np.nan)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from dual_rollout.config import NO_TARGET, AlphaRule, CoordinatorConfig, did_you_mean
+from dual_rollout.config import AlphaRule, CoordinatorConfig, did_you_mean
 from dual_rollout.coordinator import CoordinatorStats, DualVLLMCoordinator
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.servers import Engine, EngineInfo
@@ -53,7 +53,7 @@ class DualRollout:
     resumed run goes on with the same ones, and evaluation does not change them.
 
     A trainer that evaluates (its model is not in training mode) gets completions of π_θ alone, α = 0 and weight 1, for
-    it is the policy that is evaluated. With engine "native", whose server has q* alone, they are of q*, with a warning.
+    it is the policy that is evaluated. A native server of two models has q* alone: then they are of q*, with a warning.
 
     Args:
         config: the servers and how q* is defined. Under a trainer, `temperature` and `max_completion_length` are the
@@ -316,7 +316,7 @@ class DualRollout:
     @property
     def can_draw_from_policy(self) -> bool:
         """Whether π_θ can be asked alone."""
-        return NO_TARGET in self._open().targets
+        return not self._run(self._open().is_drawn_whole())
 
     @property
     def weight_version(self) -> int | None:
@@ -386,7 +386,7 @@ class DualRollout:
             self._tokenizer_under(trainer),
             owner=None if trainer.use_vllm else self._given_version,
             bound=self.policy_check_bound,
-            at_temperature=trainer.temperature if self.config.engine == "native" else 1.0,
+            at_temperature=1.0 if self.can_draw_from_policy else trainer.temperature,
         )
         check.run(self.ask_policy_servers, "before the rollout")
         return check
@@ -395,8 +395,8 @@ class DualRollout:
         config = self.config
         if mode_of(trainer) == "eval" and not self.can_draw_from_policy:
             self._warn_once(
-                "evaluation measures q*, not the policy: a native server samples from q* alone. Evaluate checkpoints "
-                "on a server of their own"
+                "evaluation measures q*, not the policy: a native server of two models samples from q* alone. Evaluate "
+                "checkpoints on a server of their own"
             )
         named = config.support == "tail" or config.missing == "exact"
         if named and config.engine != "native" and trainer.accelerator.num_processes > 1:

@@ -60,8 +60,6 @@ class AlphaSchedule:
         for name, method in (("kl_budget", "kl_budget"), ("fixed_alpha", "fixed")):
             if name in self.ends and config.alpha_method != method:
                 raise ValueError(f'{name}_end needs alpha_method "{method}"')
-        if self.ends and config.engine == "native":
-            raise ValueError('alpha_schedule needs engine "dual": a native server has its own, fixed rule for α')
         share = progress if self.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * progress))
         values = {name: (1.0 - share) * getattr(config, name) + share * end for name, end in self.ends.items()}
         return replace(config, **values)

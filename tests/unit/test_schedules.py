@@ -74,7 +74,6 @@ def test_a_schedule_that_says_nothing_is_refused(options, named):
         ({"kl_budget_end": -1.0}, {"alpha_method": "kl_budget", "kl_budget": 0.1}, "^kl_budget must be"),
         ({"alpha_max_end": 0.2}, {"alpha_min": 0.3}, "alpha_min"),
         ({"alpha_max_end": 1.2}, {}, "alpha_max"),
-        ({"alpha_max_end": 0.5}, {"engine": "native"}, 'needs engine "dual"'),
     ],
 )
 def test_an_end_that_does_not_fit_the_config_is_refused(schedule, config, named):

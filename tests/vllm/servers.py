@@ -193,24 +193,25 @@ class VllmServer:
 
 
 class NativeServer(VllmServer):
-    """One server of q* between two models; ``settings`` are flags of ``dual-rollout serve-native``."""
+    """One server of q* between two models, or of one model's pairs; ``settings`` are for ``serve-native``."""
 
     def __init__(
         self,
         model: str | os.PathLike[str],
-        target: str | os.PathLike[str],
+        target: str | os.PathLike[str] | None = None,
         *,
         settings: Sequence[str] = (),
         threads: int = 2,
         **options: Any,
     ) -> None:
         super().__init__(model, threads=threads, **options)
-        self.target = Path(target)
+        self.target = None if target is None else Path(target)
         self._settings = list(settings)
 
     def _program(self) -> list[str]:
         command = [str(vllm_python()), "-P", "-m", "dual_rollout.cli", "serve-native"]
-        return [*command, str(self.model), str(self.target), *self._settings]
+        models = [self.model] if self.target is None else [self.model, self.target]
+        return [*command, *map(str, models), *self._settings]
 
 
 @contextlib.contextmanager

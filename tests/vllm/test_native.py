@@ -519,8 +519,8 @@ def test_wrong_settings_are_refused(native: Native, unlike: Native) -> None:
         asyncio.run(ask(native.url, temperature=0.7))
     (output,) = asyncio.run(ask(unlike.url, temperature=0.7, alpha_max=0.1))
     assert output.error is not None and "--alpha-max" in output.error
-    with pytest.raises(ValueError, match="ess_balance"):
-        CoordinatorConfig(engine="native", alpha_method="ess_balance")
+    with pytest.raises(PreflightError, match="ess_balance"):
+        asyncio.run(ask(native.url, alpha_method="ess_balance"))
 
 
 def test_what_two_models_cannot_do_is_refused(native: Native) -> None:

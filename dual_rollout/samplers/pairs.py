@@ -1,0 +1,98 @@
+"""Sequences from one server whose model is π_θ and π_t, each with a prompt of its own: a request per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dual_rollout.config import CoordinatorConfig
+from dual_rollout.decoding.call import CallSettings
+from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.samplers.base import Sampler, Served
+from dual_rollout.samplers.places import draw_in_places
+from dual_rollout.servers.pairs import PairEngine, PairSample, PairServerInfo
+from dual_rollout.types import GenerationRequest
+
+_STREAMED_BLOCK = 16  # tokens drawn per request while streaming
+
+
+class PairSampler:
+    """Samples from q* on a server of pairs.
+
+    Args:
+        without_target: draw from π_θ alone.
+    """
+
+    def __init__(
+        self,
+        engine: PairEngine,
+        server: PairServerInfo,
+        weights: PolicyWeights,
+        stats: DecodingStats,
+        *,
+        without_target: bool = False,
+    ):
+        self._engine = engine
+        self._server = server
+        self._weights = weights
+        self._stats = stats
+        self._without_target = without_target
+
+    def check_request(self, request: GenerationRequest) -> None:
+        """See `Sampler`: it draws any."""
+
+    async def served(self, config: CoordinatorConfig) -> Served:
+        """See `Sampler`."""
+        model = await self._engine.describe()
+        return Served(model, None if self._without_target else model)
+
+    async def ready(self, sequences: Sequence[DecodingSequence], config: CoordinatorConfig) -> Sampler:
+        """See `Sampler`."""
+        return self
+
+    async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
+        """See `Sampler`. No more are asked for at once than the server has places for, since they would wait there."""
+        places = min(settings.config.max_concurrency, self._server.max_pairs)
+        await draw_in_places(sequences, settings, self._weights, places, self._extend)
+
+    async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
+        config = settings.config
+        sample = await self._engine.draw_pair(
+            list(sequence.context_theta),
+            None if self._without_target else list(sequence.context_t),
+            max_tokens=min(sequence.room, _STREAMED_BLOCK) if settings.streams else sequence.room,
+            temperature=config.temperature,
+            rule=config.alpha_rule,
+            seed=int(sequence.rewind(0).integers(2**63 - 1)),
+            start=len(sequence.tokens),
+            stop_token_ids=sequence.stop_ids,
+        )
+        self._append(sequence, sample, settings)
+
+    def _append(self, sequence: DecodingSequence, sample: PairSample, settings: CallSettings) -> None:
+        alone = self._without_target
+        columns = {
+            "token": sample.token_ids,
+            "alpha": sample.alpha.tolist(),
+            "logprobs_q": (sample.log_theta if alone else sample.log_q).tolist(),
+            "logprobs_theta": sample.log_theta.tolist(),
+            "logprobs_t": (np.full_like(sample.log_t, np.nan) if alone else sample.log_t).tolist(),
+        }
+        kl = np.transpose((sample.kl_theta, sample.kl_t, np.abs(sample.kl_theta - sample.kl_t))).tolist()
+        for row, divergences in zip(zip(*columns.values(), strict=True), kl, strict=True):
+            diagnostics = dict(zip(("kl_theta", "kl_t", "kl_diff"), divergences, strict=True))
+            diagnostics |= {"coverage_theta": 1.0, "coverage_t": 1.0}
+            sequence.append(
+                **dict(zip(columns, row, strict=True)),
+                without_target=alone,
+                diagnostics=diagnostics if settings.with_diagnostics else None,
+            )
+            self._stats.positions += 1
+            self._stats.tokens += 1
+            self._stats.policy_tokens += alone
+            if settings.on_token is not None:
+                settings.on_token(sequence)
+        self._stats.restarts += sample.restarts

@@ -1,0 +1,44 @@
+"""Sequences that are each drawn by requests of their own, so many at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from dual_rollout.decoding.call import CallSettings
+from dual_rollout.decoding.sequence import DecodingSequence
+from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.exceptions import DualRolloutError, EngineUnavailableError
+
+
+async def draw_in_places(
+    sequences: Iterable[DecodingSequence],
+    settings: CallSettings,
+    weights: PolicyWeights,
+    places: int,
+    extend: Callable[[DecodingSequence, CallSettings], Awaitable[None]],
+) -> None:
+    """Draw all sequences to their end, `places` at once, each by as many calls of `extend` as it takes.
+
+    A fault of one ends that sequence only; once the server is gone, those that are left end with the same error.
+    """
+    waiting = iter(sequences)
+    gone: EngineUnavailableError | None = None
+
+    async def run_place() -> None:
+        nonlocal gone
+        for sequence in waiting:
+            if gone is not None and not sequence.done:
+                sequence.fail(gone)
+            try:
+                while not sequence.done:
+                    weights.mark([sequence])
+                    await extend(sequence, settings)
+                weights.refuse_mixed(sequence)
+            except DualRolloutError as error:
+                sequence.fail(error)
+                gone = error if isinstance(error, EngineUnavailableError) else gone
+            if settings.on_finished is not None:
+                await settings.on_finished(sequence)
+
+    await asyncio.gather(*(run_place() for _ in range(places)))

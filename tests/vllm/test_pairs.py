@@ -1,0 +1,515 @@
+"""Two requests of one vLLM engine that are one rollout: its law and its numbers, whatever the engine does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import urllib.error
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.config import AlphaRule
+from dual_rollout.native.rule import NUMBERS
+from dual_rollout.training.schedules import AlphaSchedule
+from tests.chi_square import chi_square_p_value
+from tests.integration.test_doctor import report
+from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
+from tests.tiny_model import make_tiny_model, make_tokenizer
+from tests.unit.test_native_draw import METHODS, expected_alpha
+from tests.vllm.servers import NativeServer, running
+from tests.vllm.test_native import metric, ragged_prompts, run_in_vllms_python
+
+VOCAB_SIZE = len(make_tokenizer())
+TOLERANCE = 5e-5  # nats; vLLM's kernels against transformers', both in float32
+# Four pairs at most, whose 16 blocks of 32 tokens do not hold them, and steps that read prompts in pieces.
+TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
+AMPLE = (
+    "--no-enable-prefix-caching",
+    "--enable-lora",
+    "--max-lora-rank=8",
+    "--lora-target-modules",
+    "q_proj",
+    "down_proj",
+)
+
+Prompts = tuple[list[int], list[int] | None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A server of pairs, and its model."""
+
+    server: NativeServer
+    model: Any
+
+    async def rollout(self, session: aiohttp.ClientSession, prompts: Prompts, **body: Any) -> dict[str, Any]:
+        body = {"prompt_token_ids": prompts[0], "t_prompt_token_ids": prompts[1], **body}
+        async with session.post(self.server.url + "/v1/dual_rollout/generate", json=body) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+        raw = base64.b64decode(answer.pop("numbers"))
+        columns = np.frombuffer(raw, "<f4").reshape(-1, len(NUMBERS) - 1).T.astype(float)
+        assert answer["columns"] == list(NUMBERS[1:])
+        return {**answer, **dict(zip(NUMBERS[1:], columns, strict=True)), "prompts": prompts}
+
+    def rollouts(self, prompts: Sequence[Prompts], bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All at once, in order."""
+
+        async def all_of_them(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+            return await asyncio.gather(
+                *(self.rollout(session, pair, **body) for pair, body in zip(prompts, bodies, strict=True))
+            )
+
+        return in_session(all_of_them)
+
+    def describe(self) -> dict[str, Any]:
+        async def get(session: aiohttp.ClientSession) -> dict[str, Any]:
+            async with session.get(self.server.url + "/v1/dual_rollout") as response:
+                return await response.json()
+
+        return in_session(get)
+
+
+def in_session(work: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, Any]]) -> Any:
+    async def run() -> Any:
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=300)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            return await work(session)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pairs, Pairs]]:
+    """Both servers of these tests, started side by side."""
+    folder = tmp_path_factory.mktemp("pairs")
+    model = make_tiny_model(folder / "model", hidden_size=128, seed=0)
+    tight = NativeServer(model, flags=TIGHT, log=folder / "tight.log")
+    ample = NativeServer(model, flags=AMPLE, log=folder / "ample.log")
+    with running(tight, ample):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        yield Pairs(tight, loaded), Pairs(ample, loaded)
+
+
+@pytest.fixture
+def tight(both: tuple[Pairs, Pairs]) -> Pairs:
+    """Too little memory for its pairs, steps too short for their prompts, prefixes cached."""
+    return both[0]
+
+
+@pytest.fixture
+def ample(both: tuple[Pairs, Pairs]) -> Pairs:
+    """Room for all; prefixes are not cached; adapters."""
+    return both[1]
+
+
+def prompts_of(count: int, seed: int = 0) -> list[Prompts]:
+    """Of 1 to 59 tokens, unlike on the two sides."""
+    return list(zip(ragged_prompts(count, seed), ragged_prompts(count, seed + 100), strict=True))
+
+
+def logprobs_of(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """`(len(tokens), V)` float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).numpy()
+
+
+def laws_of(rollout: dict[str, Any], theta: Any, t: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log π_θ, log π_t and log q of the reported α, each `(T, V)`."""
+    logp_theta = logprobs_of(theta, rollout["prompts"][0], rollout["token_ids"])
+    logp_t = logprobs_of(t, rollout["prompts"][1] or rollout["prompts"][0], rollout["token_ids"])
+    path = (1 - rollout["alpha"][:, None]) * logp_theta + rollout["alpha"][:, None] * logp_t
+    return logp_theta, logp_t, path - np.log(np.exp(path).sum(1, keepdims=True))
+
+
+def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for rollout in rollouts:
+        logp_theta, logp_t, log_q = laws_of(rollout, theta, t or theta)
+        q, chosen = np.exp(log_q), (np.arange(len(log_q)), rollout["token_ids"])
+        expected = {
+            "log_q": log_q[chosen],
+            "log_theta": logp_theta[chosen],
+            "log_t": logp_t[chosen],
+            "kl_theta": (q * (log_q - logp_theta)).sum(1),
+            "kl_t": (q * (log_q - logp_t)).sum(1),
+        }
+        for name, values in expected.items():
+            errors[name] = max(errors.get(name, 0.0), float(np.abs(rollout[name] - values).max()))
+    return errors
+
+
+def law_p_value(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> float:
+    """Whether the tokens are draws from q: each is put at a random place of its share of [0, 1], and all places
+    together are uniform then. Chi-square in 20 cells."""
+    rng, places = np.random.default_rng(0), []
+    for rollout in rollouts:
+        q = np.exp(laws_of(rollout, theta, t or theta)[2])
+        chosen = np.arange(len(q)), rollout["token_ids"]
+        places.append(q.cumsum(1)[chosen] - rng.random(len(q)) * q[chosen])
+    counts = np.histogram(np.concatenate(places), 20, (0, 1))[0]
+    return chi_square_p_value(counts, np.full(20, counts.sum() / 20))
+
+
+def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
+    """Long prompts beside short ones. The law by a chi-square test, false alarm one in 10,000."""
+    prompts = [*prompts_of(6), (list(range(70)), [7]), ([7], list(range(70))), (list(range(70)), list(range(80)))]
+    rollouts = tight.rollouts(prompts, [{"max_tokens": 40, "seed": i} for i in range(len(prompts))])
+    assert [len(rollout["token_ids"]) for rollout in rollouts] == [40] * len(prompts)
+    assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
+    assert law_p_value(rollouts, tight.model) > 1e-4
+    assert sum(map(fell_apart, rollouts)) > 0, "nothing fell out of step: the test shows too little"
+
+
+def test_exact_with_too_little_memory(tight: Pairs) -> None:
+    """Four pairs begin at once and outgrow the cache, so that some are preempted, or wait with one side in.
+    Chi-square, false alarm one in 10,000."""
+    prompts: list[Prompts] = [([i] * 20, [i, i + 1] * 10) for i in range(6)]
+    rollouts = tight.rollouts(prompts, [{"max_tokens": 110, "seed": i} for i in range(6)])
+    assert sum(map(fell_apart, rollouts)) > 0, "the cache was large enough"
+    assert [len(rollout["token_ids"]) for rollout in rollouts] == [110] * 6
+    assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
+    assert law_p_value(rollouts, tight.model) > 1e-4
+
+
+def fell_apart(rollout: dict[str, Any]) -> int:
+    """How often it was begun again, but for the times that the token which marks rows that are alone was drawn."""
+    return rollout["restarts"] - rollout["token_ids"][:-1].count(VOCAB_SIZE - 1)
+
+
+def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample: Pairs) -> None:
+    """Alone, among others, and with restarts."""
+    prompts = prompts_of(8, seed=5)
+    bodies = [{"max_tokens": 30, "seed": 100 + i} for i in range(8)]
+    crowded, at_ease = tight.rollouts(prompts, bodies), ample.rollouts(prompts, bodies)
+    alone = ample.rollouts(prompts[3:4], bodies[3:4])
+    tokens = [rollout["token_ids"] for rollout in crowded]
+    assert tokens == [rollout["token_ids"] for rollout in at_ease] and tokens[3] == alone[0]["token_ids"]
+    assert [fell_apart(rollout) for rollout in (*at_ease, *alone)] == [0] * 9
+    others = ample.rollouts(prompts[:3], [{"max_tokens": 30}] * 3)
+    assert all(mine["token_ids"] != other["token_ids"] for mine, other in zip(at_ease, others, strict=False))
+
+
+def test_first_tokens_follow_the_law(ample: Pairs) -> None:
+    """1000 rollouts of one pair of prompts. Chi-square, false alarm one in 10,000."""
+    prompts: Prompts = (list(range(30, 60)), list(range(100, 145)))
+    rollouts = ample.rollouts([prompts] * 1000, [{"max_tokens": 1}] * 1000)
+    law = np.exp(laws_of(rollouts[0], ample.model, ample.model)[2][0])
+    drawn = np.bincount([rollout["token_ids"][0] for rollout in rollouts], minlength=VOCAB_SIZE)
+    assert chi_square_p_value(drawn, 1000 * law) > 1e-4
+
+
+def test_every_method_in_one_batch(ample: Pairs) -> None:
+    prompts, names = prompts_of(len(METHODS), seed=9), list(METHODS)
+    bodies = [{"max_tokens": 20, **{k: v for k, v in vars(METHODS[name]).items() if v is not None}} for name in names]
+    for name, rollout in zip(names, ample.rollouts(prompts, bodies), strict=True):
+        method = METHODS[name]
+        logps = [
+            np.log(np.exp(logp / method.temperature) / np.exp(logp / method.temperature).sum(1, keepdims=True))
+            for logp in laws_of(rollout, ample.model, ample.model)[:2]
+        ]
+        assert rollout["alpha"] == pytest.approx(expected_alpha(method, *logps), abs=1e-3), name
+        chosen = np.arange(20), rollout["token_ids"]
+        assert rollout["log_theta"] == pytest.approx(logps[0][chosen], abs=TOLERANCE), name
+        path = (1 - rollout["alpha"][:, None]) * logps[0] + rollout["alpha"][:, None] * logps[1]
+        assert rollout["log_q"] == pytest.approx(
+            (path - np.log(np.exp(path).sum(1, keepdims=True)))[chosen], abs=TOLERANCE
+        )
+
+
+def test_without_a_target_tokens_are_the_policys(ample: Pairs) -> None:
+    """Chi-square, false alarm one in 10,000."""
+    prompts: list[Prompts] = [(prompt, None) for prompt in ragged_prompts(16, seed=2)]
+    rollouts = ample.rollouts(prompts, [{"max_tokens": 40}] * 16)
+    assert all((rollout["alpha"] == 0).all() for rollout in rollouts)
+    assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
+    assert law_p_value(rollouts, ample.model) > 1e-4
+
+
+def test_ordinary_requests_are_left_alone(ample: Pairs) -> None:
+    """64 beside 64 pairs: greedy ones say what the model says, sampled ones have its log-probabilities and law.
+    Chi-square, false alarm one in 10,000."""
+
+    async def work(session: aiohttp.ClientSession) -> list[Any]:
+        async def plain(prompt: list[int], temperature: float) -> list[int]:
+            body = {
+                "model": ample.server.name,
+                "prompt": prompt,
+                "max_tokens": 12,
+                "temperature": temperature,
+                "logprobs": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
+            async with session.post(ample.server.url + "/v1/completions", json=body) as response:
+                (choice,) = (await response.json())["choices"]
+            found, expected = (
+                choice["logprobs"]["token_logprobs"],
+                logprobs_of(ample.model, prompt, choice["token_ids"]),
+            )
+            assert found == pytest.approx(expected[np.arange(12), choice["token_ids"]], abs=TOLERANCE)
+            if temperature == 0:
+                assert choice["token_ids"] == expected.argmax(1).tolist()
+            return choice["token_ids"]
+
+        pairs = [ample.rollout(session, pair, max_tokens=12) for pair in prompts_of(64, seed=20)]
+        others = [plain(prompt, i % 4 > 0) for i, prompt in enumerate(ragged_prompts(64, seed=40))]
+        return await asyncio.gather(*pairs, *others)
+
+    found = in_session(work)
+    assert max(largest_errors(found[:64], ample.model).values()) < TOLERANCE
+    assert law_p_value(found[:64], ample.model) > 1e-4
+    sampled = [
+        {"prompts": (prompt, None), "token_ids": tokens, "alpha": np.zeros(12)}
+        for i, (prompt, tokens) in enumerate(zip(ragged_prompts(64, seed=40), found[64:], strict=True))
+        if i % 4
+    ]
+    assert law_p_value(sampled, ample.model) > 1e-4
+
+
+def test_a_stop_token_ends_the_rollout(ample: Pairs) -> None:
+    """Also the token that marks rows which are alone, the last of the vocabulary, is a token like any other."""
+    stops = list(range(0, VOCAB_SIZE, 3))
+    for rollout in ample.rollouts(prompts_of(6, seed=3), [{"max_tokens": 60, "stop_token_ids": stops}] * 6):
+        assert rollout["finish_reason"] == "stop" and rollout["token_ids"][-1] % 3 == 0
+        assert all(token % 3 for token in rollout["token_ids"][:-1])
+    rollouts = ample.rollouts(prompts_of(32, seed=4), [{"max_tokens": 60}] * 32)
+    assert {(len(rollout["token_ids"]), rollout["finish_reason"]) for rollout in rollouts} == {(60, "length")}
+    assert sum(rollout["restarts"] for rollout in rollouts) > 0 and not any(map(fell_apart, rollouts))
+    assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
+
+
+def test_a_client_that_goes_away_leaves_nothing_behind(ample: Pairs) -> None:
+    async def work(session: aiohttp.ClientSession) -> None:
+        tasks = [asyncio.create_task(ample.rollout(session, pair, max_tokens=400)) for pair in prompts_of(8, seed=6)]
+        while metric(ample.server, "num_requests_running") < 16:
+            await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while metric(ample.server, "num_requests_running") > 0:
+            await asyncio.sleep(0.05)
+
+    in_session(work)
+    rollouts = ample.rollouts(prompts_of(8, seed=7), [{"max_tokens": 20}] * 8)
+    assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
+
+
+def test_the_policy_may_be_an_adapter_and_the_target_its_base(ample: Pairs, tmp_path: Path) -> None:
+    """In the memory of one model. The names of adapters are those of `/v1/load_lora_adapter`."""
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(ample.server.model, dtype=torch.float32)
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=8, init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    load_adapter(ample.server, "policy", tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(ample.server.model, dtype=torch.float32)
+    policy = PeftModel.from_pretrained(loaded, tmp_path).eval()
+    rollouts = ample.rollouts(prompts_of(6, seed=8), [{"max_tokens": 20, "model": "policy"}] * 6)
+    assert max(largest_errors(rollouts, policy, ample.model).values()) < TOLERANCE
+    assert min(np.abs(rollout["log_theta"] - rollout["log_t"]).max() for rollout in rollouts) > 0.1
+    turned = ample.rollouts(prompts_of(2, seed=8), [{"max_tokens": 20, "t_model": "policy"}] * 2)
+    assert max(largest_errors(turned, ample.model, policy).values()) < TOLERANCE
+    assert ample.describe()["adapters"] == ["policy"]
+
+
+def load_adapter(server: NativeServer, name: str, folder: Path) -> None:
+    body = json.dumps({"lora_name": name, "lora_path": str(folder), "load_inplace": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.url + "/v1/load_lora_adapter", data=body, headers=headers)
+    urllib.request.urlopen(request, timeout=60).read()
+
+
+def coordinated(pairs: Pairs, work: Callable[[DualVLLMCoordinator], Coroutine[Any, Any, Any]], **options: Any) -> Any:
+    config = CoordinatorConfig(engine="native", theta_url=pairs.server.url, ignore_eos=True, seed=1, **options)
+
+    async def run() -> Any:
+        async with DualVLLMCoordinator(config) as coordinator:
+            return await work(coordinator)
+
+    return asyncio.run(run())
+
+
+def as_rollout(output: GenerationOutput, t_prompt: list[int]) -> dict[str, Any]:
+    record, diagnostics = output.record, output.diagnostics
+    return {
+        "prompts": (output.prompt_token_ids, t_prompt),
+        "token_ids": output.generated_tokens,
+        "alpha": np.array(output.alpha_history),
+        "log_q": np.array(record.logprobs_q),
+        "log_theta": np.array(record.logprobs_theta),
+        "log_t": np.array(record.logprobs_t),
+        "kl_theta": np.array(diagnostics["kl_theta"]),
+        "kl_t": np.array(diagnostics["kl_t"]),
+    }
+
+
+def test_the_coordinator_draws_pairs(ample: Pairs) -> None:
+    """More at once than the server has places for, some of them without a target; the whole record, and streamed."""
+    prompts = prompts_of(20, seed=11)
+    targets = [None, None, None, "none"] * 5
+    thetas, ts = [pair[0] for pair in prompts], [pair[1] for pair in prompts]
+
+    async def work(coordinator: DualVLLMCoordinator) -> Any:
+        options = {"max_tokens": 24, "return_diagnostics": True, "alpha_rule": AlphaRule(alpha_max=0.3)}
+        outputs = await coordinator.generate_batch(thetas, t_prompts=ts, targets=targets, **options)
+        chunks = [
+            chunk
+            async for chunk in coordinator.generate_stream(
+                thetas[0], t_prompt=ts[0], max_tokens=24, alpha_rule=AlphaRule(alpha_max=0.3)
+            )
+        ]
+        return outputs, chunks, coordinator.stats.decoding
+
+    outputs, chunks, stats = coordinated(ample, work)
+    assert [output.error for output in outputs] == [None] * 20
+    drawn = [as_rollout(output, t_prompt) for output, t_prompt in zip(outputs, ts, strict=True)]
+    with_target = [rollout for rollout, target in zip(drawn, targets, strict=True) if target is None]
+    assert max(largest_errors(with_target, ample.model).values()) < TOLERANCE
+    assert max(rollout["alpha"].max() for rollout in with_target) == pytest.approx(0.3, abs=1e-6)
+    for output, target in zip(outputs, targets, strict=True):
+        assert set(output.record.without_target) == {target == "none"}
+        if target == "none":
+            assert set(output.importance_weights) == {1.0} and set(output.alpha_history) == {0.0}
+    assert [chunk.token_id for chunk in chunks] == outputs[0].generated_tokens
+    assert [chunk.importance_weight for chunk in chunks] == pytest.approx(outputs[0].importance_weights, rel=1e-4)
+    assert stats.policy_tokens == 5 * 24
+
+
+def test_a_trainer_distils_the_policy_from_itself(ample: Pairs, tmp_path: Path) -> None:
+    """The target is the same model, shown another prompt, with the same new weights. Evaluation is of the policy."""
+    config = CoordinatorConfig(engine="native", theta_url=ample.server.url, alpha_method="kl_budget", kl_budget=0.05)
+    schedule = AlphaSchedule(shape="linear", kl_budget_end=0.01)
+    try:
+        trainer = DualGRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(ample.server.model, dtype=torch.float32),
+            reward_funcs=count_of_the,
+            args=grpo_config(tmp_path, max_steps=2),
+            train_dataset=chat_dataset(with_t_prompts=True),
+            eval_dataset=chat_dataset(),
+            processing_class=make_tokenizer(),
+            dual_config=config,
+            alpha_schedule=schedule,
+        )
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "sampling/policy_drift/max" in entry]
+        assert len(logged) == 2 and max(entry["sampling/policy_drift/max"] for entry in logged) < 1e-3
+        assert all(0.0 < entry["sampling/alpha/mean"] < 1.0 for entry in logged)
+        evaluated = trainer.evaluate()
+        assert evaluated["eval_sampling/alpha/mean"] == 0.0
+    finally:
+        coordinated(ample, lambda coordinator: coordinator.theta.reload_weights(str(ample.server.model)))
+
+
+def test_doctor_compares_values(ample: Pairs, tight: Pairs) -> None:
+    found = report(ample.server.url, None)
+    assert found["ok"] and found["servers"]["native"]["max_pairs"] == 8
+    (values,) = [check["detail"] for check in found["checks"] if check["name"] == "values"]
+    assert "within" in values
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt_token_ids": []}, "prompt_token_ids must be a list of token ids, at least one"),
+        ({"prompt_token_ids": [VOCAB_SIZE]}, "prompt_token_ids has a token id outside"),
+        ({"t_prompt_token_ids": "text"}, "t_prompt_token_ids must be a list"),
+        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"max_tokens": 510}, "--max-model-len"),
+        ({"seed": -1}, "seed must be"),
+        ({"alpha_method": "mean"}, "alpha_method must be one of"),
+        ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min <= alpha_max"),
+        ({"top_k": 5}, "unknown field 'top_k'"),
+    ],
+)
+def test_bad_requests_are_refused(ample: Pairs, body: dict[str, Any], message: str) -> None:
+    good = {"prompt_token_ids": [1, 2, 3], "t_prompt_token_ids": [4, 5], "max_tokens": 5}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ample.server.post("/v1/dual_rollout/generate", good | body)
+    assert refused.value.code == 400
+    assert message in json.load(refused.value)["error"]["message"]
+
+
+def test_a_model_that_is_not_served_is_not_found(ample: Pairs) -> None:
+    body = {"prompt_token_ids": [1], "t_prompt_token_ids": [2], "max_tokens": 1, "t_model": "other"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ample.server.post("/v1/dual_rollout/generate", body)
+    assert refused.value.code == 404 and "served are" in json.load(refused.value)["error"]["message"]
+
+
+def test_places_are_for_two(ample: Pairs, tight: Pairs) -> None:
+    assert [pairs.describe()["max_pairs"] for pairs in (tight, ample)] == [4, 8]
+
+
+FAKE_SERVER = """
+import asyncio
+from types import SimpleNamespace as Namespace
+import numpy as np
+from dual_rollout.native.route import Limits, PairServer, Rollout
+
+class Engine:
+    model_config = Namespace(get_vocab_size=lambda: 100, max_model_len=1000)
+    def __init__(self, prefix_caching=True, budget=2000):
+        self.vllm_config = Namespace(
+            scheduler_config=Namespace(max_num_seqs=10, max_num_batched_tokens=budget),
+            cache_config=Namespace(enable_prefix_caching=prefix_caching, block_size=16))
+        self.asked = []
+
+def serve(engine):
+    return PairServer(Namespace(engine_client=engine, openai_serving_models=Namespace(lora_requests={})))
+
+def rollout(**fields):
+    limits = Limits(100, 1000, frozenset(), frozenset())
+    return Rollout.from_json({"prompt_token_ids": [1] * 300, "t_prompt_token_ids": [2] * 400, **fields}, limits)
+"""
+
+
+def test_prompts_that_never_fit_into_one_step_are_refused() -> None:
+    """Without cached prefixes the two would be read anew, and fall apart anew, for ever."""
+    program = """
+def refusal(engine, max_tokens=10):
+    try:
+        serve(engine).check_steps(rollout(max_tokens=max_tokens))
+    except ValueError as error:
+        return str(error)
+assert refusal(Engine()) is refusal(Engine(prefix_caching=False)) is None
+assert "--max-num-batched-tokens 712 or more" in refusal(Engine(prefix_caching=False, budget=711), max_tokens=1)
+assert "--max-num-batched-tokens 42 or more" in refusal(Engine(budget=41))
+"""
+    run_in_vllms_python(FAKE_SERVER + program)
+
+
+def test_a_side_that_is_aborted_is_begun_again_from_what_both_have() -> None:
+    """The engine is a fake: vLLM has no request that aborts one side. First π_t is gone after two tokens, then the last
+    token is a mark, then both go on to the end."""
+    program = """
+script = [((5, 6, 7), (5, 6), (5, 6, 7)), ((8, 99), (8, 99), (8, None)), ((9,), (9,), (9,))]
+class Scripted(Engine):
+    async def generate(self, prompt, params, request_id, lora_request):
+        self.asked.append((request_id.rpartition("-")[2], len(prompt["prompt_token_ids"]), params.max_tokens))
+        theta, t, self.record = script[(len(self.asked) - 1) // 2]
+        tokens = theta if request_id.endswith("theta") else t
+        yield Namespace(outputs=[Namespace(token_ids=tokens)])
+    async def abort(self, request_ids):
+        pass
+    async def collective_rpc(self, method, args):
+        rows = [[np.nan] * 7 if token is None else [token, *[0.5] * 6] for token in self.record]
+        return [{name: np.array(rows, np.float32).tobytes() for name in args[0]}]
+engine = Scripted()
+answer = asyncio.run(serve(engine).generate(rollout(max_tokens=4)))
+assert answer["token_ids"] == [5, 6, 8, 9] and answer["restarts"] == 2, answer
+assert sorted(engine.asked) == sorted(
+    [("theta", 300, 4), ("t", 400, 4), ("theta", 302, 2), ("t", 402, 2), ("theta", 303, 1), ("t", 403, 1)])
+"""
+    run_in_vllms_python(FAKE_SERVER + program)
