@@ -78,6 +78,10 @@ class PairEngine(VLLMEngine):
             self._asked_for_pairs = True
         return self._pairs
 
+    async def _describe_again(self) -> None:
+        await super()._describe_again()
+        self._asked_for_pairs = False
+
     async def draw_pair(
         self,
         prompt: TokenIds,
