@@ -15,13 +15,16 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import orjson
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout import coordinator as coordinator_module
 from dual_rollout.functional import merge_lists, next_token_distribution, sample_rows, solve_kl_symmetry
 from dual_rollout.servers import HttpStats, HttpTransport, VLLMEngine
+from dual_rollout.servers.connections import Connections
 
 VOCABULARY = 49_152
 ANSWERS = 8  # different ones, replayed in turn
@@ -40,9 +43,9 @@ class ReplayTransport(HttpTransport):
         return {"data": [{"id": "replay", "root": None, "max_model_len": None}]} if path == "/v1/models" else None
 
     async def get_text(self, path: str) -> str:
-        return ""
+        return "process_start_time_seconds 1.0\n"  # what it says of one text differs from turn to turn
 
-    async def post(self, path: str, payload: Any = None) -> Any:
+    async def post(self, path: str, payload: Any = None, **_: Any) -> Any:
         started = time.perf_counter()
         orjson.dumps(payload)
         self.writing += (written := time.perf_counter()) - started
@@ -67,17 +70,17 @@ class ReplayTransport(HttpTransport):
         return body.replace(b'"prompt_tokens":0', b'"prompt_tokens":%d' % sum(map(len, prompts)), 1)
 
 
-class ReplayCoordinator(DualVLLMCoordinator):
-    """Its transports replay `bodies`, π_θ's server's and π_t's."""
+class Replays(Connections):
+    """Connections whose transports replay `bodies`, π_θ's server's and π_t's."""
 
     def __init__(self, config: CoordinatorConfig, bodies: tuple[list[bytes], list[bytes]]):
-        self.replays: list[ReplayTransport] = []
-        self._bodies = bodies
         super().__init__(config)
+        self.transports: list[ReplayTransport] = []
+        self._bodies = bodies
 
-    def _transport(self, url: str, stats: HttpStats, *, replica: bool = False) -> HttpTransport:
-        self.replays.append(ReplayTransport(self._bodies[len(self.replays)]))
-        return self.replays[-1]
+    def _transport(self, url: str, stats: HttpStats, max_retries: int | None = None) -> HttpTransport:
+        self.transports.append(ReplayTransport(self._bodies[len(self.transports)]))
+        return self.transports[-1]
 
 
 def scores(prompt: list[int]) -> bytes:
@@ -144,8 +147,10 @@ async def measure_total(
 ) -> tuple[float, list[ReplayTransport]]:
     """Seconds of `generate_batch` without the replay's own work, and both transports."""
     config = CoordinatorConfig(top_k=top_k, seed=0, max_concurrency=batch, decoding="lockstep")
-    coordinator = ReplayCoordinator(config, bodies)
-    transports = coordinator.replays
+    replays = Replays(config, bodies)
+    with mock.patch.object(coordinator_module, "Connections", return_value=replays):
+        coordinator = DualVLLMCoordinator(config)
+    transports = replays.transports
     prompts = np.random.default_rng(1).integers(0, VOCABULARY, (batch, prompt_tokens)).tolist()
     await coordinator.generate_batch(prompts, max_tokens=2)
     for transport in transports:
