@@ -113,7 +113,7 @@ def _balanced_alpha(
     return alpha
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # or 1 and multiples of 16 would be compiled when they first come
 def _draw(logits, stride, size, packed, pairs, record, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     mine = packed + tl.program_id(0)
     theta = logits + tl.load(mine) * stride
