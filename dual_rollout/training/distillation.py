@@ -31,5 +31,7 @@ class DualDistillationTrainer(RolloutTrainerMixin, DistillationTrainer):
             raise ValueError("the rollouts come from the servers of dual_config, not from TRL's vLLM: use_vllm=false")
         super()._check_args(args)
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        return [list(record.token_ids) for record in self._draw_turn(prompt_ids)]
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        return [list(record.token_ids) for record in self._draw_turn(prompt_ids, images)]

@@ -33,8 +33,10 @@ class DualRLOOTrainer(DualTrainerMixin, RLOOTrainer):
             raise ValueError("RLOO sends no weights to a server that it does not ask for completions: use_vllm=false")
         super(DualTrainerMixin, self)._check_args(args)  # GRPO's further settings are not there
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        return [list(record.token_ids) for record in self._draw_turn(prompt_ids)]  # RLOO takes no log q*
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        return [list(record.token_ids) for record in self._draw_turn(prompt_ids, images)]  # RLOO takes no log q*
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._old_logps = None

@@ -204,7 +204,10 @@ class RolloutTrainerMixin(_Trainer):
             return [getattr(self, "tools", None)] * count
         return [self._env_tools[name] for name in self._batch_environments]
 
-    def _draw_turn(self, contexts: list[list[int]]) -> list[SequenceRecord]:
+    def _draw_turn(self, contexts: list[list[int]], images: Any) -> list[SequenceRecord]:
+        """The next turn: of all rows at first, then of those whose tools have given a result."""
+        if images is not None:  # of a prompt they are refused before
+            raise ValueError("a tool has returned an image, and rollouts from q* are of text alone: return text")
         if self._tool_rows is None:
             with fail_together():
                 return self._turns.first()

@@ -91,9 +91,9 @@ class DualTrainerMixin(RolloutTrainerMixin):
                 f"set it to one of {', '.join(LOSS_TYPES)}"
             )
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens and log q* of a turn, of all rows or of those whose tools have given a result."""
-        records = self._draw_turn(prompt_ids)
+        records = self._draw_turn(prompt_ids, images)
         return [list(record.token_ids) for record in records], [list(record.logprobs_q) for record in records]
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:

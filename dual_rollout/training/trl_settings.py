@@ -54,8 +54,8 @@ def check_rollout_is_all(trainer: Any, prompts: Sequence[Prompt]) -> None:
     """
     if getattr(trainer, "tools", None):
         raise ValueError(
-            "tools (or an environment_factory with methods) make TRL generate what follows a tool call from the policy "
-            "itself, outside q*: leave them out, and run tools in a loop of your own around DualRollout.generate"
+            "with tools (or an environment_factory with methods) this trainer would generate what follows a tool call "
+            "from the policy itself, outside q*: use DualGRPOTrainer, which draws every turn from q*"
         )
     for prompt in prompts:
         check_prompt_is_text(prompt)

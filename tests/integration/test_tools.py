@@ -295,6 +295,11 @@ def test_a_rollout_function_of_ones_own_masks_what_it_did_not_draw(pair: TinyPai
         run(pair, tmp_path, rollout_func=turns, tools=[add], reward_funcs=lengths)
 
 
+def test_a_tool_that_returns_an_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="returned an image"):
+        DualGRPOTrainer.__new__(DualGRPOTrainer)._generate_single_turn([[1]], [["a picture"]], {}, 1)
+
+
 def test_a_target_goes_on_from_its_own_prompt() -> None:
     assert same_turns([1, 2, 9], [5, 9], [1, 2, 9, 3, 4]) == [5, 9, 3, 4]
     # "9 8" before an answer to come, "9" before one that was given
