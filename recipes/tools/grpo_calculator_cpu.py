@@ -1,4 +1,4 @@
-"""GRPO with a calculator on two CPU cores: every turn is drawn from q*, and only π_t is shown how a call looks.
+"""GRPO with a calculator on two CPU cores: every turn is drawn from q*, and only π_t is told what to call.
 
 python recipes/tools/grpo_calculator_cpu.py [--model MODEL] [--max-steps 4] [--output-dir outputs/calculator]
 """
@@ -29,19 +29,31 @@ def multiply(a: int, b: int) -> int:
 
 
 def questions(count: int) -> Dataset:
-    """`t_prompt` adds to each question the call that answers it; the policy has to find that call by itself."""
+    """Both prompts begin with two sums that were done with the tool; `t_prompt` says what to call and what comes."""
     numbers, rows = random.Random(0), []
     for _ in range(count):
         a, b = numbers.randint(12, 99), numbers.randint(12, 99)
-        question = f"What is {a} times {b}? Use the tool."
-        call = f'<tool_call>\n{{"name": "multiply", "arguments": {{"a": {a}, "b": {b}}}}}\n</tool_call>'
-        hint = f"{question} Answer with exactly this and nothing else:\n{call}\nAfter the tool's result, repeat it."
-        rows.append({"prompt": _user(question), "t_prompt": _user(hint), "product": a * b})
+        question = f"What is {a} times {b}?"
+        hint = f"{question} (Call multiply with a={a} and b={b}. It gives {a * b}.)"
+        rows.append({"prompt": [*EXAMPLES, _user(question)], "t_prompt": [*EXAMPLES, _user(hint)], "product": a * b})
     return Dataset.from_list(rows)
 
 
-def _user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _example(a: int, b: int) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": a, "b": b}}}
+    return [
+        _user(f"What is {a} times {b}?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "multiply", "content": str(a * b)},
+        {"role": "assistant", "content": f"{a} times {b} is {a * b}."},
+    ]
+
+
+EXAMPLES = [*_example(17, 23), *_example(45, 61)]
 
 
 def called_and_answered(completions: list[list[dict[str, Any]]], product: list[int], **_: Any) -> list[float]:
@@ -57,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="outputs/models/SmolLM2-135M-Instruct")
     parser.add_argument("--max-steps", type=int, default=4)
-    parser.add_argument("--max-completion-length", type=int, default=128)
+    parser.add_argument("--max-completion-length", type=int, default=96)
     parser.add_argument("--output-dir", default="outputs/calculator")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)

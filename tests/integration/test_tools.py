@@ -188,7 +188,7 @@ def check(trainer: Any, pair: TinyPair, t_prompts: Any, tools: list[Any]) -> lis
         for i in range(len(inputs)):
             length = int(batch["completion_mask"][i].sum())
             tokens, drawn = batch["completion_ids"][i][:length], batch["tool_mask"][i][:length].bool().numpy()
-            assert length <= LENGTH and tokens[0] is not None and drawn[0]
+            assert length <= trainer.max_completion_length and drawn[0]
             p, t = (probs[i][:length].numpy() for probs in (probs_theta, probs_t))
             alpha = solve_kl_symmetry(p, t)
             q = compute_q_star(p, t, alpha)
@@ -211,7 +211,7 @@ def check(trainer: Any, pair: TinyPair, t_prompts: Any, tools: list[Any]) -> lis
             ]
             for turn in runs:  # each ends at the stop token, or where there is room for no more
                 ends = [int(tokens[j]) in trainer.eos_token_ids for j in turn]
-                assert not any(ends[:-1]) and (ends[-1] or turn[-1] == LENGTH - 1)
+                assert not any(ends[:-1]) and (ends[-1] or turn[-1] == trainer.max_completion_length - 1)
             found.append(runs)
     return found
 
@@ -237,12 +237,14 @@ def test_every_turn_with_tools_is_drawn_from_q_star(pair: TinyPair, tmp_path: Pa
         assert all(row["weight_version"] == log["step"] - 1 for row in inputs)
 
 
-def test_distillation_with_tools(pair: TinyPair, tmp_path: Path) -> None:
+def test_distillation_with_tools_and_little_room(pair: TinyPair, tmp_path: Path) -> None:
+    """Some rows end in the middle of a turn, and of some there is no room for the result."""
+    room = 18
     trainer = ObservedDistillation(
         model=str(pair.theta_model),
         teacher_model=AutoModelForCausalLM.from_pretrained(pair.t_model),
         args=distillation_config(
-            tmp_path, max_steps=1, per_device_train_batch_size=8, max_completion_length=LENGTH, shuffle_dataset=False
+            tmp_path, max_steps=1, per_device_train_batch_size=8, max_completion_length=room, shuffle_dataset=False
         ),
         train_dataset=Dataset.from_list(rows() * 2),
         dual_config=dual_config(pair),
@@ -250,7 +252,13 @@ def test_distillation_with_tools(pair: TinyPair, tmp_path: Path) -> None:
     )
     with trainer.rollout:
         trainer.train()
-    assert any(len(row) > 1 for row in check(trainer, pair, lambda row: row["t_prompt"], [add, divide]))
+    turns = check(trainer, pair, lambda row: row["t_prompt"], [add, divide])
+    batch = trainer.seen[0][1]
+    assert any(len(row) > 1 and row[-1][-1] == room - 1 for row in turns)
+    called = [
+        any(text in row for text in CALLS) for row in trainer.processing_class.batch_decode(batch["completion_ids"])
+    ]
+    assert any(call and len(row) == 1 and row[-1][-1] < room - 1 for call, row in zip(called, turns, strict=True))
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
