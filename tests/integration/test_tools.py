@@ -58,10 +58,10 @@ def divide(a: int, b: int) -> float:
 
 
 class School:
-    """An environment whose task stands in its first observation, and that is over after one sum."""
+    """An environment whose task stands in its first observation. For every second row it is over at once."""
 
     def reset(self, **row: Any) -> str:
-        self.sums = 0
+        self.sums, self.over = 0, row["number"] % 2 == 1
         return f" in {row['number']}"
 
     def add(self, a: int, b: int) -> int:
@@ -72,7 +72,7 @@ class School:
             b: the second
         """
         self.sums += 1
-        if self.sums > 1:
+        if self.over:
             raise ValueError("over")
         return a + b
 
@@ -244,9 +244,9 @@ def test_distillation_with_tools_and_little_room(pair: TinyPair, tmp_path: Path)
         model=str(pair.theta_model),
         teacher_model=AutoModelForCausalLM.from_pretrained(pair.t_model),
         args=distillation_config(
-            tmp_path, max_steps=1, per_device_train_batch_size=8, max_completion_length=room, shuffle_dataset=False
+            tmp_path, max_steps=1, per_device_train_batch_size=48, max_completion_length=room, shuffle_dataset=False
         ),
-        train_dataset=Dataset.from_list(rows() * 2),
+        train_dataset=Dataset.from_list(rows() * 12),
         dual_config=dual_config(pair),
         tools=[add, divide],
     )
@@ -264,7 +264,8 @@ def test_distillation_with_tools_and_little_room(pair: TinyPair, tmp_path: Path)
 
 def test_environments(pair: TinyPair, tmp_path: Path) -> None:
     """Both sides see the first observation; one environment is over before the others."""
-    trainer = run(pair, tmp_path, environment_factory=School, grpo={"max_steps": 1})
+    batch = {"per_device_train_batch_size": 16, "num_generations": 4}
+    trainer = run(pair, tmp_path, environment_factory=School, grpo={"max_steps": 1, **batch})
 
     def t_prompt(row: dict[str, Any]) -> Any:
         shown = row["t_prompt"]
