@@ -55,9 +55,7 @@ class NativeSampler:
             return PairSampler(self._engine, server, self._weights, self._stats, without_target=alone)
         faults = {
             "draws from π_θ alone": self._without_target,
-            "shows π_t another prompt": any(
-                list(sequence.context_t) != list(sequence.context_theta) for sequence in sequences
-            ),
+            "shows π_t another prompt": any(map(_has_two_prompts, sequences)),
             f"knows alpha_method {config.alpha_method!r}": config.alpha_method not in ("kl_symmetry", "fixed"),
         }
         if found := [fault for fault, there in faults.items() if there]:
@@ -74,6 +72,8 @@ class NativeSampler:
 
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config, prompt = settings.config, list(sequence.context_theta)
+        if _has_two_prompts(sequence):  # one of those that came after the first, which `ready` has seen
+            raise PreflightError(f"{self._engine.url} shows both models one prompt: this sequence has two")
         sample = await self._engine.generate(
             prompt,
             max_tokens=min(sequence.room, _STREAMED_BLOCK) if settings.streams else sequence.room,
@@ -130,6 +130,10 @@ class NativeSampler:
                 "serve-native the same --alpha-method, --fixed-alpha, --alpha-min and --alpha-max",
                 url=self._engine.url,
             )
+
+
+def _has_two_prompts(sequence: DecodingSequence) -> bool:
+    return list(sequence.context_t) != list(sequence.context_theta)
 
 
 def _diagnostics(kl_theta: np.ndarray, kl_t: np.ndarray) -> list[dict[str, float]]:

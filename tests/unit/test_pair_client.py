@@ -13,6 +13,7 @@ import pytest
 
 from dual_rollout import CoordinatorConfig
 from dual_rollout.config import AlphaRule
+from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
@@ -141,6 +142,12 @@ def test_the_server_says_which_of_the_two_it_is() -> None:
 
     assert asyncio.run(found(True)) == PairServerInfo(vocab_size=20, max_model_len=64, max_pairs=4)
     assert asyncio.run(found(False)) is None
+
+
+def test_two_models_refuse_a_later_sequence_with_two_prompts() -> None:
+    config, (one, two) = CoordinatorConfig(engine="native"), (sequence([4], [7]), sequence([4], [8]))
+    asyncio.run(sampler(Server(pairs=False)).sample([one, two], CallSettings(config)))
+    assert all("shows both models one prompt" in str(each.failure) and not each.tokens for each in (one, two))
 
 
 @pytest.mark.parametrize(
