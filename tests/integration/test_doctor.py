@@ -362,7 +362,7 @@ def test_a_garbled_list_is_asked_for_again():
 
     async def run() -> tuple[Any, int]:
         async with serving(web.get("/v1/models", models), web.post("/v1/completions", completions)) as url:
-            transport = HttpTransport(url, max_retries=0)
+            transport = HttpTransport(url, max_retries=2)
             engine = VLLMEngine(transport)
             try:
                 return await engine.next_top_k([[1]], 8), transport.stats.retries
