@@ -20,6 +20,31 @@ Prompt = str | ChatMessages | Sequence[int]
 
 FinishReason = Literal["stop", "length"]
 
+NO_TOKEN = -1
+"""Padding in arrays of token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The k most likely next tokens at B positions.
+
+    Attributes:
+        token_ids: `(B, K)` int64 in no particular order, `NO_TOKEN` where a row has fewer than K.
+        logprobs: `(B, K)` float64 in nats, `-inf` at padding.
+        complete: `(B,)` bool, or one for all rows: whether a row lists every token that is possible there.
+        vocab_size: tokens that the model has, where known.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    complete: np.ndarray | bool = False
+    vocab_size: int | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(B,)` tokens of each row."""
+        return (self.token_ids != NO_TOKEN).sum(axis=1)
+
 
 class CallOptions(TypedDict, total=False):
     """Options of one call of a coordinator's `generate_*`.
