@@ -21,7 +21,7 @@ MAX_AUTO_TOP_K = 1000
 
 
 AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
-"""How α is chosen for each token; `functional.distribution` says what each is."""
+"""How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha` say what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,6 @@ class DecodingSequence:
         run_length: running mean of the accepted tokens per draft; None before the first draft.
         unknown_to_t: whether it holds a token that π_t does not have, drawn from π_θ alone while π_t's server was gone:
             π_t is asked no more.
-        unknown_to_t: whether it holds a token that π_t does not have, drawn from π_θ alone while π_t's server was gone:
-            π_t is asked no more.
         failure: what ended this sequence early, if anything did.
     """
 
@@ -51,7 +49,6 @@ class DecodingSequence:
         self.weight_version: int | None = None
         self.run_length: float | None = None
         self.finish_reason: FinishReason | None = None
-        self.unknown_to_t = False
         self.unknown_to_t = False
         self.failure: Exception | None = None
         self._max_tokens = max_tokens

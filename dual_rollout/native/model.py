@@ -1,4 +1,4 @@
-"""The vLLM model class that holds π_θ and π_t side by side and returns the logits of q*. The only importer of vLLM."""
+"""The vLLM model class that holds π_θ and π_t side by side and returns the logits of q*."""
 
 from __future__ import annotations
 
