@@ -341,7 +341,7 @@ class Checked(DualGRPOTrainer):
     def _generate(self, prompts: Any) -> Any:
         output = super()._generate(prompts)
         self.model.eval()
-        for prompt, completion, served in zip(*output[:2], output[5]["logprobs_theta"], strict=True):
+        for prompt, completion, served in zip(*output[:2], self._rollout_columns["logprobs_theta"], strict=True):
             logp = logprobs_of(self.model, [*prompt, *completion], len(prompt), 1.0)
             own = logp[np.arange(len(completion)), completion]
             self.errors.append(float(np.abs(own - served).max()))
