@@ -81,10 +81,9 @@ class Dispatcher:
                     parts = [
                         await self._prepare(target, first, routes, call, begun) for target, first in by_target.items()
                     ]
+                    for sequence in itertools.chain.from_iterable(part.bad for part in parts):
+                        await hand_over(sequence)  # now: what follows the first requests may be long
                     await _draw_side_by_side([part for part in parts if part.sampler is not None], call, hand_over)
-                    for part in parts:
-                        for sequence in part.bad:
-                            await hand_over(sequence)
             finally:
                 finished.put_nowait(None)
 

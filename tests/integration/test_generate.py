@@ -803,6 +803,20 @@ def test_bad_requests_come_back_with_their_error(tiny_pair):
     assert collect(tiny_pair, []) == {}
 
 
+def test_a_bad_prompt_of_the_first_ones_does_not_wait_for_the_end_of_the_input(tiny_pair):
+    """As it would keep its shard from being written."""
+    prompts: list[Any] = [[], *["the"] * 12]
+
+    async def run() -> list[int]:
+        config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, max_concurrency=2)
+        requests = (GenerationRequest(i, prompt) for i, prompt in enumerate(prompts))
+        async with DualVLLMCoordinator(config) as coordinator:
+            return [index async for index, _ in coordinator.generate_iter(requests, max_tokens=2)]
+
+    order = asyncio.run(asyncio.wait_for(run(), 60))
+    assert order[0] == 0 and sorted(order) == list(range(13))
+
+
 def test_a_server_that_is_gone_ends_the_iteration(tiny_pair, tmp_path, monkeypatch):
     real = TwoServerSampler.ready
 
