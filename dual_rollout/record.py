@@ -9,7 +9,7 @@ A decoder appends to it, and everything behind it is a view: `GenerationOutput`,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -62,8 +62,7 @@ class SequenceRecord:
     @property
     def weight_version(self) -> int | None:
         """The version of the whole: the oldest of its tokens'; None where one is not known, or there are none."""
-        known = [version for version in self.weight_versions if version is not None]
-        return min(known) if known and len(known) == len(self.weight_versions) else None
+        return oldest_version(self.weight_versions)
 
     def append(self, *, diagnostics: Mapping[str, float], **columns: Any) -> None:
         """Add a token.
@@ -103,6 +102,12 @@ STORED_COLUMNS: dict[str, type] = {
 _OUTPUT_NAMES = {
     spec.name: spec.metadata["output"] for spec in fields(SequenceRecord) if spec.metadata.get("output") is not None
 }
+
+
+def oldest_version(versions: Sequence[int | None]) -> int | None:
+    """The oldest of some versions of the weights; None where one is not known, or there are none."""
+    known = [version for version in versions if version is not None]
+    return min(known) if known and len(known) == len(versions) else None
 
 
 def output_name(column: str) -> str:

@@ -15,12 +15,11 @@ from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.pairs import PairSampler
-from dual_rollout.samplers.places import draw_in_places
+from dual_rollout.samplers.places import STREAMED_BLOCK, draw_in_places
 from dual_rollout.servers.native import NativeEngine, NativeSample
 from dual_rollout.types import GenerationRequest
 
 _ALPHA_TOLERANCE = 1e-5
-_STREAMED_BLOCK = 16  # tokens drawn per request while streaming
 
 
 class NativeSampler:
@@ -76,7 +75,7 @@ class NativeSampler:
             raise PreflightError(f"{self._engine.url} shows both models one prompt: this sequence has two")
         sample = await self._engine.generate(
             prompt,
-            max_tokens=min(sequence.room, _STREAMED_BLOCK) if settings.streams else sequence.room,
+            max_tokens=min(sequence.room, STREAMED_BLOCK) if settings.streams else sequence.room,
             temperature=config.temperature,
             stop_token_ids=sequence.stop_ids,
             ignore_eos=config.ignore_eos,

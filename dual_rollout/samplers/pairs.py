@@ -12,11 +12,9 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.samplers.base import Sampler, Served
-from dual_rollout.samplers.places import draw_in_places
+from dual_rollout.samplers.places import STREAMED_BLOCK, draw_in_places
 from dual_rollout.servers.pairs import PairEngine, PairSample, PairServerInfo
 from dual_rollout.types import GenerationRequest
-
-_STREAMED_BLOCK = 16  # tokens drawn per request while streaming
 
 
 class PairSampler:
@@ -63,7 +61,7 @@ class PairSampler:
         sample = await self._engine.draw_pair(
             list(sequence.context_theta),
             None if self._without_target else list(sequence.context_t),
-            max_tokens=min(sequence.room, _STREAMED_BLOCK) if settings.streams else sequence.room,
+            max_tokens=min(sequence.room, STREAMED_BLOCK) if settings.streams else sequence.room,
             temperature=config.temperature,
             rule=config.alpha_rule,
             seed=int(sequence.rewind(0).integers(2**63 - 1)),

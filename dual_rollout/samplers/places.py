@@ -10,6 +10,9 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.exceptions import DualRolloutError, EngineUnavailableError
 
+STREAMED_BLOCK = 16
+"""Tokens drawn per request while streaming."""
+
 
 async def draw_in_places(
     sequences: Iterable[DecodingSequence],

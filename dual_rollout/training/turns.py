@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dual_rollout.config import NO_TARGET
-from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
+from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord, oldest_version
 from dual_rollout.training.contexts import Contexts, same_turns
 from dual_rollout.training.rollout_metrics import (
     log_completion_columns,
@@ -158,7 +158,7 @@ class Turns:
         self._session.finish([[turn.output for turn in turns] for turns in self._turns])
         both = list(zip(self._turns, completions, strict=True))
         return {name: [_column(name, *row) for row in both] for name in FLOAT_COLUMNS} | {
-            "weight_version": [_oldest_version(turns) for turns in self._turns]
+            "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns]
         }
 
     def _left(self, row: int, context: list[int]) -> int:
@@ -192,9 +192,3 @@ def _column(name: str, turns: list[_Turn], completion: list[int]) -> list[float]
             raise RuntimeError("the trainer's completion is not what was drawn: this version of TRL is not known")
         column[own] = getattr(turn.output, name)
     return column
-
-
-def _oldest_version(turns: list[_Turn]) -> int | None:
-    versions = [turn.output.weight_version for turn in turns]
-    known = [version for version in versions if version is not None]
-    return min(known) if len(known) == len(versions) else None
