@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from dual_rollout.training.script import main
+from tests.hang import HANG
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,14 +77,14 @@ def run_here(recipe: Path, folder: Path) -> None:
         main(["--config", str(recipe)])
 
 
-def finish(run: subprocess.Popen[str], timeout: float = 300) -> str:
+def finish(run: subprocess.Popen[str], timeout: float = HANG) -> str:
     """The standard output of a run that succeeds."""
     out, err = communicate(run, timeout)
     assert run.returncode == 0, err[-4000:]
     return out
 
 
-def communicate(run: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
+def communicate(run: subprocess.Popen[str], timeout: float = HANG) -> tuple[str, str]:
     try:
         return run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -103,7 +104,7 @@ def two_processes(recipe: Path, *flags: str) -> list[str]:
     return [*launch, "-m", "dual_rollout.training.script", "--config", str(recipe), *flags]
 
 
-def wait_until(done: Callable[[], bool], *runs: subprocess.Popen[str], timeout: float = 240) -> None:
+def wait_until(done: Callable[[], bool], *runs: subprocess.Popen[str], timeout: float = HANG) -> None:
     """Wait for something that happens while `runs` go on."""
     deadline = time.monotonic() + timeout
     while not done():

@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from dual_rollout import DualGRPOTrainer
 from dual_rollout.training.rollout import ADAPTER_NAME
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config
 
@@ -26,12 +27,12 @@ def post(url: str, path: str, body: Any) -> Any:
     request = urllib.request.Request(
         url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=HANG) as answer:
         return json.load(answer)
 
 
 def served_models(url: str) -> list[str]:
-    with urllib.request.urlopen(url + "/v1/models", timeout=60) as answer:
+    with urllib.request.urlopen(url + "/v1/models", timeout=HANG) as answer:
         return [card["id"] for card in json.load(answer)["data"]]
 
 

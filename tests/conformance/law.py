@@ -22,6 +22,7 @@ from dual_rollout.coordinator import CoordinatorStats
 from tests.chi_square import chi_square_p_value, chi_square_survival, standard_errors_off
 from tests.conformance.suite import logprobs_of, reference
 from tests.exact_law import listed, position_law
+from tests.hang import HANG
 
 PROMPT = [10, 20, 30]
 LONG_PROMPT = [10 + 7 * i % 80 for i in range(100)]
@@ -182,7 +183,7 @@ def _generate(
         assert [output.error for output in outputs] == [None] * len(prompts)
         return outputs, coordinator.stats
 
-    return asyncio.run(asyncio.wait_for(run(), 120))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @functools.cache

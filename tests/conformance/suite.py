@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from dual_rollout.exceptions import EngineError, EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.top_k import NO_TOKEN, TopK
 from dual_rollout.servers import Engine, HttpTransport, VLLMEngine
+from tests.hang import HANG
 
 T = TypeVar("T")
 
@@ -356,7 +357,7 @@ def use(target: Target, ask: Callable[[Engine], Awaitable[T]], **options: Any) -
         finally:
             await transport.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 120))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 _models: dict[Path, Any] = {}

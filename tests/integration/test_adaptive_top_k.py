@@ -21,6 +21,7 @@ from dual_rollout.servers import HttpTransport, VLLMEngine
 from dual_rollout.stats import CoordinatorStats
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import FEWEST_LISTED, listed, position_law
+from tests.hang import HANG
 from tests.markov_server import MarkovServer
 
 V = 60
@@ -53,7 +54,7 @@ def generate(
             async with DualVLLMCoordinator(config) as coordinator:
                 return await coordinator.generate_batch(prompts, max_tokens=max_tokens), coordinator.stats
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_the_matrices_need_lists_of_many_lengths():

@@ -22,6 +22,7 @@ from dual_rollout.exceptions import EngineError, PreflightError
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.output_dir import check_output_dir
+from tests.hang import HANG
 from tests.tiny_model import make_tokenizer
 from tests.warm_servers import WarmServer
 
@@ -60,7 +61,7 @@ def generate(
         async with DualVLLMCoordinator(config(server, **options), tokenizer=tokenizer) as coordinator:
             return await coordinator.generate_batch(prompts, **{"max_tokens": 4, **(call or {})})
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def recipe(folder: Path, model: Path | str = "nowhere", **changes: Any) -> str:

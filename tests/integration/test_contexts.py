@@ -22,6 +22,7 @@ from dual_rollout.exceptions import RolloutError
 from dual_rollout.training.contexts import ContextsByPrompt
 from dual_rollout.training.rollout_trainer import check_columns
 from dual_rollout.training.trl_settings import check_rollout_is_all
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import ObservedGRPO, ObservedRLOO, check_target, rloo_config, row_key, rows, run
 from tests.integration.test_training import count_of_the, dual_config, grpo_config
@@ -525,7 +526,7 @@ print("drawn")
 def test_a_rollout_closes_itself_and_survives_a_fork(tiny_pair: TinyPair) -> None:
     """Neither `close()` nor `with`: nothing is said of unclosed connections, at the end or when it is collected."""
     command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", AT_EXIT, tiny_pair.theta_url, tiny_pair.t_url]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert ended.returncode == 0 and ended.stdout == "drawn\n", ended.stderr
     assert "nclosed" not in ended.stderr
 

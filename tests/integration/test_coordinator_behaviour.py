@@ -16,6 +16,7 @@ from dual_rollout.exceptions import DualRolloutError, EngineError, PreflightErro
 from dual_rollout.preflight import check_servers
 from dual_rollout.samplers import two_servers
 from dual_rollout.types import GenerationRequest, StreamChunk
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
 from tests.tiny_model import make_tokenizer
@@ -47,7 +48,7 @@ def generate(prompts: list[Any], *, call: dict[str, Any] | None = None, **option
         async with coordinator(**options) as opened:
             return await opened.generate_batch(prompts, **{"max_tokens": 6, **(call or {})})
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
@@ -79,7 +80,7 @@ def test_the_statistics_say_what_auto_chose_and_why():
             await opened.generate_batch([[i % V] for i in range(8)], max_tokens=30, seed=1)
             assert opened.stats.decoding.draft_tokens == drafted
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_batch_that_runs_out_is_no_measure_of_a_choice():
@@ -92,7 +93,7 @@ def test_a_batch_that_runs_out_is_no_measure_of_a_choice():
                 await opened.generate_batch([[i] for i in range(4)], max_tokens=30)
             assert opened.stats.chosen["t_url"] in opened.stats.tuning["t_url"]["4 sequences, 64 tokens"]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_a_server_that_is_not_there_is_named():
                 await opened.generate_batch([[1]], max_tokens=2)
 
     with pytest.raises(DualRolloutError, match=r"http://127\.0\.0\.1:9\b"):
-        asyncio.run(asyncio.wait_for(run(), 100))
+        asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_wrong_model_name_lists_the_served_ones():
@@ -218,7 +219,7 @@ def test_a_server_that_dies_on_the_way_keeps_the_tokens_so_far():
                 await stack.aclose()
                 return await task
 
-    for output in asyncio.run(asyncio.wait_for(run(), 60)):
+    for output in asyncio.run(asyncio.wait_for(run(), HANG)):
         assert output.error and output.finish_reason is None
         assert 0 < len(output.generated_tokens) < 4000
         assert len(output.logprobs_q) == len(output.importance_weights) == len(output.generated_tokens)
@@ -343,7 +344,7 @@ def test_statistics_add_up():
             assert stats.retries == 0
             assert stats.theta.requests > 0 and stats.theta.bytes_received > stats.theta.requests
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def stream(prompt: Any, *, call: dict[str, Any] | None = None, **options: Any) -
         async with coordinator(**options) as opened:
             return [chunk async for chunk in opened.generate_stream(prompt, **{"max_tokens": 12, **(call or {})})]
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.parametrize("options", SUPPORTS[:2], ids=str)
@@ -392,7 +393,7 @@ def test_a_stream_can_be_left_early():
             await chunks.aclose()
             return len((await opened.generate_batch([[2]], max_tokens=3))[0].generated_tokens)
 
-    assert asyncio.run(asyncio.wait_for(run(), 100)) == 3
+    assert asyncio.run(asyncio.wait_for(run(), HANG)) == 3
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], 7], ids=str)
@@ -415,7 +416,7 @@ def test_one_call_equals_the_coordinator():
             config = CoordinatorConfig(theta_url=theta.url, t_url=t.url, top_k=V, seed=5)
             return await generate_with_optimal_sampling([[1], [2]], config, max_tokens=6)
 
-    assert tokens(asyncio.run(asyncio.wait_for(run(), 100))) == tokens(generate([[1], [2]]))
+    assert tokens(asyncio.run(asyncio.wait_for(run(), HANG))) == tokens(generate([[1], [2]]))
 
 
 # ---- versions of the weights ----------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_a_sequence_mixes_no_weights(tiny_pair: TinyPair) -> None:
             (output,) = await coordinator.generate_batch(["the"], max_tokens=3)
             assert output.error is None and output.weight_versions == [2] * 3
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- bad requests first, tokens that cannot be decoded --------------------------------------------------------------
@@ -462,7 +463,7 @@ def test_servers_are_checked_however_many_prompts_are_bad_before(
             outputs = dict([item async for item in coordinator.generate_iter(requests, max_tokens=2)])
             assert [outputs[i].error is None for i in range(len(prompts))] == [False] * bad + [True] * 3
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
     assert len(checked) == 1
 
 
@@ -477,7 +478,7 @@ def test_prompts_of_the_first_batch_are_counted_once(tiny_pair: TinyPair) -> Non
                 assert output.error is None
             assert (coordinator.stats.truncated_prompts, coordinator.stats.special_names) == (3, 3)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_tokens_that_cannot_be_decoded_fail_alone(tiny_pair: TinyPair) -> None:
@@ -511,4 +512,4 @@ def test_tokens_that_cannot_be_decoded_fail_alone(tiny_pair: TinyPair) -> None:
                 async for _ in coordinator.generate_stream([5, 6], max_tokens=3):
                     pass
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))

@@ -25,6 +25,7 @@ from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.exceptions import PreflightError
 from tests.chi_square import chi_square_p_value, standard_errors_off
 from tests.exact_law import position_law, tempered
+from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 
 V = 9
@@ -147,7 +148,7 @@ def generate(
                 )
                 return outputs, coordinator.stats
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.tokens import compare_tokens
 from dual_rollout.vocabulary import compare_vocabularies, read_vocabulary
+from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 from tests.warm_servers import WarmServer
 
@@ -36,7 +37,7 @@ def doctor(theta: str, t: str | None, *flags: str) -> tuple[int, str]:
     other = ["--engine", "native"] if t is None else ["--t-url", t]
     command = [sys.executable, "-m", "dual_rollout.cli", "doctor", "--theta-url", theta, *other, *flags]
     patience = [] if "--timeout" in flags else ["--timeout", "100"]  # the default may be too little on a busy machine
-    done = subprocess.run([*command, *patience], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, *patience], capture_output=True, text=True, timeout=HANG)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout
 
@@ -309,7 +310,7 @@ def rollout(prompts: Any = ([1, 2],), **options: Any) -> Any:
         async with DualVLLMCoordinator(CoordinatorConfig(max_retries=0, seed=1, **options)) as coordinator:
             return await coordinator.generate_batch(list(prompts), max_tokens=2)
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_top_k_above_the_servers_limit_is_refused(small_urls):

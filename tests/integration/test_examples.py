@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang import HANG
 from tests.warm_servers import WarmServer
 
 EXAMPLES = Path(__file__).parents[2] / "recipes/examples"
@@ -36,7 +37,7 @@ def test_an_example_runs(name: str, tiny_models: tuple[Path, Path], server_flags
         [sys.executable, str(EXAMPLES / name), *servers, "--max-tokens", "6"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]

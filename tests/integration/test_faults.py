@@ -24,6 +24,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutpu
 from dual_rollout.server.launch import EmbeddedServer
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, Fault, FaultProxy, changed, error
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.warm_servers import WarmServer
 
@@ -88,7 +89,7 @@ def run_behind_proxies(
                 bad.when = lambda number: when(number - first)
                 return await generate(coordinator, run), coordinator, bad
 
-    return asyncio.run(asyncio.wait_for(generated(), 100))
+    return asyncio.run(asyncio.wait_for(generated(), HANG))
 
 
 # ---- changes to an answer -------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def test_requests_to_a_server_of_which_no_answer_is_of_use(
                 outputs = await coordinator.generate_batch(MANY, max_tokens=MAX_TOKENS)
                 return outputs, bad.injected
 
-    outputs, requests = asyncio.run(asyncio.wait_for(generated(), 100))
+    outputs, requests = asyncio.run(asyncio.wait_for(generated(), HANG))
     assert all(output.error is not None and not output.generated_tokens for output in outputs)
     n = len(MANY)
     if run is LOCKSTEP:
@@ -393,7 +394,7 @@ def test_a_replica_with_answers_without_end_is_replaced(tiny_pair: TinyPair):
                 bad.fault = fault_proxy.endless
                 return await generate(coordinator, LOCKSTEP), bad
 
-    outputs, bad = asyncio.run(asyncio.wait_for(run(), 60))
+    outputs, bad = asyncio.run(asyncio.wait_for(run(), HANG))
     assert bad.injected >= 1
     assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
@@ -439,7 +440,7 @@ def test_a_server_killed_and_started_again(tiny_pair: TinyPair, tiny_models: tup
     with WarmServer(tiny_models[side], flags) as server:
         urls[side] = server.url
         expected = undisturbed(*urls)
-        outputs = asyncio.run(asyncio.wait_for(run(server), 100))
+        outputs = asyncio.run(asyncio.wait_for(run(server), HANG))
     assert tokens(outputs) == expected
 
 
@@ -466,7 +467,7 @@ def run_with_a_target_that_goes(
                     await proxy.start()
                 return await task, coordinator
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_going_on_without_the_target(tiny_pair: TinyPair):

@@ -39,6 +39,7 @@ from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.types import GenerationOutput, GenerationRequest
 from tests.fault_proxy import FaultProxy
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.runs import ROOT, finish, start
 from tests.warm_servers import WarmServer
@@ -234,7 +235,7 @@ def test_an_outage_ends_it_without_failed_rows_and_it_goes_on(tiny_pair, questio
             assert await produce(job, config) == Summary(rows=12, failed=0)
             assert 0 < len(kept) < 12 and kept.items() <= finished_rows(tmp_path / "out").items()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
     generate(tiny_pair, "--input", questions, "--output", tmp_path / "undisturbed")
     assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "undisturbed"))
     generate(tiny_pair, "--input", questions, "--output", tmp_path / "no", "--t-url", "http://127.0.0.1:1",
@@ -277,7 +278,7 @@ def test_a_target_that_is_gone_at_the_start_is_waited_for(tiny_pair, questions, 
             assert await task == Summary(rows=3, failed=0)
         assert not any(any(row["without_target"]) for row in rows_of(tmp_path / "out"))
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- killed, damaged, changed ---------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ for command in sys.stdin:
 
     def close(self) -> str:
         """Its stderr."""
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=HANG)
         self._log.close()
         return self._path.read_text()[-4000:]
 
@@ -528,7 +529,7 @@ def test_a_stop_while_a_shard_is_written_waits_for_it(tiny_pair, tmp_path, monke
         (entry,) = map(json.loads, (out / "manifest-00000-of-00001.jsonl").read_text().splitlines())
         assert entry["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def finished_rows(folder: Path) -> dict[int, str]:
@@ -775,7 +776,7 @@ def collect(pair: TinyPair, requests: Any, *, stop_after: int | None = None, **c
                     break
             return found
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_an_iterator_gives_what_a_batch_gives_and_is_read_as_needed(tiny_pair):
@@ -813,7 +814,7 @@ def test_a_bad_prompt_of_the_first_ones_does_not_wait_for_the_end_of_the_input(t
         async with DualVLLMCoordinator(config) as coordinator:
             return [index async for index, _ in coordinator.generate_iter(requests, max_tokens=2)]
 
-    order = asyncio.run(asyncio.wait_for(run(), 60))
+    order = asyncio.run(asyncio.wait_for(run(), HANG))
     assert order[0] == 0 and sorted(order) == list(range(13))
 
 
@@ -849,7 +850,7 @@ def test_reading_an_input_takes_memory_of_its_own_whatever_its_length(tmp_path, 
         else:
             pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2000)
         done = subprocess.run(
-            [sys.executable, "-c", READER, str(path)], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", READER, str(path)], capture_output=True, text=True, timeout=HANG, check=True
         )
         seen, kib = map(int, done.stdout.split())
         assert seen == count

@@ -26,6 +26,7 @@ from dual_rollout.servers import probe
 from tests.chi_square import chi_square_p_value, standard_errors_off
 from tests.exact_law import position_law
 from tests.fault_proxy import FaultProxy, reset
+from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 from tests.sglang_stub import SGLangStub, markov
 from tests.tiny_model import make_tiny_model
@@ -69,7 +70,7 @@ def rollouts(
                 outputs = await coordinator.generate_batch([[START]] * SEQUENCES, max_tokens=TOKENS)
                 return outputs, coordinator.stats, [theta.requests, t.requests]
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @functools.cache
@@ -170,7 +171,7 @@ def test_sglang_tells_its_vocabulary_too(kinds, pair, decoding):
             async with DualVLLMCoordinator(config) as coordinator:
                 return await coordinator.generate_batch([[START]] * 40, max_tokens=3)
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 60))
+    outputs = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error for output in outputs] == [None] * 40
     assert max(token for output in outputs for token in output.generated_tokens) < COMMON
 
@@ -198,7 +199,7 @@ def test_a_sequence_with_a_token_that_the_target_lacks_goes_on_without(monkeypat
                 assert proxy.injected == 1
                 return outputs
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 60))
+    outputs = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error for output in outputs] == [None] * 60
     left = [output for output in outputs if max(output.generated_tokens) >= COMMON]
     assert 0 < len(left) < 60
@@ -251,7 +252,7 @@ def test_no_sequence_fails_on_real_models(padded_servers, monkeypatch, turned, w
         async with DualVLLMCoordinator(config) as coordinator:
             return await coordinator.generate_batch(["what is the", [7, 8, 299]] * 4, max_tokens=12)
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 120))
+    outputs = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error for output in outputs] == [None] * 8
     for output in outputs:
         assert len(output.generated_tokens) == 12 and max(output.generated_tokens) < 300

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from dual_rollout import RolloutBatch
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 
 EXAMPLE = Path(__file__).parents[2] / "recipes/examples/ppo_loop.py"
@@ -75,7 +76,7 @@ def test_it_learns_and_the_policy_itself_gets_better(tiny_pair: TinyPair, tmp_pa
         [sys.executable, str(EXAMPLE), "--cpu", *(str(part) for flag in flags.items() for part in flag)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -118,7 +118,7 @@ def test_the_same_seed_repeats_a_run_and_a_lost_server_ends_both_processes(
             wait_until((tmp_path / f"held-{process}").exists, *runs)
         policy_server.stop()  # the sync before the third step fails in the main process
         (tmp_path / "go").touch()
-        errors = [communicate(run, 180)[1] for run in runs]
+        errors = [communicate(run)[1] for run in runs]
     finally:
         for run in runs:
             run.kill()
@@ -137,7 +137,7 @@ def test_a_rollout_that_fails_in_one_process_ends_both(tiny_pair: TinyPair, tmp_
         start(one_process(recipe), tmp_path, **first),
         start(one_process(recipe, "--dual_t_url", "http://127.0.0.1:1"), tmp_path, **second),
     ]
-    errors = [communicate(run, 180)[1] for run in runs]
+    errors = [communicate(run)[1] for run in runs]
     assert [run.returncode for run in runs] == [1, 1]
     assert "process 1 of 2 failed with" in errors[0].splitlines()[-1]
     assert "http://127.0.0.1:1" in errors[1].splitlines()[-1]

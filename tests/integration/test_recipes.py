@@ -20,6 +20,7 @@ from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.script import load_data, main, reward_function
 from dual_rollout.training.tasks import final_answer
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +240,7 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) ->
             num_generations=2,
             max_completion_length=5,
         )
-        done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=HANG, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries] == [1, 2]

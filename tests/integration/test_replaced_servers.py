@@ -20,6 +20,7 @@ from dual_rollout.exceptions import EngineReplacedError
 from dual_rollout.servers import HttpTransport, SGLangEngine, VLLMEngine, identity, replicas
 from tests import fault_proxy
 from tests.fault_proxy import FaultProxy
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
 from tests.sglang_stub import SGLangStub
@@ -157,7 +158,7 @@ def test_another_model_in_mid_batch_ends_what_would_mix(
             await exchange(proxy, first)
             assert tokens(await generate(coordinator)) == expected
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -173,7 +174,7 @@ def test_the_same_model_in_another_process_goes_on(
             for url in (same_name_url, other_name_url, tiny_pair.theta_url):
                 assert tokens(await in_mid_batch(coordinator, lambda url=url: how(proxy, url))) == expected
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -185,7 +186,7 @@ def test_a_name_that_the_config_gives_must_stay(
             outputs = await in_mid_batch(coordinator, lambda: exchange(proxy, other_name_url))
             assert all("serves ['renamed']" in str(output.error) for output in outputs)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -195,7 +196,7 @@ def test_on_target_failure_holds_for_a_target_that_was_replaced(tiny_pair: TinyP
             outputs = await in_mid_batch(coordinator, lambda: exchange(proxy, impostor_url))
             assert all(output.error is None and output.without_target[-1] for output in outputs)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_server_that_was_replaced_while_it_was_idle(tiny_pair: TinyPair, rewritten: tuple[str, str]):
@@ -209,7 +210,7 @@ def test_a_server_that_was_replaced_while_it_was_idle(tiny_pair: TinyPair, rewri
             outputs = await generate(coordinator, 2)
             assert all("other weights" in str(output.error) and not output.generated_tokens for output in outputs)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_replica_that_was_replaced_while_it_was_idle_gives_no_token(
@@ -232,13 +233,13 @@ def test_a_replica_that_was_replaced_while_it_was_idle_gives_no_token(
                 tries = proxy.completions - before
                 assert 1 <= tries <= 8, "asked for what it is, and for no token"
                 await exchange(proxy, first)
-                deadline = asyncio.get_running_loop().time() + 20
+                deadline = asyncio.get_running_loop().time() + HANG
                 while proxy.completions < before + tries + 10:
                     assert asyncio.get_running_loop().time() < deadline
                     assert tokens(await generate(coordinator)) == expected
                     await asyncio.sleep(0.15)
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_replica_restarted_under_another_name_serves_its_half(tiny_pair: TinyPair, other_name_url: str):
@@ -249,7 +250,7 @@ def test_a_replica_restarted_under_another_name_serves_its_half(tiny_pair: TinyP
             async with DualVLLMCoordinator(config) as coordinator:
                 assert tokens(await in_mid_batch(coordinator, lambda: exchange(proxy, other_name_url))) == expected
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.parametrize(
@@ -276,4 +277,4 @@ def test_a_server_that_does_not_tell_its_birth_is_known_by_what_it_says(client: 
                 await engine.next_top_k([[1, 2]], 4)
             await engine.aclose()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), HANG))

@@ -19,6 +19,7 @@ from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.servers import HttpTransport, Replicas, VLLMEngine, identity, replicas
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, FaultProxy
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.markov_server import MarkovServer, random_chain
 from tests.tiny_model import perturbed_copy
@@ -79,7 +80,7 @@ def test_a_sequence_stays_with_its_replica() -> None:
         ]
         assert len(seen[0]) == len(seen[1]) == 15 and not seen[0] & seen[1]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) -> None:
@@ -105,7 +106,7 @@ def test_a_replica_that_fails_is_replaced_and_comes_back(tiny_pair: TinyPair) ->
                     assert tokens(await coordinator.generate_batch(prompts, max_tokens=10)) == expected
                 assert b.completions > before
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.parametrize(("seconds", "taken_out"), [(0.05, False), (30.0, True)])
@@ -131,7 +132,7 @@ def test_a_very_slow_replica(tiny_pair: TinyPair, seconds: float, taken_out: boo
             assert slow.injected >= 1
             assert (slow.injected <= 3) is taken_out, "no round waits for it again while it is out"
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> None:
@@ -144,7 +145,7 @@ def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> Non
                 tokens(await coordinator.generate_batch([[10 + i, 20] for i in range(8)], max_tokens=30))
             assert a.injected >= 3
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair) -> None:
@@ -164,7 +165,7 @@ def test_a_prompt_that_no_replica_can_answer_takes_none_out(tiny_pair: TinyPair)
                 outputs = await coordinator.generate_batch(prompts, max_tokens=4)
                 assert [output.error is None for output in outputs] == [True, False, True]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -184,7 +185,7 @@ def test_replicas_that_say_they_are_well_and_answer_nothing_are_reported(
                 a.fault = b.fault = None
                 tokens(await coordinator.generate_batch([[10, 20]], max_tokens=2))
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_replica_that_does_not_confirm_new_weights_stays_out_until_it_does() -> None:
@@ -217,7 +218,7 @@ def test_a_replica_that_does_not_confirm_new_weights_stays_out_until_it_does() -
             await asyncio.sleep(0.05)
         assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b", "c"]
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_when_all_are_gone_it_is_said() -> None:
@@ -228,7 +229,7 @@ def test_when_all_are_gone_it_is_said() -> None:
             await engine.describe()
         assert all(url in str(caught.value) for url in urls) and caught.value.url == engine.url
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_replicas_of_different_models_are_refused(tiny_pair: TinyPair) -> None:
@@ -239,7 +240,7 @@ def test_replicas_of_different_models_are_refused(tiny_pair: TinyPair) -> None:
                 with pytest.raises(EngineProtocolError, match="replicas do not serve one model"):
                     await coordinator.generate_batch([[3, 1]], max_tokens=2)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def test_a_sequence_that_would_mix_weights_is_an_error() -> None:
                 (output,) = await opened.generate_batch([[1]], max_tokens=5)
                 assert output.error is None and output.weight_version == 4
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 async def restart(server: EmbeddedServer, meanwhile: Any = None) -> None:
@@ -329,7 +330,7 @@ def test_new_weights_reach_all_and_one_that_missed_them_stays_out(
                 await engine.aclose()
 
     with WarmServer(tiny_models[0], FLAGS) as a, WarmServer(tiny_models[0], FLAGS) as b:
-        asyncio.run(asyncio.wait_for(run(a, b), 120))
+        asyncio.run(asyncio.wait_for(run(a, b), HANG))
 
 
 def test_another_process_uses_only_what_took_the_weights_and_notices_restarts(
@@ -380,4 +381,4 @@ def test_another_process_uses_only_what_took_the_weights_and_notices_restarts(
                 await client.aclose()
 
     with WarmServer(tiny_models[0], FLAGS) as a, WarmServer(tiny_models[0], FLAGS) as b:
-        asyncio.run(asyncio.wait_for(run(a, b), 240))
+        asyncio.run(asyncio.wait_for(run(a, b), HANG))

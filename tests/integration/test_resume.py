@@ -19,6 +19,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer
 from dual_rollout.training.output_dir import checkpoint_to_resume
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.recording_reward import read_records
 from tests.runs import finish, metrics, one_process, run_here, start, two_processes, wait_until, write_recipe
@@ -132,7 +133,7 @@ def test_a_run_of_two_processes_goes_on_too(tiny_pair: TinyPair, tmp_path: Path)
     for process in (run, *processes):
         process.kill()
     run.communicate()
-    psutil.wait_procs(processes, timeout=30)
+    psutil.wait_procs(processes, timeout=HANG)
     for process in (0, 1):
         (resumed / f"{process}.jsonl").unlink()
     finish(start(two_processes(recipe), resumed))

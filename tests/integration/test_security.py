@@ -28,6 +28,7 @@ from dual_rollout.server.model_runner import ModelRunner
 from dual_rollout.server.serve import ServeConfig
 from dual_rollout.text import load_tokenizer
 from dual_rollout.training.weight_sync import weight_folder
+from tests.hang import HANG
 from tests.warm_servers import WarmServer
 
 PACKAGE = Path(__file__).parents[2] / "dual_rollout"
@@ -47,7 +48,7 @@ def call(
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=headers), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=headers), timeout=HANG) as answer:
             status, text = answer.status, answer.read()
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read()

@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 
 from dual_rollout.exceptions import EngineUnavailableError  # noqa: E402
 from dual_rollout.server.launch import EmbeddedServer  # noqa: E402
+from tests.hang import HANG  # noqa: E402
 from tests.tiny_model import make_tiny_model, perturbed_copy  # noqa: E402
 from tests.warm_servers import WarmServer  # noqa: E402
 
@@ -70,7 +71,7 @@ def _call(server: EmbeddedServer, path: str, body: Any = None, *, raw: bytes | N
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data=data, headers={"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=100) as answer:
+        with urllib.request.urlopen(request, timeout=HANG) as answer:
             text, status = answer.read(), answer.status
     except urllib.error.HTTPError as error:
         text, status = error.read(), error.code
@@ -594,7 +595,7 @@ def test_a_taken_port_is_reported_before_the_model_is_loaded(model_dir: Path) ->
         holder.listen()
         port = str(holder.getsockname()[1])
         command = [sys.executable, "-m", "dual_rollout.cli", "serve", "/nowhere", "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode != 0
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -29,6 +29,7 @@ from dual_rollout.functional.top_k import NO_TOKEN
 from dual_rollout.servers import HttpTransport, SGLangEngine, retry
 from tests.chi_square import chi_square_p_value
 from tests.exact_law import tempered
+from tests.hang import HANG
 from tests.integration.test_coordinator_law import (
     FALSE_ALARM,
     START,
@@ -61,7 +62,7 @@ def with_engine(
             finally:
                 await engine.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 100))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def theta_stub(**options: Any) -> SGLangStub:
@@ -114,7 +115,7 @@ def rollouts(case: Case, engines: tuple[str, str]) -> tuple[list[GenerationOutpu
             outputs = await coordinator.generate_batch([[START]] * case.sequences, max_tokens=case.tokens)
             return outputs, coordinator.stats
 
-    outputs, stats = asyncio.run(asyncio.wait_for(run(), 60))
+    outputs, stats = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error for output in outputs] == [None] * case.sequences
     return outputs, stats
 
@@ -165,7 +166,7 @@ def test_one_bad_prompt_fails_alone():
                 theta.max_req_input_len = 8  # after the client has been told 4096
                 return await coordinator.generate_batch([[1], [2] * 20, [3]], max_tokens=2)
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 100))
+    outputs = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error is None for output in outputs] == [True, False, True]
     assert "exceeds the maximum allowed length" in outputs[1].error
 
@@ -180,7 +181,7 @@ def test_a_prompt_beyond_the_context_is_never_sent():
                 outputs = await coordinator.generate_batch([[1] * 6, [1] * 7], max_tokens=3)
             return outputs, max(len(ids) for payload in theta.requests for ids in payload["input_ids"])
 
-    outputs, longest = asyncio.run(asyncio.wait_for(run(), 100))
+    outputs, longest = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error is None for output in outputs] == [True, False]
     assert longest < 11
 
@@ -205,7 +206,7 @@ def test_a_server_that_is_not_sglang_is_named():
                 await engine.aclose()
 
     with pytest.raises(EngineRejectedError, match="theta_engine"):
-        asyncio.run(asyncio.wait_for(run(), 100))
+        asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_name_that_is_not_served_is_refused():

@@ -8,6 +8,7 @@ import os
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from tests.bench_soak import prompt, soak
 from tests.fault_proxy import FaultProxy
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 
 
@@ -28,7 +29,7 @@ def test_some_hundred_sequences(tiny_pair: TinyPair) -> None:
             outputs = await alone.generate_batch([prompt(i) for i in range(20)], max_tokens=3)
         assert [output.generated_tokens for output in outputs] == [kept[i].generated_tokens for i in range(20)]
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_a_server_never_has_more_than_its_bound(tiny_pair: TinyPair) -> None:
@@ -44,4 +45,4 @@ def test_a_server_never_has_more_than_its_bound(tiny_pair: TinyPair) -> None:
             assert all(output.error is None for output in outputs)
             assert theta.most_open == 3 and t.most_open <= 3
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))

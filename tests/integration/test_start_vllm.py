@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dual_rollout.server.launch import _free_port
+from tests.hang import HANG
 
 SCRIPT = Path(__file__).parents[2] / "recipes/serving/start_vllm.sh"
 
@@ -54,7 +55,7 @@ def dry_run(*arguments: str, environment: dict[str, str] | None = None) -> tuple
         capture_output=True,
         text=True,
         check=True,
-        timeout=90,
+        timeout=HANG,
         env={**os.environ, **(environment or {})},
     )
     theta, t = answer.stdout.splitlines()
@@ -113,7 +114,7 @@ def test_a_key_is_never_on_a_command_line() -> None:
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str) -> None:
-    answer = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=90)
+    answer = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=HANG)
     assert answer.returncode == 2 and message in answer.stderr
 
 
@@ -149,7 +150,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = HANG) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

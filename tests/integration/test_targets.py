@@ -16,6 +16,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutpu
 from dual_rollout.exceptions import EngineUnavailableError, PreflightError
 from dual_rollout.samplers.dispatch import shares
 from tests.chi_square import chi_square_p_value
+from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 
 V = 10
@@ -40,7 +41,7 @@ def generate(prompts: list[Any], targets: Any, *, max_tokens: int = 6, **options
         async with servers(**options) as (coordinator, _):
             return await coordinator.generate_batch(prompts, max_tokens=max_tokens, targets=targets)
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
@@ -71,7 +72,7 @@ def test_a_named_target_is_as_good_as_t_url():
                 return await coordinator.generate_batch([[i] for i in range(V)], max_tokens=6)
 
     named = generate([[i] for i in range(V)], ["other"] * V)
-    direct = asyncio.run(asyncio.wait_for(run(), 60))
+    direct = asyncio.run(asyncio.wait_for(run(), HANG))
     assert tokens(named) == tokens(direct)
     assert [output.logprobs_t for output in named] == [output.logprobs_t for output in direct]
 
@@ -112,7 +113,7 @@ def test_every_target_in_use_is_checked_before_the_first_token():
                 await coordinator.generate_batch([[7], [8]], max_tokens=2, targets=[None, "other"])
             assert coordinator.stats.decoding.tokens == 0
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_stream_has_a_target_too():
             assert [chunk.alpha for chunk in plain] == [0.0] * 6
             assert [chunk.importance_weight for chunk in plain] == [1.0] * 6
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_diagnostics_of_a_token_without_a_target_say_what_is_known():
@@ -155,7 +156,7 @@ def test_diagnostics_of_a_token_without_a_target_say_what_is_known():
             stats = coordinator.stats.decoding
             assert (stats.tokens, stats.policy_tokens, stats.lost_target_tokens) == (6, 3, 0)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_a_lost_target_can_be_done_without():
             assert outputs[0].importance_weights == [1.0] * 4 and outputs[0].alpha_history == [0.0] * 4
             assert coordinator.stats.decoding.lost_target_tokens == 8
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_waiting_is_bounded_by_the_caller():
@@ -193,7 +194,7 @@ def test_waiting_is_bounded_by_the_caller():
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(coordinator.generate_batch([[1]], max_tokens=4), 1.5)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 # ---- in a recipe ----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from dual_rollout import (
 )
 from dual_rollout.training.async_grpo import DualRolloutLoop, DualRolloutWorker
 from dual_rollout.training.weight_sync import TrlWeightSync
+from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.integration.test_gradient import LIMIT, bigram_model, completions, reward, reward_of, tokenizer, transitions
 from tests.integration.test_gradient import urls as chain_urls  # noqa: F401 (a fixture)
@@ -517,10 +518,10 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     try:
-        drawn = [samples.get(timeout=100) for _ in range(8)]
+        drawn = [samples.get(timeout=HANG) for _ in range(8)]
     finally:
         loop._loop.call_soon_threadsafe(loop._stop_event.set)
-        thread.join(timeout=100)
+        thread.join(timeout=HANG)
     assert not thread.is_alive()
     theta, t = (AutoModelForCausalLM.from_pretrained(m) for m in (tiny_pair.theta_model, tiny_pair.t_model))
     options = {"add_generation_prompt": True, "return_dict": False}

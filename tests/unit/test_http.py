@@ -33,6 +33,7 @@ from dual_rollout.exceptions import (
 )
 from dual_rollout.servers import HttpTransport, parsing, retry
 from dual_rollout.servers.http import USUAL_RESPONSE_BYTES, longest_answer, shown
+from tests.hang import HANG
 
 Answer = Callable[[web.Request], Any]
 
@@ -120,7 +121,7 @@ def post(server: FaultyServer, payload: Any = None, *, max_bytes: int = USUAL_RE
                 server.stats = transport.stats
                 await transport.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 100))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_json_goes_out_and_comes_back():
@@ -179,7 +180,7 @@ def test_a_refused_connection_is_unavailable():
             assert transport.stats.requests == 2
 
     with pytest.raises(EngineUnavailableError, match=rf"{url}.*failed 2 times.*Is the server up\?.*max_retries"):
-        asyncio.run(asyncio.wait_for(run(), 100))
+        asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_retry_after_is_obeyed():
@@ -436,7 +437,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     options = ["-x509", "-nodes", "-days", "1", "-keyout", str(file), "-out", str(file) + ".crt"]
-    subprocess.run([openssl, "req", *options, *curve, *subject], check=True, capture_output=True, timeout=60)
+    subprocess.run([openssl, "req", *options, *curve, *subject], check=True, capture_output=True, timeout=HANG)
     return file
 
 
@@ -456,7 +457,7 @@ def test_a_server_whose_certificate_nobody_vouches_for_gets_no_request(certifica
                 await transport.aclose()
 
     with pytest.raises(EngineUnavailableError, match=r"[Cc]ertificate"):
-        asyncio.run(asyncio.wait_for(run(), 100))
+        asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def get_models(url: str) -> Any:
@@ -467,7 +468,7 @@ def get_models(url: str) -> Any:
         finally:
             await transport.aclose()
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 async def proxied(request: web.Request) -> web.Response:
@@ -546,5 +547,5 @@ def test_requests_share_a_bounded_pool():
             await asyncio.gather(*(transport.get("/") for _ in range(12)))
             await transport.aclose()
 
-    asyncio.run(asyncio.wait_for(run(), 100))
+    asyncio.run(asyncio.wait_for(run(), HANG))
     assert most == 3 and len(server.arrivals) == 12

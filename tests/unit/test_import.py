@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import dual_rollout
+from tests.hang import HANG
 
 HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "accelerate", "scipy", "pandas"}
 
@@ -32,7 +33,7 @@ def probe(module: str, then: str = "pass") -> dict:
         [sys.executable, "-c", PROBE.format(module=module, then=then)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG,
         check=True,
     )
     *printed, measured = result.stdout.splitlines()
@@ -67,7 +68,7 @@ def test_the_decoding_loops_need_no_client(module):
 
 def test_an_unknown_command_is_refused():
     result = subprocess.run(
-        [sys.executable, "-m", "dual_rollout.cli", "surf"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "dual_rollout.cli", "surf"], capture_output=True, text=True, timeout=HANG, check=False
     )
     assert result.returncode == 2 and "surf" in result.stderr
 

@@ -18,6 +18,7 @@ from dual_rollout.decoding.tuner import Choice, Load, Tuner
 from dual_rollout.decoding.weights import PolicyWeights
 from dual_rollout.engine import sending_once
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
+from tests.hang import HANG
 
 
 def sequences(count: int, max_tokens: int = 4) -> list[DecodingSequence]:
@@ -263,7 +264,7 @@ def test_a_sequence_that_cannot_begin_ends_all_groups() -> None:
         await asyncio.sleep(0.01)
         assert len(mode.rounds) <= rounds + 1
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    asyncio.run(asyncio.wait_for(run(), HANG))
 
 
 def test_block_stays_block() -> None:

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.hang import HANG
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 ENVIRONMENT = {
@@ -60,7 +62,6 @@ if "DUAL_ROLLOUT_VLLM_DEVICES" in os.environ:
         "TRITON_F32_DEFAULT": "ieee",  # or attention in float32 multiplies in TF32
     }
     del ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"]
-START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 60
 
@@ -120,7 +121,7 @@ class VllmServer:
                 start_new_session=True,
             )
 
-    def wait_until_ready(self, timeout: float = START_TIMEOUT_S) -> None:
+    def wait_until_ready(self, timeout: float = HANG) -> None:
         """Wait for ``/health``, then send one request: the first log-probabilities compile a kernel (10 s).
 
         Raises ``VllmServerError`` with the end of the log when the server dies or ``timeout`` seconds pass.
@@ -156,7 +157,7 @@ class VllmServer:
         """Whether the server's own process runs; ``/health`` alone might be answered by another one."""
         return self._process is not None and self._process.poll() is None
 
-    def post(self, path: str, body: Any, timeout: float = 120.0) -> Any:
+    def post(self, path: str, body: Any, timeout: float = HANG) -> Any:
         """POST JSON and return the parsed answer. Raises ``urllib.error.HTTPError`` on an error status."""
         request = urllib.request.Request(
             self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}

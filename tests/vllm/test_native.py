@@ -28,6 +28,7 @@ from dual_rollout.exceptions import PreflightError
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, SCALES
 from tests.chi_square import chi_square_p_value
+from tests.hang import HANG
 from tests.integration.test_doctor import failed, report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
@@ -162,7 +163,7 @@ def largest_errors(native: Native, outputs: Sequence[GenerationOutput], theta: A
 
 
 def metric(server: NativeServer, name: str) -> float:
-    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as response:
+    with urllib.request.urlopen(server.url + "/metrics", timeout=HANG) as response:
         found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", response.read().decode(), re.MULTILINE)
     assert found, f"no metric {name}"
     return sum(map(float, found))
@@ -540,7 +541,7 @@ config.model_config.hf_config.dual_rollout["architectures"] = ["MambaForCausalLM
 DualRolloutForCausalLM(vllm_config=config)
 """
     command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("ValueError: dual-rollout's native engine does not work with LoRA (--enable-lora)")
     for refused in (
@@ -605,5 +606,5 @@ assert 0 < compiled == counters["stats"]["unique_graphs"], counters["stats"]
 
 def run_in_vllms_python(program: str) -> None:
     command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr

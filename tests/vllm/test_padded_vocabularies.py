@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from tests.hang import HANG
 from tests.integration.test_padded_vocabularies import WAYS
 from tests.tiny_model import make_tiny_model
 from tests.vllm.servers import NativeServer, VllmServer, running
@@ -47,7 +48,7 @@ def test_no_sequence_fails(urls: list[str], turned: bool, way: str) -> None:
         async with DualVLLMCoordinator(config) as coordinator:
             return await coordinator.generate_batch(["what is the", [7, 8, SHORT - 1]] * 4, max_tokens=12)
 
-    outputs = asyncio.run(asyncio.wait_for(run(), 300))
+    outputs = asyncio.run(asyncio.wait_for(run(), HANG))
     assert [output.error for output in outputs] == [None] * 8
     for output in outputs:
         assert len(output.generated_tokens) == 12 and max(output.generated_tokens) < SHORT
@@ -65,7 +66,7 @@ def test_a_native_server_leaves_log_pi_theta_its_whole_vocabulary(
             return await coordinator.generate_batch([[7, 8, 9], [20, 21]], max_tokens=12, stop_token_ids=[LONG - 1])
 
     models = [AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32) for server in servers[1::-1]]
-    for output in asyncio.run(asyncio.wait_for(run(), 300)):
+    for output in asyncio.run(asyncio.wait_for(run(), HANG)):
         assert output.error is None and max(output.generated_tokens) < SHORT
         text = torch.tensor([[*output.prompt_token_ids, *output.generated_tokens]])
         start = len(output.prompt_token_ids)

@@ -23,6 +23,7 @@ from dual_rollout.config import AlphaRule
 from dual_rollout.native.rule import NUMBERS
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.chi_square import chi_square_p_value
+from tests.hang import HANG
 from tests.integration.test_doctor import report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer
@@ -328,7 +329,7 @@ def load_adapter(server: NativeServer, name: str, folder: Path) -> None:
     body = json.dumps({"lora_name": name, "lora_path": str(folder), "load_inplace": True}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.url + "/v1/load_lora_adapter", data=body, headers=headers)
-    urllib.request.urlopen(request, timeout=60).read()
+    urllib.request.urlopen(request, timeout=HANG).read()
 
 
 def coordinated(pairs: Pairs, work: Callable[[DualVLLMCoordinator], Coroutine[Any, Any, Any]], **options: Any) -> Any:
