@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--logprobs-mode",
         choices=["raw_logprobs", "processed_logprobs"],
         default="raw_logprobs",
-        help="report the model's own law, or the one sampled from (temperature, bias)",
+        help="report log-probabilities of the model itself, or of what is sampled from (temperature, bias)",
     )
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 if stored so"

@@ -41,7 +41,7 @@ _ROUNDING = 1e-3  # nats
 _PROBED_LENGTH = 16
 _PROBED_TOKENS = 4
 _NO_VOCABULARY_HAS = 10**9
-_SAME_LAW = 0.05  # probabilities of one law differ by less, whatever the kernels' rounding
+_SAME_DISTRIBUTION = 0.05  # probabilities of one distribution differ by less, whatever the kernels' rounding
 
 # SGLang fills what is not said from --preferred-sampling-params, so everything is said. Temperature 0 is not used: it
 # means top_k=1, and in some versions another request's min_p in the same step then cuts our lists to one token.
@@ -409,7 +409,7 @@ class SGLangEngine:
         with contextlib.suppress(EngineProtocolError):
             scored = await self._rows([[*prompt, *draft.tolist()]], [len(prompt)], _PROBED_TOKENS)
             p, q = (np.sort(np.exp(top.logprobs), axis=1) for top in (scored, asked))
-            if np.abs(p - q).max() < _SAME_LAW:
+            if np.abs(p - q).max() < _SAME_DISTRIBUTION:
                 return True
         logger.warning("%s: rows of a scored text are not those of its prefixes; drafts are scored by prefix", self.url)
         return False
