@@ -16,7 +16,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.call import OnToken
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.prompt_encoder import PromptEncoder
 from dual_rollout.samplers.choice import choose_samplers

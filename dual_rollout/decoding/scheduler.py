@@ -10,7 +10,7 @@ from dual_rollout.decoding.call import DecodingCall
 from dual_rollout.decoding.completion import complete_record
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import sent_once
 from dual_rollout.exceptions import (
     DualRolloutError,

@@ -4,9 +4,9 @@ from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_b
 from dual_rollout.functional.candidates import TAIL_TOKEN, Candidates, merge_lists, merge_top_k_candidates
 from dual_rollout.functional.diagnostics import compute_diagnostics
 from dual_rollout.functional.distribution import NextTokenDistribution, next_token_distribution
+from dual_rollout.functional.importance_weights import effective_sample_size, importance_weights, pareto_k
 from dual_rollout.functional.kl_symmetry import compute_q_star, log_partition, solve_kl_symmetry
 from dual_rollout.functional.sampling import sample_from_distribution, sample_rows
-from dual_rollout.functional.weights import effective_sample_size, importance_weights, pareto_k
 
 __all__ = [
     "TAIL_TOKEN",

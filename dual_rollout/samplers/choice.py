@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.native import NativeSampler

@@ -11,7 +11,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.pairs import PairSampler

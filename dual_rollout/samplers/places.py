@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import DualRolloutError, EngineUnavailableError
 
 STREAMED_BLOCK = 16

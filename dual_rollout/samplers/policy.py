@@ -10,7 +10,7 @@ from dual_rollout.decoding.policy import Policy
 from dual_rollout.decoding.scheduler import Scheduler
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.preflight import TemperatureCheck, check_policy
 from dual_rollout.samplers.base import Sampler, Served

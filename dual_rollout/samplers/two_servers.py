@@ -17,7 +17,7 @@ from dual_rollout.decoding.scheduler import Mode, Scheduler
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Choice, Tuner
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.exceptions import EngineUnavailableError, PreflightError
 from dual_rollout.preflight import TemperatureCheck, check_servers

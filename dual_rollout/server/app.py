@@ -24,6 +24,7 @@ from aiohttp import web
 
 from dual_rollout.server import SERVER_VERSION
 from dual_rollout.server.model_runner import ModelRunner
+from dual_rollout.server.model_weights import read_weights, write_weights
 from dual_rollout.server.protocol import (
     APIError,
     Limits,
@@ -38,7 +39,6 @@ from dual_rollout.server.protocol import (
 )
 from dual_rollout.server.sampler import TokenLogprobs
 from dual_rollout.server.scheduler import Scheduler, Sequence, ServerClosing
-from dual_rollout.server.weights import read_weights, write_weights
 
 logger = logging.getLogger("dual_rollout.server")
 

@@ -30,7 +30,7 @@ from dual_rollout.servers.probe import Probe, summary
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
 from dual_rollout.servers.shared_lock import SharedLock
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
-from dual_rollout.servers.vllm_weights import VLLMWeights
+from dual_rollout.servers.vllm_model_weights import VLLMModelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _LOWEST_TEMPERATURE = 0.01  # vLLM takes anything lower, but for 0, as this
 _PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-class VLLMEngine(VLLMWeights):
+class VLLMEngine(VLLMModelWeights):
     """One model behind a vLLM server's HTTP API; implements `Engine`.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.functional.weights import pareto_k
+from dual_rollout.functional.importance_weights import pareto_k
 from dual_rollout.types import GenerationOutput
 
 

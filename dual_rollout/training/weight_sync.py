@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from dual_rollout.exceptions import WeightSyncError
-from dual_rollout.training.policy_weights import (
+from dual_rollout.training.policy_state_dict import (
     adapted_embeddings,
     policy_weights,
     trained_tensors,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer
-from dual_rollout.functional.weights import effective_sample_size, pareto_k
+from dual_rollout.functional.importance_weights import effective_sample_size, pareto_k
 from dual_rollout.record import FLOAT_COLUMNS
 from dual_rollout.training.rollout_metrics import log_over_processes
 from dual_rollout.training.schedules import AlphaSchedule, training_progress

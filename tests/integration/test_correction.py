@@ -14,7 +14,7 @@ import torch
 from trl import GRPOTrainer
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRollout
-from dual_rollout.functional.weights import effective_sample_size, pareto_k
+from dual_rollout.functional.importance_weights import effective_sample_size, pareto_k
 from dual_rollout.training.arguments import parse_recipe
 from dual_rollout.training.correction import corrected_weights
 from dual_rollout.training.schedules import AlphaSchedule

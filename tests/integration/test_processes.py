@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dual_rollout.functional.weights import effective_sample_size
+from dual_rollout.functional.importance_weights import effective_sample_size
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.rollout_metrics import over_processes
 from dual_rollout.training.script import check_processes

@@ -14,7 +14,7 @@ from dual_rollout import CoordinatorConfig
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, SCALES
 from dual_rollout.samplers.native import NativeSampler

@@ -16,7 +16,7 @@ from dual_rollout.config import AlphaRule
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats

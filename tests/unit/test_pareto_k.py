@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dual_rollout.functional.weights import _pareto_shape, pareto_k
+from dual_rollout.functional.importance_weights import _pareto_shape, pareto_k
 
 
 def generalised_pareto(shape: float, size: int, seed: int = 0) -> np.ndarray:

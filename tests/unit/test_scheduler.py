@@ -15,7 +15,7 @@ from dual_rollout.decoding.scheduler import Scheduler, advance
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Choice, Load, Tuner
-from dual_rollout.decoding.weights import PolicyWeights
+from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import sending_once
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
 from tests.hang import HANG

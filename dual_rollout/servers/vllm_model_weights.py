@@ -15,7 +15,7 @@ _NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_R
 _SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
 
 
-class VLLMWeights:
+class VLLMModelWeights:
     """The weights of one vLLM server; implements `WeightReceiver`.
 
     Args:
