@@ -10,7 +10,7 @@ from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
 from dual_rollout.servers import Capabilities, Engine
-from dual_rollout.tokens import compare_tokens
+from dual_rollout.tokenizer_check import compare_tokens
 
 logger = logging.getLogger(__name__)
 

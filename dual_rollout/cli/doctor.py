@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dual_rollout.servers import Capabilities, Engine
     from dual_rollout.servers.native import NativeEngine, NativeServerInfo
     from dual_rollout.servers.pairs import PairServerInfo
-    from dual_rollout.vocabulary import Comparison
+    from dual_rollout.tokenizer_files import Comparison
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
     """All checks, and each server's capabilities by its URL's name in the config."""
     from dual_rollout.coordinator import DualVLLMCoordinator
-    from dual_rollout.tokens import compare_tokens
+    from dual_rollout.tokenizer_check import compare_tokens
 
     async with DualVLLMCoordinator(config) as coordinator:
         assert coordinator.t is not None  # examine_native is for the other kind

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from dual_rollout.native import ARCHITECTURE
-from dual_rollout.vocabulary import Vocabulary, compare_vocabularies
+from dual_rollout.tokenizer_files import Vocabulary, compare_vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
-from dual_rollout.tokens import compare_tokens
-from dual_rollout.vocabulary import compare_vocabularies, read_vocabulary
+from dual_rollout.tokenizer_check import compare_tokens
+from dual_rollout.tokenizer_files import compare_vocabularies, read_vocabulary
 from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 from tests.warm_servers import WarmServer

@@ -6,7 +6,7 @@ import asyncio
 
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.servers import Capabilities, Engine
-from dual_rollout.vocabulary import SHOWN, Comparison, compare_vocabularies, read_vocabulary
+from dual_rollout.tokenizer_files import SHOWN, Comparison, compare_vocabularies, read_vocabulary
 
 _SAMPLED_IDS = 256
 
