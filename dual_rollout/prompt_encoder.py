@@ -9,7 +9,8 @@ from typing import Any
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.engine import EngineInfo
-from dual_rollout.text import encode_prompt, is_text, load_tokenizer, names_special_token, stop_token_ids
+from dual_rollout.stop_tokens import stop_token_ids
+from dual_rollout.text import encode_prompt, is_text, load_tokenizer, names_special_token
 from dual_rollout.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -1,21 +1,16 @@
-"""Text in, text out: chat templates, tokenisation, stop ids and incremental decoding, once, on the client."""
+"""Text in, text out: chat templates, tokenisation and incremental decoding, once, on the client."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
-import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dual_rollout.prompts import chat_messages, is_text
 from dual_rollout.types import Prompt
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
@@ -71,18 +66,6 @@ def names_special_token(prompt: Prompt, tokenizer: Any) -> bool:
     """Whether a string or a chat message holds the name of a special token."""
     names = _special_names(tokenizer)
     return names is not None and any(names.search(text) for text in _strings(prompt))
-
-
-def stop_token_ids(tokenizer: Any, model: str | None = None) -> frozenset[int]:
-    """The tokenizer's EOS, and all that the generation configs in its folder and in that of `model` name.
-
-    Args:
-        model: folder or hub name of the weights, which a tokenizer from elsewhere does not know.
-    """
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    for folder in {tokenizer.name_or_path, model} - {None, ""}:
-        ids.update(_generation_config_eos(folder))
-    return frozenset(ids)
 
 
 def decode_tokens(ids: Sequence[int], tokenizer: Any) -> str:
@@ -268,22 +251,3 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _generation_config_eos(model: str) -> list[int]:
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(
-            model,
-            "generation_config.json",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except OSError as error:
-        logger.info("no generation config for %s (%s): EOS from the tokenizer alone", model, error)
-        return []
-    if path is None:
-        return []
-    eos = json.loads(Path(path).read_text()).get("eos_token_id")
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer, stop_token_ids
+from dual_rollout.stop_tokens import stop_token_ids
+from dual_rollout.text import IncrementalDecoder, encode_prompt, is_text, load_tokenizer
 from tests.tiny_model import make_tokenizer
 
 TOKENIZER = make_tokenizer()
