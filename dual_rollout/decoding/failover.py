@@ -7,7 +7,7 @@ import time
 
 from dual_rollout.decoding.call import DecodingCall
 from dual_rollout.decoding.outage import Outage, until_back
-from dual_rollout.decoding.policy import Policy
+from dual_rollout.decoding.policy_alone import PolicyAlone
 from dual_rollout.decoding.scheduler import Mode
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.exceptions import EngineProtocolError, EngineUnavailableError
@@ -24,7 +24,7 @@ class TargetFailover:
         self._mode = mode
         self._call = call
         self._outage = outage
-        self._policy = Policy(call, _TOKENS_WHILE_GONE, lost=True)
+        self._policy = PolicyAlone(call, _TOKENS_WHILE_GONE, lost=True)
 
     async def advance(self, sequences: list[DecodingSequence]) -> None:
         """A round of the mode, or tokens of π_θ alone."""

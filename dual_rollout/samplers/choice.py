@@ -11,7 +11,7 @@ from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.native import NativeSampler
-from dual_rollout.samplers.policy import PolicySampler
+from dual_rollout.samplers.policy_alone import PolicyAloneSampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.connections import Connections
 from dual_rollout.servers.http import HttpStats
@@ -50,5 +50,5 @@ def choose_samplers(
     for name, urls in (config.targets or {}).items():
         target = connections.client(config.t_engine, urls, None, traffic[name])
         by_target[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
-    by_target[NO_TARGET] = PolicySampler(theta, weights, stats)
+    by_target[NO_TARGET] = PolicyAloneSampler(theta, weights, stats)
     return Samplers(theta, t, by_target, traffic)

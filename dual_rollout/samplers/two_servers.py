@@ -22,7 +22,7 @@ from dual_rollout.engine import Engine
 from dual_rollout.exceptions import EngineUnavailableError, PreflightError
 from dual_rollout.preflight import TemperatureCheck, check_servers
 from dual_rollout.samplers.base import Sampler, Served
-from dual_rollout.samplers.policy import PolicySampler
+from dual_rollout.samplers.policy_alone import PolicyAloneSampler
 from dual_rollout.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class TwoServerSampler:
     async def ready(self, sequences: Sequence[DecodingSequence], config: CoordinatorConfig) -> Sampler:
         """See `Sampler`."""
         if not self._checked and not await self._check(sequences, config):
-            return PolicySampler(self._theta, self._weights, self._stats, lost=True)
+            return PolicyAloneSampler(self._theta, self._weights, self._stats, lost=True)
         if config.decoding == "block" and config.temperature != 1.0 and not self.tuner.processed:
             raise PreflightError(
                 f'decoding="block" at temperature {config.temperature:g} needs the distribution that drafts are drawn '

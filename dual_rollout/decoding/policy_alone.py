@@ -14,7 +14,7 @@ from dual_rollout.record import NOT_KNOWN_YET
 _TOKENS_PER_REQUEST = 256
 
 
-class Policy:
+class PolicyAlone:
     """Plain generation: each sequence gets up to `limit` tokens drawn by π_θ's server, with α = 0 and weight 1.
 
     Args:

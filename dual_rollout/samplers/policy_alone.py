@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.call import CallSettings, DecodingCall
-from dual_rollout.decoding.policy import Policy
+from dual_rollout.decoding.policy_alone import PolicyAlone
 from dual_rollout.decoding.scheduler import Scheduler
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
@@ -17,7 +17,7 @@ from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.types import GenerationRequest
 
 
-class PolicySampler:
+class PolicyAloneSampler:
     """Plain generation from π_θ's server, each sequence on its own.
 
     Args:
@@ -51,7 +51,7 @@ class PolicySampler:
         call = DecodingCall(self._theta, self._theta, settings, self._stats)
         scheduler = Scheduler(sequences, call, self._weights)
         try:
-            await scheduler.run(Policy(call, lost=self._lost), groups=settings.config.max_concurrency)
+            await scheduler.run(PolicyAlone(call, lost=self._lost), groups=settings.config.max_concurrency)
             await scheduler.finish()
         finally:
             scheduler.abandon()
