@@ -19,8 +19,8 @@ from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.prompt_encoder import PromptEncoder
-from dual_rollout.samplers.choice import choose_samplers
 from dual_rollout.samplers.dispatch import Call, Dispatcher
+from dual_rollout.samplers.from_config import choose_samplers
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.connections import Connections
 from dual_rollout.servers.native import NativeEngine

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dual_rollout import __version__
 from dual_rollout.cli import bench, doctor, generate, serve, serve_native, train
-from dual_rollout.command import exit_status
+from dual_rollout.exit_status import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from dual_rollout.decoding.call import DecodingCall
-from dual_rollout.decoding.completion import complete_record
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.tuner import Load
+from dual_rollout.decoding.unlisted_tokens import fetch_unlisted
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import sent_once
 from dual_rollout.exceptions import (
@@ -132,7 +132,7 @@ class Scheduler:
         """Complete the record aside, while the others go on."""
 
         async def complete() -> None:
-            await complete_record(self._call, sequence)
+            await fetch_unlisted(self._call, sequence)
             self._weights.refuse_mixed(sequence)
             if self._call.settings.on_finished is not None:
                 await self._call.settings.on_finished(sequence)

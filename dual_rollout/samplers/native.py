@@ -14,8 +14,8 @@ from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.samplers.base import Sampler, Served
+from dual_rollout.samplers.concurrency import STREAMED_BLOCK, draw_concurrently
 from dual_rollout.samplers.pairs import PairSampler
-from dual_rollout.samplers.places import STREAMED_BLOCK, draw_in_places
 from dual_rollout.servers.native import NativeEngine, NativeSample
 from dual_rollout.types import GenerationRequest
 
@@ -67,7 +67,7 @@ class NativeSampler:
 
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
         """See `Sampler`."""
-        await draw_in_places(sequences, settings, self._weights, settings.config.max_concurrency, self._extend)
+        await draw_concurrently(sequences, settings, self._weights, settings.config.max_concurrency, self._extend)
 
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config, prompt = settings.config, list(sequence.context_theta)

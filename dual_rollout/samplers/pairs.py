@@ -12,7 +12,7 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.samplers.base import Sampler, Served
-from dual_rollout.samplers.places import STREAMED_BLOCK, draw_in_places
+from dual_rollout.samplers.concurrency import STREAMED_BLOCK, draw_concurrently
 from dual_rollout.servers.pairs import PairEngine, PairSample, PairServerInfo
 from dual_rollout.types import GenerationRequest
 
@@ -54,7 +54,7 @@ class PairSampler:
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
         """See `Sampler`. No more are asked for at once than the server has places for, since they would wait there."""
         places = min(settings.config.max_concurrency, self._server.max_pairs)
-        await draw_in_places(sequences, settings, self._weights, places, self._extend)
+        await draw_concurrently(sequences, settings, self._weights, places, self._extend)
 
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config = settings.config

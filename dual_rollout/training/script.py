@@ -20,9 +20,9 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from dual_rollout.command import exit_status
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.exceptions import DualRolloutError
+from dual_rollout.exit_status import exit_status
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.console import Console

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dual_rollout import CoordinatorConfig
 from dual_rollout.cli import main
-from dual_rollout.command import DEBUG_VARIABLE, exit_status
 from dual_rollout.exceptions import EngineError
+from dual_rollout.exit_status import DEBUG_VARIABLE, exit_status
 from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.production.run import output_schema
 from dual_rollout.production.shards import Journal, _write_parquet

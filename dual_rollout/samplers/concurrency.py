@@ -1,4 +1,4 @@
-"""Sequences that are each drawn by requests of their own, so many at once."""
+"""Sequences that are each drawn by requests of their own, a limited number at once."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ STREAMED_BLOCK = 16
 """Tokens drawn per request while streaming."""
 
 
-async def draw_in_places(
+async def draw_concurrently(
     sequences: Iterable[DecodingSequence],
     settings: CallSettings,
     weights: PolicyWeights,
-    places: int,
+    limit: int,
     extend: Callable[[DecodingSequence, CallSettings], Awaitable[None]],
 ) -> None:
-    """Draw all sequences to their end, `places` at once, each by as many calls of `extend` as it takes.
+    """Draw all sequences to their end, at most `limit` at once, each by as many calls of `extend` as it takes.
 
     A fault of one ends that sequence only; once the server is gone, those that are left end with the same error.
     """
     waiting = iter(sequences)
     gone: EngineUnavailableError | None = None
 
-    async def run_place() -> None:
+    async def draw_one_by_one() -> None:
         nonlocal gone
         for sequence in waiting:
             if gone is not None and not sequence.done:
@@ -44,4 +44,4 @@ async def draw_in_places(
             if settings.on_finished is not None:
                 await settings.on_finished(sequence)
 
-    await asyncio.gather(*(run_place() for _ in range(places)))
+    await asyncio.gather(*(draw_one_by_one() for _ in range(limit)))

@@ -1,4 +1,4 @@
-"""The last step of a sequence: what no list held is asked for, so that every record is exact."""
+"""What no list held is fetched when a sequence has come to its end, so that every record is exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _NAMED_COST = 32  # tokens of a text that cost as much as a request, which computes part of a block of the cache again
 
 
-async def complete_record(call: DecodingCall, sequence: DecodingSequence) -> None:
+async def fetch_unlisted(call: DecodingCall, sequence: DecodingSequence) -> None:
     """Fetch log π_θ and log π_t of the tokens that a list lacked; log q* outside both follows from log π_θ."""
     record = sequence.record
     if sequence.failure is None:  # else the same server would fail again
