@@ -22,7 +22,7 @@ from dual_rollout.prompt_encoder import PromptEncoder
 from dual_rollout.samplers.dispatch import Call, Dispatcher
 from dual_rollout.samplers.from_config import choose_samplers
 from dual_rollout.samplers.two_servers import TwoServerSampler
-from dual_rollout.servers.connections import Connections
+from dual_rollout.servers.from_config import Clients
 from dual_rollout.servers.native import NativeEngine
 from dual_rollout.stats import CoordinatorStats
 from dual_rollout.text import IncrementalDecoder, decode_tokens
@@ -58,10 +58,10 @@ class DualVLLMCoordinator:
                 f"max_concurrency must be at most {_MAX_PROMPTS_PER_REQUEST}, got {config.max_concurrency}"
             )
         self.config = config
-        self._connections = Connections(config)
+        self._clients = Clients(config)
         self._weights = PolicyWeights()
         decoding = DecodingStats()
-        samplers = choose_samplers(config, self._connections, self._weights, decoding)
+        samplers = choose_samplers(config, self._clients, self._weights, decoding)
         self.theta, self.t = samplers.theta, samplers.t
         self.stats = CoordinatorStats.of(decoding, samplers.traffic)
         self.stats.tuners = {
@@ -115,7 +115,7 @@ class DualVLLMCoordinator:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._connections.aclose()
+        await self._clients.aclose()
 
     async def generate_batch(
         self,

@@ -17,14 +17,14 @@ TokenIds = Sequence[int]
 T = TypeVar("T")
 
 
-class Context(list[int]):
+class GrowingText(list[int]):
     """A text that grows by what is sampled. `replica` is the one of several servers that has its
     beginning cached."""
 
     replica: object = None
 
     @classmethod
-    def like(cls, other: TokenIds, token_ids: TokenIds) -> Context:
+    def like(cls, other: TokenIds, token_ids: TokenIds) -> GrowingText:
         """Another text with the same beginning as `other`, and so for the same replica."""
         context = cls(token_ids)
         context.replica = getattr(other, "replica", None)
@@ -79,10 +79,10 @@ def sending_once() -> bool:
     return _SENDING_ONCE.get()
 
 
-def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[Context]:
+def prefixes(prompts: Sequence[TokenIds], drafts: Sequence[np.ndarray]) -> list[GrowingText]:
     """What precedes each position of each draft, R texts in all."""
     return [
-        Context.like(prompt, [*prompt, *draft[:end].tolist()])
+        GrowingText.like(prompt, [*prompt, *draft[:end].tolist()])
         for prompt, draft in zip(prompts, drafts, strict=True)
         for end in range(len(draft))
     ]

@@ -24,7 +24,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout import coordinator as coordinator_module
 from dual_rollout.functional import merge_lists, next_token_distribution, sample_rows, solve_kl_symmetry
 from dual_rollout.servers import HttpStats, HttpTransport, VLLMEngine
-from dual_rollout.servers.connections import Connections
+from dual_rollout.servers.from_config import Clients
 
 VOCABULARY = 49_152
 ANSWERS = 8  # different ones, replayed in turn
@@ -70,8 +70,8 @@ class ReplayTransport(HttpTransport):
         return body.replace(b'"prompt_tokens":0', b'"prompt_tokens":%d' % sum(map(len, prompts)), 1)
 
 
-class Replays(Connections):
-    """Connections whose transports replay `bodies`, π_θ's server's and π_t's."""
+class Replays(Clients):
+    """Clients whose transports replay `bodies`, π_θ's server's and π_t's."""
 
     def __init__(self, config: CoordinatorConfig, bodies: tuple[list[bytes], list[bytes]]):
         super().__init__(config)
@@ -148,7 +148,7 @@ async def measure_total(
     """Seconds of `generate_batch` without the replay's own work, and both transports."""
     config = CoordinatorConfig(top_k=top_k, seed=0, max_concurrency=batch, decoding="lockstep")
     replays = Replays(config, bodies)
-    with mock.patch.object(coordinator_module, "Connections", return_value=replays):
+    with mock.patch.object(coordinator_module, "Clients", return_value=replays):
         coordinator = DualVLLMCoordinator(config)
     transports = replays.transports
     prompts = np.random.default_rng(1).integers(0, VOCABULARY, (batch, prompt_tokens)).tolist()

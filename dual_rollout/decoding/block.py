@@ -26,7 +26,7 @@ import numpy as np
 from dual_rollout.decoding.call import DecodingCall, both
 from dual_rollout.decoding.positions import Draws, Positions, append_draws, build_positions
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.engine import Context, Drafts, ScoringMethod, prefixes
+from dual_rollout.engine import Drafts, GrowingText, ScoringMethod, prefixes
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.sampling import sample_rows
 from dual_rollout.functional.top_k import NO_TOKEN
@@ -97,8 +97,8 @@ class Block:
 
     async def _positions(
         self,
-        contexts_theta: list[Context],
-        contexts_t: list[Context],
+        contexts_theta: list[GrowingText],
+        contexts_t: list[GrowingText],
         drafts: Drafts,
         k: int,
         vocab_size_t: int | None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_rollout.engine import Context
+from dual_rollout.engine import GrowingText
 from dual_rollout.record import SequenceRecord
 from dual_rollout.types import FinishReason
 
@@ -38,8 +38,8 @@ class DecodingSequence:
         stop_ids: Collection[int],
         key: tuple[int, int],
     ):
-        self.context_theta = Context(prompt_theta)
-        self.context_t = Context(prompt_t)
+        self.context_theta = GrowingText(prompt_theta)
+        self.context_t = GrowingText(prompt_t)
         self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
         self.rng = np.random.Generator(self._bits)
         self.record = SequenceRecord()

@@ -11,7 +11,7 @@ import numpy as np
 from dual_rollout.decoding.call import DecodingCall
 from dual_rollout.decoding.outage import until_back
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.engine import Context, ScoringEngine
+from dual_rollout.engine import GrowingText, ScoringEngine
 from dual_rollout.exceptions import DualRolloutError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Text:
     """What one model saw: prompt and completion, and of the completion its log-probabilities and those of the likeliest
     tokens."""
 
-    context: Context
+    context: GrowingText
     logprobs: list[float]
     tops: list[float]
 
@@ -81,12 +81,12 @@ async def _score(call: DecodingCall, engine: ScoringEngine, text: _Text, unknown
     served = await engine.probe(context)
     few = len(indices) * _NAMED_COST <= last
     if few and served.prefix_caching and served.names_tokens_at(temperature):
-        prefixes = [Context.like(context, context[: first + i]) for i in indices]
+        prefixes = [GrowingText.like(context, context[: first + i]) for i in indices]
         names = [[context[first + i]] for i in indices]
         values = await engine.named_logprobs(prefixes, names, temperature)
         exact = [float(value[0]) for value in values]
     else:
-        seen = Context.like(context, context[:last])
+        seen = GrowingText.like(context, context[:last])
         own, top = await engine.score(seen, first)
         exact = [(own[i] - top[i]) / temperature + text.tops[i] for i in indices]
     for i, logprob in zip(indices, exact, strict=True):

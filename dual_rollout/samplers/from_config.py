@@ -13,7 +13,7 @@ from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.samplers.policy_alone import PolicyAloneSampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
-from dual_rollout.servers.connections import Connections
+from dual_rollout.servers.from_config import Clients
 from dual_rollout.servers.http import HttpStats
 
 
@@ -35,20 +35,20 @@ class Samplers:
 
 
 def choose_samplers(
-    config: CoordinatorConfig, connections: Connections, weights: PolicyWeights, stats: DecodingStats
+    config: CoordinatorConfig, clients: Clients, weights: PolicyWeights, stats: DecodingStats
 ) -> Samplers:
     """The samplers of a config, with their clients."""
     traffic = {"theta": HttpStats(), "t": HttpStats(), **{name: HttpStats() for name in config.targets or {}}}
     if config.engine == "native":
-        native = connections.native(url_list(config.theta_url)[0], config.theta_model, traffic["theta"])
+        native = clients.native(url_list(config.theta_url)[0], config.theta_model, traffic["theta"])
         alone = NativeSampler(native, weights, stats, without_target=True)
         return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic)
 
-    theta = connections.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
-    t = connections.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
+    theta = clients.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
+    t = clients.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
     by_target: dict[str | None, Sampler] = {None: TwoServerSampler(theta, t, "t_url", weights, stats)}
     for name, urls in (config.targets or {}).items():
-        target = connections.client(config.t_engine, urls, None, traffic[name])
+        target = clients.client(config.t_engine, urls, None, traffic[name])
         by_target[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
     by_target[NO_TARGET] = PolicyAloneSampler(theta, weights, stats)
     return Samplers(theta, t, by_target, traffic)

@@ -1,4 +1,8 @@
-"""Clients of inference servers. They take and return token ids and arrays, never raw JSON."""
+"""Clients of inference servers: token ids in, arrays out, never raw JSON.
+
+Another kind of server is a client here for the contract of `dual_rollout.engine`, as `VLLMEngine` and `SGLangEngine`
+are, and a name for it in `from_config`. The small server for machines without a GPU is `dual_rollout.server`.
+"""
 
 from dual_rollout.engine import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.servers.http import HttpStats, HttpTransport

@@ -14,10 +14,10 @@ import numpy as np
 
 from dual_rollout.engine import (
     Capabilities,
-    Context,
     Drafts,
     Engine,
     EngineInfo,
+    GrowingText,
     ScoringMethod,
     TokenIds,
     sending_once,
@@ -344,7 +344,7 @@ class Replicas:
             replica = min(inside, key=lambda replica: replica.rows + len(shares[replica]))
             shares[replica].append(i)
             prompt = prompts[i]
-            if isinstance(prompt, Context):
+            if isinstance(prompt, GrowingText):
                 prompt.replica = replica
         return {replica: sorted(rows) for replica, rows in shares.items() if rows}
 

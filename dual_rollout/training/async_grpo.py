@@ -23,7 +23,7 @@ from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import encode_prompt, with_template_options
-from dual_rollout.training.contexts import T_TARGET_COLUMN, Contexts, same_turns
+from dual_rollout.training.contexts import T_TARGET_COLUMN, TargetContexts, same_turns
 from dual_rollout.training.trl_settings import check_sampling_is_plain
 
 
@@ -80,7 +80,7 @@ class DualRolloutLoop(_AsyncRolloutLoop):
 
     def _t_prompt(self, prompt: Any, tools: Any) -> list[int] | None:
         """Token ids of the row's `t_prompt`, rendered as TRL renders `prompt`."""
-        contexts = Contexts.from_rows([self._row]).with_observations([self._row.get("prompt")], [prompt])
+        contexts = TargetContexts.from_rows([self._row]).with_observations([self._row.get("prompt")], [prompt])
         if contexts.t_prompts is None:
             return None
         options = {"tools": tools or None, "chat_template": self.chat_template, **self.chat_template_kwargs}

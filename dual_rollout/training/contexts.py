@@ -24,7 +24,7 @@ CONTEXT_COLUMNS = (T_PROMPT_COLUMN, T_TARGET_COLUMN)
 
 
 @dataclass(frozen=True)
-class Contexts:
+class TargetContexts:
     """One entry per row; None where no row has the column.
 
     Attributes:
@@ -36,13 +36,13 @@ class Contexts:
     targets: Sequence[str | None] | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Contexts:
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> TargetContexts:
         """The contexts of dataset rows."""
         found = {name: [row.get(name) for row in rows] for name in CONTEXT_COLUMNS}
         t_prompts, targets = (None if all(entry is None for entry in found[name]) else found[name] for name in found)
         return cls(t_prompts, targets)
 
-    def with_observations(self, prompts: Sequence[Prompt | None], shown: Sequence[Prompt]) -> Contexts:
+    def with_observations(self, prompts: Sequence[Prompt | None], shown: Sequence[Prompt]) -> TargetContexts:
         """π_t's prompts with what TRL has added to the policy's: the first observations of environments.
 
         Args:
@@ -55,13 +55,13 @@ class Contexts:
         return replace(self, t_prompts=[None if row[0] is None else _with_observation(*row) for row in rows])
 
 
-class ContextsByPrompt:
+class TargetContextsByPrompt:
     """Finds the contexts of prompts in a trainer's dataset, for a rollout function, which is given prompts alone."""
 
     def __init__(self) -> None:
         self._known: tuple[Any, dict[bytes, dict[str, Any]]] = (None, {})
 
-    def find(self, prompts: Sequence[Prompt], trainer: Any) -> Contexts:
+    def find(self, prompts: Sequence[Prompt], trainer: Any) -> TargetContexts:
         """The contexts of `prompts`, rows of the training dataset.
 
         Raises:
@@ -71,7 +71,7 @@ class ContextsByPrompt:
             self._known = (trainer.train_dataset, _by_prompt(trainer.train_dataset))
         by_prompt = self._known[1]
         if not by_prompt:
-            return Contexts()
+            return TargetContexts()
         rows = []
         for prompt in prompts:
             context = by_prompt.get(_key(prompt))
@@ -81,7 +81,7 @@ class ContextsByPrompt:
                     f"be looked up: use DualGRPOTrainer, which sees the rows themselves. It begins {str(prompt)[:80]!r}"
                 )
             rows.append({"prompt": prompt, **context})
-        return Contexts.from_rows(rows)
+        return TargetContexts.from_rows(rows)
 
 
 def same_turns(prompt: list[int], t_prompt: list[int], context: list[int]) -> list[int]:

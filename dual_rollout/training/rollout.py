@@ -18,7 +18,7 @@ from dual_rollout.coordinator import CoordinatorStats, DualVLLMCoordinator
 from dual_rollout.exceptions import EngineError, RolloutError
 from dual_rollout.servers import Engine, EngineInfo
 from dual_rollout.text import with_template_options
-from dual_rollout.training.contexts import T_PROMPT_COLUMN, Contexts, ContextsByPrompt, column_names
+from dual_rollout.training.contexts import T_PROMPT_COLUMN, TargetContexts, TargetContextsByPrompt, column_names
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
@@ -93,7 +93,7 @@ class DualRollout:
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
         self._streams: dict[str, tuple[int, int]] = {}
-        self._contexts = ContextsByPrompt()
+        self._contexts = TargetContextsByPrompt()
         self._warned: set[str] = set()
         self._served_models: dict[str, EngineInfo] = {}
         self._compared = False  # whether a rollout has shown that π_t differs from π_θ, or not
@@ -120,7 +120,7 @@ class DualRollout:
         session = self.begin(trainer)
         with fail_together():
             check_rollout_is_all(trainer, prompts)
-            contexts = Contexts()
+            contexts = TargetContexts()
             if not session.of_policy:
                 known = getattr(trainer, "rollout", None) is self
                 contexts = trainer.contexts if known else self._contexts.find(prompts, trainer)
@@ -150,7 +150,7 @@ class DualRollout:
         self,
         trainer: Any,
         prompts: Sequence[Prompt],
-        contexts: Contexts,
+        contexts: TargetContexts,
         max_tokens: int | Sequence[int],
         config: CoordinatorConfig,
     ) -> list[GenerationOutput]:

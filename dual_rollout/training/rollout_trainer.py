@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.prompts import check_prompt_is_text, without_nulls
 from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
-from dual_rollout.training.contexts import CONTEXT_COLUMNS, Contexts, column_names
+from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
 from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.processes import fail_together
@@ -80,7 +80,7 @@ class RolloutTrainerMixin(_Trainer):
         **kwargs: Any,
     ):
         self._synced_step: int | None = None
-        self.contexts = Contexts()
+        self.contexts = TargetContexts()
         self.policy_check_bound = policy_check_bound
         self.rollout = self._make_rollout(dual_config, alpha_schedule)
         if kwargs.get("args") is not None:
@@ -237,7 +237,7 @@ class RolloutTrainerMixin(_Trainer):
         for row in inputs:
             if "prompt" in row:  # as the servers get it, so that reward functions and models see the same
                 row["prompt"] = without_nulls(row["prompt"])
-        self.contexts, self._row_prompts = Contexts.from_rows(inputs), [row.get("prompt") for row in inputs]
+        self.contexts, self._row_prompts = TargetContexts.from_rows(inputs), [row.get("prompt") for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         device, width = output["completion_ids"].device, output["completion_ids"].shape[1]
         for name in FLOAT_COLUMNS:

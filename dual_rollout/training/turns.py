@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dual_rollout.config import NO_TARGET
 from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord, oldest_version
-from dual_rollout.training.contexts import Contexts, same_turns
+from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.rollout_metrics import (
     log_completion_columns,
     log_rollout,
@@ -53,7 +53,7 @@ class RolloutSession:
         """Whether it is drawn from π_θ alone, as an evaluation is where that can be asked."""
 
     def draw(
-        self, prompts: Sequence[Prompt], contexts: Contexts, max_tokens: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], contexts: TargetContexts, max_tokens: Sequence[int] | None = None
     ) -> list[GenerationOutput]:
         """One sequence per prompt.
 
@@ -66,7 +66,7 @@ class RolloutSession:
         """
         started, trainer = time.perf_counter(), self._trainer
         if self.of_policy:
-            contexts = Contexts(targets=[NO_TARGET] * len(prompts))
+            contexts = TargetContexts(targets=[NO_TARGET] * len(prompts))
         outputs = self._rollout.draw_for(
             trainer,
             prompts,
@@ -115,7 +115,7 @@ class Turns:
         limit: tokens of a completion, other people's among them.
     """
 
-    def __init__(self, session: RolloutSession, prompts: list[list[int]], contexts: Contexts, limit: int):
+    def __init__(self, session: RolloutSession, prompts: list[list[int]], contexts: TargetContexts, limit: int):
         self._session, self._prompts, self._contexts, self._limit = session, prompts, contexts, limit
         self._turns: list[list[_Turn]] = [[] for _ in prompts]
 
@@ -137,7 +137,7 @@ class Turns:
         if not drawn:
             return [SequenceRecord() for _ in rows]
         targets = self._contexts.targets
-        seen = Contexts(
+        seen = TargetContexts(
             [self._seen_by_target(*item) for item in drawn.items()],
             None if targets is None else [targets[row] for row in drawn],
         )

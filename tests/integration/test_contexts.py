@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
 from dual_rollout.exceptions import RolloutError
-from dual_rollout.training.contexts import ContextsByPrompt
+from dual_rollout.training.contexts import TargetContextsByPrompt
 from dual_rollout.training.rollout_trainer import check_columns
 from dual_rollout.training.trl_settings import check_rollout_is_all
 from tests.hang import HANG
@@ -98,15 +98,15 @@ def test_what_a_lookup_cannot_tell_is_refused() -> None:
     prompt = rows()[0]["prompt"]
     twice = Looked(Dataset.from_list([*rows(), {**rows()[0], "t_prompt": SECRET}]))
     with pytest.raises(ValueError, match="two rows have one prompt"):
-        ContextsByPrompt().find([prompt], twice)
-    same = ContextsByPrompt().find([prompt], Looked(Dataset.from_list([*rows(), *rows()])))
+        TargetContextsByPrompt().find([prompt], twice)
+    same = TargetContextsByPrompt().find([prompt], Looked(Dataset.from_list([*rows(), *rows()])))
     assert same.t_prompts == [rows()[0]["t_prompt"]], "the same row twice is no conflict"
     with pytest.raises(ValueError, match="streamed dataset: use DualGRPOTrainer"):
-        ContextsByPrompt().find([prompt], Looked(IterableDataset.from_generator(rows)))
+        TargetContextsByPrompt().find([prompt], Looked(IterableDataset.from_generator(rows)))
     with pytest.raises(ValueError, match="not in the trainer's train_dataset"):
-        ContextsByPrompt().find([SECRET], Looked(Dataset.from_list(rows())))
+        TargetContextsByPrompt().find([SECRET], Looked(Dataset.from_list(rows())))
     without = Dataset.from_list([{"prompt": prompt}])
-    assert ContextsByPrompt().find([SECRET], Looked(without)).t_prompts is None, "no columns, nothing to look up"
+    assert TargetContextsByPrompt().find([SECRET], Looked(without)).t_prompts is None, "no columns, nothing to look up"
 
 
 def test_rows_without_a_context(tiny_pair: TinyPair, tmp_path: Path) -> None:

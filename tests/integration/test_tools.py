@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualDistillationTrainer, DualGRPOTrainer, compute_q_star, solve_kl_symmetry
 from dual_rollout.record import SequenceRecord
-from dual_rollout.training.contexts import Contexts, same_turns
+from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.turns import Turns, rows_with_results
 from dual_rollout.types import GenerationOutput
 from tests.integration.conftest import TinyPair
@@ -317,11 +317,11 @@ def test_observations_reach_the_target() -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "go"}, {"type": "text", "text": " north"}]}]
     hint = [{"role": "system", "content": "cheat"}, {"role": "user", "content": "go"}]
     for shown in (text, parts):
-        found = Contexts([None, hint]).with_observations([prompt, prompt], [shown, shown]).t_prompts
+        found = TargetContexts([None, hint]).with_observations([prompt, prompt], [shown, shown]).t_prompts
         assert found == [None, [hint[0], {"role": "user", "content": "go north"}]]
-    assert Contexts([hint]).with_observations([None], [text]).t_prompts[0][1]["content"] == "gogo north"
-    assert Contexts([hint]).with_observations([prompt], [prompt]).t_prompts == [hint]
-    assert Contexts().with_observations([prompt], [text]).t_prompts is None
+    assert TargetContexts([hint]).with_observations([None], [text]).t_prompts[0][1]["content"] == "gogo north"
+    assert TargetContexts([hint]).with_observations([prompt], [prompt]).t_prompts == [hint]
+    assert TargetContexts().with_observations([prompt], [text]).t_prompts is None
 
 
 def test_rows_that_wait_for_a_turn() -> None:
@@ -334,12 +334,12 @@ def test_a_turn_has_what_the_completion_has_left() -> None:
     """Of 8 tokens the first row has spent 3; the second's result has used up the last, so that it is asked nothing."""
 
     class Session:
-        def draw(self, prompts: Any, contexts: Contexts, max_tokens: Any = None) -> list[GenerationOutput]:
+        def draw(self, prompts: Any, contexts: TargetContexts, max_tokens: Any = None) -> list[GenerationOutput]:
             self.asked = prompts, contexts.t_prompts, max_tokens
             return [GenerationOutput(ids, ids, SequenceRecord(token_ids=[7])) for ids in prompts]
 
     session: Any = Session()
-    turns = Turns(session, [[1, 2], [3]], Contexts([[4], None]), 8)
+    turns = Turns(session, [[1, 2], [3]], TargetContexts([[4], None]), 8)
     turns.first()
     records = turns.following([0, 1], [[1, 2, 7, 5, 5], [3, 7, 5, 5, 5, 5, 5, 5, 5]])
     assert session.asked == ([[1, 2, 7, 5, 5]], [[4, 7, 5, 5]], [5])

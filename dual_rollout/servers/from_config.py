@@ -1,4 +1,4 @@
-"""The servers that a config names: opened once, closed together."""
+"""From a config to the clients of its servers: the place where a kind of server has its name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dual_rollout.servers.vllm import VLLMEngine
 _CLIENTS: dict[str, Callable[[HttpTransport, str | None], Engine]] = {"vllm": VLLMEngine, "sglang": SGLangEngine}
 
 
-class Connections:
-    """Makes clients and keeps their connections."""
+class Clients:
+    """Makes the clients, and closes their connections together."""
 
     def __init__(self, config: CoordinatorConfig):
         self._config = config
