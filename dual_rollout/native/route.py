@@ -25,6 +25,7 @@ from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from dual_rollout.native.refusals import refuse_config
 from dual_rollout.native.rule import NUMBERS, PairMember, PairRule, Side
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ class PairsMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
+            try:
+                refuse_config(scope["app"].state.engine_client.vllm_config)
+            except ValueError as error:  # raised, it would be taken for an application without a start
+                logger.error("%s", error)
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
             add_route(scope["app"])
         await self._app(scope, receive, send)
 
@@ -337,9 +344,18 @@ class PairServer:
                         future.set_exception(RuntimeError(f"the engine does not give its numbers: {error}"))
                 continue
             for pair, future in asked.items():
-                found = next((answer[pair] for answer in answers if answer and pair in answer), None)
-                if not future.done():
-                    future.set_result(found)
+                if future.done():
+                    continue
+                records = [answer[pair] for answer in answers if answer and pair in answer]
+                if _differ(records):
+                    future.set_exception(
+                        RuntimeError(
+                            "the ranks of the engine drew different tokens, so that their numbers mean nothing: report "
+                            "it, with vLLM's version and its flags"
+                        )
+                    )
+                else:
+                    future.set_result(records[0] if records else None)
 
     async def _wait_after(self, vain: int) -> None:
         """Longer after each attempt in vain: other rollouts end meanwhile, and leave memory or room in a step."""
@@ -379,6 +395,12 @@ def _agreed(record: np.ndarray, drawn: list[list[int]]) -> np.ndarray:
     for tokens in drawn:
         good &= record[:length, 0] == tokens[:length]
     return record[: length if good.all() else int(good.argmin())]
+
+
+def _differ(records: list[bytes]) -> bool:
+    """Whether the ranks of an engine, each of which draws for itself from the same logits, drew different tokens."""
+    tokens = [np.frombuffer(record, np.float32).reshape(-1, len(NUMBERS))[:, 0] for record in records]
+    return any(not np.array_equal(tokens[0], other, equal_nan=True) for other in tokens[1:])
 
 
 def _request_id(pair: str, side: str) -> str:

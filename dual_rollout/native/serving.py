@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from dual_rollout.native import ARCHITECTURE
+from dual_rollout.native.refusals import names_of, refuse_flags
 from dual_rollout.tokenizer_files import Vocabulary, compare_vocabularies
 
 
@@ -62,7 +63,7 @@ def vllm_command(settings: NativeSettings, flags: Sequence[str]) -> list[str]:
         ValueError: the two models do not fit together, or are no plain decoder models; or `flags` name a model.
         OSError: a model cannot be found.
     """
-    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    names = names_of(flags)
     if taken := names & {"--model", "--hf-overrides"}:
         raise ValueError(
             f"{' and '.join(sorted(taken))} would replace π_θ or q* itself: write it into THETA's config.json"
@@ -81,19 +82,7 @@ def pairs_command(theta: str, flags: Sequence[str]) -> list[str]:
     Raises:
         ValueError: `flags` that pairs do not work with.
     """
-    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
-    refused = {
-        "--model": "write THETA first",
-        "--scheduler-cls": "both requests of a pair must come to the scheduler at once",
-        "--worker-extension-cls": "it is used to fetch the numbers",
-        "--data-parallel-size": "both requests of a pair must reach one engine: start one server per engine",
-        "--api-server-count": "one process counts the pairs",
-        "--pipeline-parallel-size": "the logits of both rows must be in one place in each step",
-        "--speculative-config": "vLLM takes no logits processors with it",
-        "--enable-batch-sharded-sampling": "both rows of a pair must be on one rank",
-    }
-    if found := [f"{name}: {reason}" for name, reason in refused.items() if name in names]:
-        raise ValueError("pairs do not work with " + "; nor with ".join(found))
+    refuse_flags(flags)
     folder = Path(theta)  # clients find the tokenizer by the path that the server names
     theta = str(folder.resolve()) if folder.is_dir() else theta
     processor = "dual_rollout.native.processor"
@@ -106,7 +95,7 @@ def pairs_command(theta: str, flags: Sequence[str]) -> list[str]:
     ]
     command += ["--scheduler-cls", "dual_rollout.native.scheduler.pair_scheduler"]
     command += ["--middleware", "dual_rollout.native.route.PairsMiddleware"]
-    if "--enable-lora" in names and "--max-loras" not in names:
+    if "--enable-lora" in names_of(flags) and "--max-loras" not in names_of(flags):
         command += ["--max-loras", "2"]  # see `PairServer.check_adapters`
     return [*command, *flags]
 

@@ -1,14 +1,21 @@
-"""The kernel that draws pairs on a GPU against the same in torch."""
+"""Pairs on GPUs: the kernel against the same in torch, and a real server, on one card and on two."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dual_rollout.native.draw import FORCED, draw, pack, unpack
 from dual_rollout.native.rule import NUMBERS, PairRule
 from tests.chi_square import chi_square_p_value
+from tests.tiny_model import make_tiny_model
+from tests.vllm.pairs import Pairs, largest_errors, law_p_value, prompts_of
+from tests.vllm.servers import NativeServer
 
 RULES = (
     PairRule(),
@@ -65,3 +72,45 @@ def test_the_kernels_draws_follow_the_distribution() -> None:
     expected = ((1 - alpha) * logp[0] + alpha * logp[1]).softmax(0).cpu().numpy()
     drawn = np.bincount(record[:, 0].long().cpu().numpy(), minlength=vocab)
     assert chi_square_p_value(drawn, count * expected) > 1e-4
+
+
+MODEL = os.environ.get("DUAL_ROLLOUT_GPU_MODEL")
+FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}  # or attention multiplies in TF32
+GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'  # CUDA graphs without the minutes of compiling
+TOLERANCE = 2e-3  # nats; vLLM's kernels against transformers', both in float32
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_real_server_on_every_rank(ranks: int, tmp_path: Path) -> None:
+    """Every number against transformers and the tokens against q*, with tensor parallelism too, where each rank draws
+    for itself. Chi-square, false alarm one in 10,000.
+
+    Needs vLLM, in this Python (`DUAL_ROLLOUT_VLLM_PYTHON=$(which python3)`) or another, and no network. The model is
+    the folder `DUAL_ROLLOUT_GPU_MODEL`, a tiny one when unset; `VLLM_USE_V2_MODEL_RUNNER` chooses the runner.
+    """
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"{torch.cuda.device_count()} GPU, and this is of {ranks}")
+    folder = Path(MODEL) if MODEL else make_tiny_model(tmp_path / "model", hidden_size=128)
+    devices = ",".join(map(str, range(ranks)))
+    flags = (
+        f"--tensor-parallel-size={ranks}",
+        f"--distributed-executor-backend={'mp' if ranks > 1 else 'uni'}",
+        "--no-enforce-eager",
+        f"--compilation-config={GRAPHS}",
+        "--max-num-seqs=64",
+        "--gpu-memory-utilization=0.5",
+    )
+    environment = {"CUDA_VISIBLE_DEVICES": devices, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **FLOAT32}
+    log = Path(os.environ.get("DUAL_ROLLOUT_GPU_LOGS", tmp_path)) / f"ranks{ranks}.log"
+    with NativeServer(folder, flags=flags, environment=environment, log=log) as server:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
+        pairs, prompts = Pairs(server, model), prompts_of(24, seed=1)
+        rollouts = pairs.rollouts(prompts, [{"max_tokens": 48, "seed": i} for i in range(24)])
+        errors = largest_errors(rollouts, model)
+        print(f"{ranks} ranks: {errors}, {sum(rollout['restarts'] for rollout in rollouts)} restarts")
+        assert max(errors.values()) < TOLERANCE, errors
+        assert law_p_value(rollouts, model) > 1e-4
+        assert sum(map(pairs.fell_apart, rollouts)) <= 2
+        again = pairs.rollouts(prompts[:3], [{"max_tokens": 48, "seed": i} for i in range(3)])
+        same = [one["token_ids"] == other["token_ids"] for one, other in zip(rollouts, again, strict=False)]
+        assert sum(same) >= 2, "the same seeds give other tokens, and roundings do not account for that"

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dual_rollout.cli import main
 from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
 from dual_rollout.native import ARCHITECTURE
+from dual_rollout.native.refusals import refuse_config
 from tests.tiny_model import make_tiny_model, make_tokenizer
 
 
@@ -126,13 +128,36 @@ def test_one_model_serves_in_both_roles(theta: Path, capsys: pytest.CaptureFixtu
     ("flags", "message"),
     [
         (["--data-parallel-size=2"], "one server per engine"),
+        (["-dp", "2"], "one server per engine"),
+        (["--data_parallel_rank", "1"], "one server per engine"),
         (["--api_server_count", "2"], "one process counts the pairs"),
         (["--speculative-config.method", "ngram"], "no logits processors"),
         (["--alpha-max", "0.5"], "--alpha-max belong to two models"),
     ],
 )
-def test_what_pairs_do_not_work_with_is_refused(
+def test_flags_that_pairs_do_not_work_with_are_refused(
     theta: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve-native", str(theta), *flags, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_engine_that_pairs_do_not_work_with_is_refused() -> None:
+    """However it was asked for: the flags may be in a file, or of `vllm serve`."""
+    parallel = {"data_parallel_size": 1, "pipeline_parallel_size": 1, "_api_process_count": 1}
+
+    def refusal(speculative_config: object = None, **changes: int) -> str | None:
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**parallel | changes), speculative_config=speculative_config
+        )
+        try:
+            refuse_config(config)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    assert refusal() is None
+    assert "start one server per engine" in str(refusal(data_parallel_size=2))
+    assert "several API servers" in str(refusal(_api_process_count=2))
+    assert "pipeline" in str(refusal(pipeline_parallel_size=2)) and "logits processors" in str(refusal("ngram"))
+    assert "on one rank" in str(refusal(enable_batch_sharded_sampling=True))

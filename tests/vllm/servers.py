@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -227,6 +228,21 @@ def running(*servers: VllmServer) -> Iterator[None]:
     finally:
         for server in servers:
             server.stop()
+
+
+def metric(server: VllmServer, name: str) -> float:
+    """The sum of one of vLLM's own metrics, `name` without its prefix."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=HANG) as response:
+        found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, f"no metric {name}"
+    return sum(map(float, found))
+
+
+def run_in_vllms_python(program: str) -> None:
+    """Run it where vLLM is installed; it must end well."""
+    command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
 
 
 def _free_port() -> int:

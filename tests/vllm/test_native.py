@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from tests.hang import HANG
 from tests.integration.test_doctor import failed, report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
-from tests.vllm.servers import ENVIRONMENT, REPOSITORY, NativeServer, running, vllm_python
+from tests.vllm.pairs import ragged_prompts
+from tests.vllm.servers import ENVIRONMENT, REPOSITORY, NativeServer, metric, run_in_vllms_python, running, vllm_python
 
 VOCAB_SIZE = len(make_tokenizer())
 TOLERANCE = 2e-4  # nats; vLLM's kernels against transformers', both in float32
@@ -109,11 +109,6 @@ def unlike(both_servers: tuple[Native, Native]) -> Native:
     return both_servers[1]
 
 
-def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 250, size=int(size)).tolist() for size in rng.integers(1, 60, size=count)]
-
-
 def generate(native: Native, prompts: Sequence[list[int]], max_tokens: int, **options: Any) -> list[GenerationOutput]:
     config = CoordinatorConfig(
         engine="native", theta_url=native.url, temperature=native.temperature, ignore_eos=True, **options
@@ -160,13 +155,6 @@ def largest_errors(native: Native, outputs: Sequence[GenerationOutput], theta: A
         note("KL difference", np.abs((q * (logp_t - logp_theta)).sum(1)).tolist(), np.zeros(len(q)))
         note("α", output.alpha_history, solve_alpha(logp_theta, logp_t))
     return errors
-
-
-def metric(server: NativeServer, name: str) -> float:
-    with urllib.request.urlopen(server.url + "/metrics", timeout=HANG) as response:
-        found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", response.read().decode(), re.MULTILINE)
-    assert found, f"no metric {name}"
-    return sum(map(float, found))
 
 
 def assert_right(errors: dict[str, float], balanced: bool = True) -> None:
@@ -602,9 +590,3 @@ with torch.inference_mode():
 assert 0 < compiled == counters["stats"]["unique_graphs"], counters["stats"]
 """
     run_in_vllms_python(program)
-
-
-def run_in_vllms_python(program: str) -> None:
-    command, environment = [str(vllm_python()), "-P", "-c", program], {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr

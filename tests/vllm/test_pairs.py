@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import urllib.error
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.rule import NUMBERS
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.chi_square import chi_square_p_value
 from tests.hang import HANG
@@ -28,8 +25,18 @@ from tests.integration.test_doctor import report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer
 from tests.unit.test_native_draw import METHODS, expected_alpha
-from tests.vllm.servers import NativeServer, running
-from tests.vllm.test_native import metric, ragged_prompts, run_in_vllms_python
+from tests.vllm.pairs import (
+    Pairs,
+    Prompts,
+    in_session,
+    largest_errors,
+    law_p_value,
+    laws_of,
+    logprobs_of,
+    prompts_of,
+    ragged_prompts,
+)
+from tests.vllm.servers import NativeServer, metric, run_in_vllms_python, running
 
 VOCAB_SIZE = len(make_tokenizer())
 TOLERANCE = 5e-5  # nats; vLLM's kernels against transformers', both in float32
@@ -43,52 +50,6 @@ AMPLE = (
     "q_proj",
     "down_proj",
 )
-
-Prompts = tuple[list[int], list[int] | None]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A server of pairs, and its model."""
-
-    server: NativeServer
-    model: Any
-
-    async def rollout(self, session: aiohttp.ClientSession, prompts: Prompts, **body: Any) -> dict[str, Any]:
-        body = {"prompt_token_ids": prompts[0], "t_prompt_token_ids": prompts[1], **body}
-        async with session.post(self.server.url + "/v1/dual_rollout/generate", json=body) as response:
-            answer = await response.json()
-            assert response.status == 200, answer
-        raw = base64.b64decode(answer.pop("numbers"))
-        columns = np.frombuffer(raw, "<f4").reshape(-1, len(NUMBERS) - 1).T.astype(float)
-        assert answer["columns"] == list(NUMBERS[1:])
-        return {**answer, **dict(zip(NUMBERS[1:], columns, strict=True)), "prompts": prompts}
-
-    def rollouts(self, prompts: Sequence[Prompts], bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All at once, in order."""
-
-        async def all_of_them(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
-            return await asyncio.gather(
-                *(self.rollout(session, pair, **body) for pair, body in zip(prompts, bodies, strict=True))
-            )
-
-        return in_session(all_of_them)
-
-    def describe(self) -> dict[str, Any]:
-        async def get(session: aiohttp.ClientSession) -> dict[str, Any]:
-            async with session.get(self.server.url + "/v1/dual_rollout") as response:
-                return await response.json()
-
-        return in_session(get)
-
-
-def in_session(work: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, Any]]) -> Any:
-    async def run() -> Any:
-        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=300)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            return await work(session)
-
-    return asyncio.run(run())
 
 
 @pytest.fixture(scope="module")
@@ -115,55 +76,6 @@ def ample(both: tuple[Pairs, Pairs]) -> Pairs:
     return both[1]
 
 
-def prompts_of(count: int, seed: int = 0) -> list[Prompts]:
-    """Of 1 to 59 tokens, unlike on the two sides."""
-    return list(zip(ragged_prompts(count, seed), ragged_prompts(count, seed + 100), strict=True))
-
-
-def logprobs_of(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
-    """`(len(tokens), V)` float64."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
-    return logits.log_softmax(-1).numpy()
-
-
-def laws_of(rollout: dict[str, Any], theta: Any, t: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log π_θ, log π_t and log q of the reported α, each `(T, V)`."""
-    logp_theta = logprobs_of(theta, rollout["prompts"][0], rollout["token_ids"])
-    logp_t = logprobs_of(t, rollout["prompts"][1] or rollout["prompts"][0], rollout["token_ids"])
-    path = (1 - rollout["alpha"][:, None]) * logp_theta + rollout["alpha"][:, None] * logp_t
-    return logp_theta, logp_t, path - np.log(np.exp(path).sum(1, keepdims=True))
-
-
-def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> dict[str, float]:
-    errors: dict[str, float] = {}
-    for rollout in rollouts:
-        logp_theta, logp_t, log_q = laws_of(rollout, theta, t or theta)
-        q, chosen = np.exp(log_q), (np.arange(len(log_q)), rollout["token_ids"])
-        expected = {
-            "log_q": log_q[chosen],
-            "log_theta": logp_theta[chosen],
-            "log_t": logp_t[chosen],
-            "kl_theta": (q * (log_q - logp_theta)).sum(1),
-            "kl_t": (q * (log_q - logp_t)).sum(1),
-        }
-        for name, values in expected.items():
-            errors[name] = max(errors.get(name, 0.0), float(np.abs(rollout[name] - values).max()))
-    return errors
-
-
-def law_p_value(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> float:
-    """Whether the tokens are draws from q: each is put at a random place of its share of [0, 1], and all places
-    together are uniform then. Chi-square in 20 cells."""
-    rng, places = np.random.default_rng(0), []
-    for rollout in rollouts:
-        q = np.exp(laws_of(rollout, theta, t or theta)[2])
-        chosen = np.arange(len(q)), rollout["token_ids"]
-        places.append(q.cumsum(1)[chosen] - rng.random(len(q)) * q[chosen])
-    counts = np.histogram(np.concatenate(places), 20, (0, 1))[0]
-    return chi_square_p_value(counts, np.full(20, counts.sum() / 20))
-
-
 def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
     """Long prompts beside short ones. The law by a chi-square test, false alarm one in 10,000."""
     prompts = [*prompts_of(6), (list(range(70)), [7]), ([7], list(range(70))), (list(range(70)), list(range(80)))]
@@ -171,7 +83,7 @@ def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
     assert [len(rollout["token_ids"]) for rollout in rollouts] == [40] * len(prompts)
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
     assert law_p_value(rollouts, tight.model) > 1e-4
-    assert sum(map(fell_apart, rollouts)) > 0, "nothing fell out of step: the test shows too little"
+    assert sum(map(tight.fell_apart, rollouts)) > 0, "nothing fell out of step: the test shows too little"
 
 
 def test_exact_with_too_little_memory(tight: Pairs) -> None:
@@ -179,15 +91,10 @@ def test_exact_with_too_little_memory(tight: Pairs) -> None:
     Chi-square, false alarm one in 10,000."""
     prompts: list[Prompts] = [([i] * 20, [i, i + 1] * 10) for i in range(6)]
     rollouts = tight.rollouts(prompts, [{"max_tokens": 110, "seed": i} for i in range(6)])
-    assert sum(map(fell_apart, rollouts)) > 0, "the cache was large enough"
+    assert sum(map(tight.fell_apart, rollouts)) > 0, "the cache was large enough"
     assert [len(rollout["token_ids"]) for rollout in rollouts] == [110] * 6
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
     assert law_p_value(rollouts, tight.model) > 1e-4
-
-
-def fell_apart(rollout: dict[str, Any]) -> int:
-    """How often it was begun again, but for the times that the token which marks rows that are alone was drawn."""
-    return rollout["restarts"] - rollout["token_ids"][:-1].count(VOCAB_SIZE - 1)
 
 
 def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample: Pairs) -> None:
@@ -198,7 +105,7 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample:
     alone = ample.rollouts(prompts[3:4], bodies[3:4])
     tokens = [rollout["token_ids"] for rollout in crowded]
     assert tokens == [rollout["token_ids"] for rollout in at_ease] and tokens[3] == alone[0]["token_ids"]
-    assert [fell_apart(rollout) for rollout in (*at_ease, *alone)] == [0] * 9
+    assert [ample.fell_apart(rollout) for rollout in (*at_ease, *alone)] == [0] * 9
     others = ample.rollouts(prompts[:3], [{"max_tokens": 30}] * 3)
     assert all(mine["token_ids"] != other["token_ids"] for mine, other in zip(at_ease, others, strict=False))
 
@@ -288,7 +195,7 @@ def test_a_stop_token_ends_the_rollout(ample: Pairs) -> None:
         assert all(token % 3 for token in rollout["token_ids"][:-1])
     rollouts = ample.rollouts(prompts_of(32, seed=4), [{"max_tokens": 60}] * 32)
     assert {(len(rollout["token_ids"]), rollout["finish_reason"]) for rollout in rollouts} == {(60, "length")}
-    assert sum(rollout["restarts"] for rollout in rollouts) > 0 and not any(map(fell_apart, rollouts))
+    assert sum(rollout["restarts"] for rollout in rollouts) > 0 and not any(map(ample.fell_apart, rollouts))
     assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
 
 
@@ -512,5 +419,50 @@ answer = asyncio.run(serve(engine).generate(rollout(max_tokens=4)))
 assert answer["token_ids"] == [5, 6, 8, 9] and answer["restarts"] == 2, answer
 assert sorted(engine.asked) == sorted(
     [("theta", 300, 4), ("t", 400, 4), ("theta", 302, 2), ("t", 402, 2), ("theta", 303, 1), ("t", 403, 1)])
+"""
+    run_in_vllms_python(FAKE_SERVER + program)
+
+
+def test_ranks_that_draw_different_tokens_are_seen() -> None:
+    """With tensor parallelism each rank draws for itself. The engine is a fake: real ranks agree."""
+    program = """
+class Ranks(Engine):
+    async def generate(self, prompt, params, request_id, lora_request):
+        yield Namespace(outputs=[Namespace(token_ids=(5, 6))])
+    async def collective_rpc(self, method, args):
+        def record(last): return np.array([[5, *[0.5] * 6], [last, *[0.5] * 6]], np.float32).tobytes()
+        return [{name: record(token) for name in args[0]} for token in (6, self.of_the_other)]
+engine = Ranks()
+engine.of_the_other = 6
+assert asyncio.run(serve(engine).generate(rollout(max_tokens=2)))["token_ids"] == [5, 6]
+engine.of_the_other = 7
+try:
+    asyncio.run(serve(engine).generate(rollout(max_tokens=2)))
+except RuntimeError as error:
+    assert "different tokens" in str(error)
+else:
+    raise AssertionError("not seen")
+"""
+    run_in_vllms_python(FAKE_SERVER + program)
+
+
+def test_a_server_of_several_engines_does_not_start() -> None:
+    """As uvicorn starts it, without the engines."""
+    program = """
+from dual_rollout.native.route import PairsMiddleware
+sent = []
+async def start(data_parallel_size):
+    async def send(message): sent.append(message)
+    async def app(scope, receive, send): sent.append("started")
+    parallel = Namespace(data_parallel_size=data_parallel_size, pipeline_parallel_size=1)
+    config = Namespace(parallel_config=parallel, speculative_config=None)
+    from fastapi import FastAPI
+    served = FastAPI()
+    served.state.engine_client = Namespace(vllm_config=config)
+    await PairsMiddleware(app)({"type": "lifespan", "app": served}, None, send)
+asyncio.run(start(1))
+asyncio.run(start(2))
+assert sent[0] == "started" and sent[1]["type"] == "lifespan.startup.failed" and len(sent) == 2, sent
+assert "one server per engine" in sent[1]["message"]
 """
     run_in_vllms_python(FAKE_SERVER + program)
