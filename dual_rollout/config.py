@@ -228,6 +228,11 @@ def _check_value(name: str, value: Any, hint: Any, bound: _Bound | None) -> None
         raise ValueError(f"{name} must be {expected(hint, bound and bound.words)}, got {value!r:.80}")
 
 
+def server_fields(engine: str) -> tuple[str, ...]:
+    """The fields of `CoordinatorConfig` that name the servers of an engine: a native one holds both models."""
+    return ("theta_url",) if engine == "native" else ("theta_url", "t_url")
+
+
 def url_list(urls: str | list[str]) -> list[str]:
     """One or several URLs as a list."""
     return [urls] if isinstance(urls, str) else list(urls)

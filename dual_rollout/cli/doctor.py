@@ -80,9 +80,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 when a rollout would work."""
-    from dual_rollout.config import CoordinatorConfig
+    from dual_rollout.config import CoordinatorConfig, server_fields
 
-    if (args.engine == "native") == (args.t_url is not None):
+    if ("t_url" in server_fields(args.engine)) != (args.t_url is not None):
         raise ValueError("--t-url is the second of two servers: set it with --engine dual, and not with native")
     if not 0 < args.timeout < math.inf:
         raise ValueError(f"--timeout must be a number of seconds above 0, got {args.timeout}")
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         total_timeout=args.timeout,
     )
     with _errors_only():  # the report says it all
-        checks, servers = asyncio.run((examine_native if args.engine == "native" else examine)(config))
+        checks, servers = asyncio.run((examine_native if args.t_url is None else examine)(config))
     healthy = all(check.status != "failed" for check in checks)
     if args.json:
         report = {"ok": healthy, "versions": versions(), "servers": servers, "checks": [asdict(c) for c in checks]}
@@ -116,7 +116,7 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
     from dual_rollout.tokenizer_check import compare_tokens
 
     async with DualVLLMCoordinator(config) as coordinator:
-        assert coordinator.t is not None  # examine_native is for the other kind
+        assert coordinator.t is not None, "a server that holds both models is for examine_native"
         engines = (coordinator.theta, coordinator.t)
         deadline = asyncio.get_running_loop().time() + config.total_timeout
         found = await asyncio.gather(*(_by(deadline, engine.probe(PROMPT)) for engine in engines))

@@ -335,7 +335,7 @@ async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
 
     async def ask(engine: Any) -> dict[str, Any]:
         info, server = await engine.describe(), None
-        if config.engine == "dual":
+        if coordinator.t is not None:  # the probe would disturb a server that samples from q* itself
             with contextlib.suppress(EngineRejectedError):
                 server = (await engine.probe(_ANY_PROMPT)).version
         weights = {"weights": await engine.weight_version(), "logprob": await fingerprint(engine)}

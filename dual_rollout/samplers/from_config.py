@@ -1,4 +1,4 @@
-"""From a config to its samplers: the one place that asks for the kind of engine."""
+"""From a config to its samplers: with `config.server_fields`, the one place that asks for the kind of engine."""
 
 from __future__ import annotations
 

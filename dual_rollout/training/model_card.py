@@ -16,7 +16,7 @@ _BEFORE = "### Framework versions"
 """The heading of TRL's card in front of which the section stands."""
 
 _ALPHA = ("alpha_method", "fixed_alpha", "kl_budget", "alpha_min", "alpha_max")
-_LISTS = ("top_k", "support", "missing", "decoding")  # mean nothing to a native server
+_LISTS = ("top_k", "support", "missing", "decoding")  # of two servers; one that holds both models gives none
 
 
 def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
@@ -30,7 +30,7 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
     config, schedule = trainer.rollout.config, trainer.rollout.schedule
     routes = _routes(trainer)
     named = sorted(name for name in routes if name not in (None, NO_TARGET))
-    names = [*_ALPHA, *(() if config.engine == "native" else _LISTS)]
+    names = [*_ALPHA, *(_LISTS if trainer.rollout.has_target_server else ())]
     settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     settings["temperature"] = trainer.temperature
     for name, end in schedule.ends.items():
@@ -40,7 +40,7 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
         "target π_t": _target(trainer, routes),
         **({"further targets": ", ".join(named)} if named else {}),
         **({"rows without a target": "drawn from π_θ"} if NO_TARGET in routes else {}),
-        "servers": "one native server" if config.engine == "native" else _server_kinds(trainer),
+        "servers": _server_kinds(trainer),
         **{f"`{name}`": value for name, value in settings.items()},
         "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
     }
@@ -82,6 +82,8 @@ def _target(trainer: Any, routes: set[Any]) -> str:
 
 
 def _server_kinds(trainer: Any) -> str:
+    if not trainer.rollout.has_target_server:
+        return "one native server"
     theta, t = (trainer.rollout.server_kind(which) for which in ("theta", "t"))
     return "two embedded servers" if theta == t == "embedded" else f"{theta}, {t}"
 

@@ -314,6 +314,11 @@ class DualRollout:
         return self._open().stats
 
     @property
+    def has_target_server(self) -> bool:
+        """Whether π_t has a server of its own, so that both are asked for top-k lists; else π_θ's holds both models."""
+        return self._open().t is not None
+
+    @property
     def can_draw_from_policy(self) -> bool:
         """Whether π_θ can be asked alone."""
         return not self._run(self._open().is_drawn_whole())
@@ -399,7 +404,7 @@ class DualRollout:
                 "checkpoints on a server of their own"
             )
         named = config.support == "tail" or config.missing == "exact"
-        if named and config.engine != "native" and trainer.accelerator.num_processes > 1:
+        if named and self.has_target_server and trainer.accelerator.num_processes > 1:
             self._warn_once(
                 'support "tail" and missing "exact" ask for tokens by name, and some vLLM versions then garble the '
                 "lists of other requests in the same step, here those of other trainer processes. Lists that cannot be "

@@ -20,7 +20,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import CoordinatorConfig, server_fields
 from dual_rollout.exceptions import DualRolloutError
 from dual_rollout.exit_status import exit_status
 from dual_rollout.server.launch import EmbeddedServer
@@ -167,18 +167,16 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
     """The URLs of both servers; embedded ones are started by the main process when the recipe names none.
 
     Raises:
-        ValueError: only one of the two URLs is set, or the native engine's is not.
+        ValueError: a URL is not set, and not all servers can be embedded ones.
     """
-    dual = recipe.dual
-    if dual.dual_engine == "native":
-        if dual.dual_theta_url is None:
-            raise ValueError("dual_engine: native needs dual_theta_url, the URL of dual-rollout serve-native")
-        yield dual.dual_theta_url, dual.dual_theta_url
-        return
-    if (dual.dual_theta_url is None) != (dual.dual_t_url is None):
-        raise ValueError("set both dual_theta_url and dual_t_url, or neither to start embedded servers")
-    if not starts_servers(dual):
-        yield dual.dual_theta_url, dual.dual_t_url
+    if not starts_servers(recipe.dual):
+        given = _given_urls(recipe.dual)
+        found = [url for url in given.values() if url is not None]
+        if len(found) < len(given):
+            both = "both dual_theta_url and dual_t_url, or neither to start embedded servers"
+            one = "dual_theta_url to the server that holds both models (dual-rollout serve-native)"
+            raise ValueError(f"dual_engine is {recipe.dual.dual_engine}: set {both if len(given) == 2 else one}")
+        yield found[0], found[-1]
         return
     with contextlib.ExitStack() as stack:
         urls = ["", ""]
@@ -191,7 +189,13 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
 
 def starts_servers(dual: DualArguments) -> bool:
     """Whether the run has embedded servers of its own."""
-    return dual.dual_engine != "native" and dual.dual_theta_url is None and dual.dual_t_url is None
+    urls = _given_urls(dual)
+    return "t_url" in urls and set(urls.values()) == {None}  # an embedded server holds one model
+
+
+def _given_urls(dual: DualArguments) -> dict[str, str | list[str] | None]:
+    """What the recipe says of each server that its engine has, by the config's name for it."""
+    return {name: getattr(dual, f"dual_{name}") for name in server_fields(dual.dual_engine)}
 
 
 def _start_servers(recipe: Recipe, stack: contextlib.ExitStack) -> list[EmbeddedServer]:

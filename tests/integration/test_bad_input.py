@@ -329,6 +329,7 @@ def test_values_that_do_not_go_together(refused: Refused, tmp_path: Path) -> Non
         ({"dual_alpha_min": 0.7, "dual_alpha_max": 0.2}, "dual_alpha_min"),
         ({"dual_theta_url": "not a url"}, "dual_theta_url must be a URL"),
         ({"dual_theta_url": "http://127.0.0.1:9"}, "set both dual_theta_url and dual_t_url"),
+        ({"dual_engine": "native"}, "set dual_theta_url to the server that holds both models"),
         ({"dual_task_options": "{"}, "dual_task_options is not valid JSON"),
         ({"dual_task_options": "[1]"}, "dual_task_options must be a JSON object"),
         ({"dual_task": "no_such_task"}, "no_such_task"),
