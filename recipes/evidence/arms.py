@@ -25,6 +25,8 @@ class Arm:
         distillation: on-policy distillation instead of GRPO.
         learning_rate: tuned, see README.md.
         rate_factor: what the rates to choose from are multiplied by: a loss with a signal at every token takes more.
+        rate_of: the arm whose learning rate it takes; none: its own is tuned.
+        seeds: runs at most.
     """
 
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -36,6 +38,8 @@ class Arm:
     distillation: bool = False
     learning_rate: float = 0.0
     rate_factor: float = 1.0
+    rate_of: str | None = None
+    seeds: int = 5
 
     @property
     def samples_from_q(self) -> bool:
@@ -58,13 +62,13 @@ ARMS = {
     "fixed": Arm(_FIXED, _TO_POLICY),
     "fixed_unweighted": Arm(_FIXED, _TO_POLICY, correction="none"),
     "sft_grpo": Arm(imitation=0.2),
-    "teacher": Arm({"alpha_method": "fixed", "fixed_alpha": 1.0}),
-    "distillation": Arm(distillation=True, rate_factor=10.0),
-    "answer_in_prompt": Arm(_SYMMETRY, t_prompt="{question} (The correct answer is {answer}.)"),
-    "kl_symmetry_token_mask": Arm(_SYMMETRY, correction="token_mask"),
-    "kl_symmetry_sequence_mask": Arm(_SYMMETRY, correction="sequence_mask"),
-    "kl_symmetry_unweighted": Arm(_SYMMETRY, correction="none"),
-    "kl_symmetry_policy_baseline": Arm(_SYMMETRY, baseline="policy"),
+    "teacher": Arm({"alpha_method": "fixed", "fixed_alpha": 1.0}, seeds=3),
+    "distillation": Arm(distillation=True, rate_factor=10.0, seeds=3),
+    "answer_in_prompt": Arm(_SYMMETRY, t_prompt="{question} (The correct answer is {answer}.)", seeds=3),
+    "kl_symmetry_token_mask": Arm(_SYMMETRY, correction="token_mask", rate_of="kl_symmetry", seeds=3),
+    "kl_symmetry_sequence_mask": Arm(_SYMMETRY, correction="sequence_mask", rate_of="kl_symmetry", seeds=3),
+    "kl_symmetry_unweighted": Arm(_SYMMETRY, correction="none", rate_of="kl_symmetry", seeds=3),
+    "kl_symmetry_policy_baseline": Arm(_SYMMETRY, baseline="policy", rate_of="kl_symmetry", seeds=3),
 }
 
 

@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import queue
 import time
 import traceback
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side on one device")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, spread over the GPUs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no run is begun after so many")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="where the teachers are kept")
@@ -105,6 +106,7 @@ def tuning_runs(options: argparse.Namespace) -> list[Run]:
         Run(task, arm, TUNING_SEED, rate, steps, options.results / task / "tuning" / f"{arm}-{rate:g}.jsonl")
         for task in options.tasks
         for arm in options.arms
+        if not ARMS[arm].rate_of
         for rate in rates(arm, SCALES[options.scale])
     ]
 
@@ -151,8 +153,10 @@ def runs(options: argparse.Namespace) -> list[Run]:
         path = options.results / task / "learning_rates.json"
         tuned = json.loads(path.read_text()) if path.exists() else {}
         for seed in options.seeds:
-            for arm in options.arms:
-                rate = tuned.get(arm, {}).get("learning_rate", rates(arm, SCALES[options.scale])[0])
+            for arm in (name for name in options.arms if seed < ARMS[name].seeds):
+                rate = tuned.get(ARMS[arm].rate_of or arm, {}).get(
+                    "learning_rate", rates(arm, SCALES[options.scale])[0]
+                )
                 steps = SCALES[options.scale].steps
                 planned.append(Run(task, arm, seed, rate, steps, options.results / task / f"{arm}-{seed}.jsonl"))
     return planned
@@ -166,7 +170,10 @@ class _Pool:
         self._jobs, self._done, self._ends = context.Queue(), context.Queue(), options.ends
         arguments = (self._jobs, self._done, options.scale, options.work)
         self._workers = [context.Process(target=work, args=arguments) for _ in range(options.workers)]
-        for worker in self._workers:
+        gpus = visible_gpus()
+        for i, worker in enumerate(self._workers):
+            if gpus:  # one to each: a trainer that sees several would spread its batch over them
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
             worker.start()
 
     def do(self, jobs: Iterable[Run | Teacher]) -> None:
@@ -190,6 +197,14 @@ class _Pool:
         for worker in self._workers:
             worker.join(timeout=20)
             worker.terminate()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def work(jobs: Any, done: Any, scale_name: str, folder: Path) -> None:
