@@ -9,6 +9,9 @@ from dual_rollout import CoordinatorConfig
 from dual_rollout.training.correction import ImportanceSamplingMode
 from dual_rollout.training.schedules import AlphaSchedule
 
+SUPERVISED = 10.0
+"""A loss with a signal at every token takes a higher learning rate than a policy gradient, by this factor."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -24,7 +27,7 @@ class Arm:
         imitation: share of the steps that imitate the teacher's correct samples before GRPO begins.
         distillation: on-policy distillation instead of GRPO.
         learning_rate: tuned, see README.md.
-        rate_factor: what the rates to choose from are multiplied by: a loss with a signal at every token takes more.
+        rate_factor: what the rates to choose from are multiplied by.
         rate_of: the arm whose learning rate it takes; none: its own is tuned.
         seeds: runs at most.
     """
@@ -63,7 +66,7 @@ ARMS = {
     "fixed_unweighted": Arm(_FIXED, _TO_POLICY, correction="none"),
     "sft_grpo": Arm(imitation=0.2),
     "teacher": Arm({"alpha_method": "fixed", "fixed_alpha": 1.0}, seeds=3),
-    "distillation": Arm(distillation=True, rate_factor=10.0, seeds=3),
+    "distillation": Arm(distillation=True, rate_factor=SUPERVISED, seeds=3),
     "answer_in_prompt": Arm(_SYMMETRY, t_prompt="{question} (The correct answer is {answer}.)", seeds=3),
     "kl_symmetry_token_mask": Arm(_SYMMETRY, correction="token_mask", rate_of="kl_symmetry", seeds=3),
     "kl_symmetry_sequence_mask": Arm(_SYMMETRY, correction="sequence_mask", rate_of="kl_symmetry", seeds=3),

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from recipes.evidence.arms import Arm, Scale
+from recipes.evidence.arms import SUPERVISED, Arm, Scale
 from recipes.evidence.models import Examiner, chat_ids, load_model, load_tokenizer
 from recipes.evidence.sampler import PairSampler, Samples
 from recipes.evidence.supervised import Optimiser, distil, imitate
@@ -176,9 +176,9 @@ class _RunningArm:
             trainer.train()
 
     def imitate(self, steps: int) -> None:
-        """Supervised steps on the teacher's own samples that are right, at the teacher's own learning rate."""
+        """Supervised steps on the teacher's own samples that are right."""
         teacher = self._bench.sampler(self._bench.teacher, None, self._scale.rows)
-        optimiser = Optimiser(self._policy, self._scale.teacher_rate)
+        optimiser = Optimiser(self._policy, SUPERVISED * self._arm.learning_rate)
         order = random.Random(self._seed)
         self._policy.train()
         for step in range(steps):
