@@ -92,6 +92,9 @@ ScoringMethod = Literal["token_ids", "prefixes", "prompt_logprobs"]
 """How a drafted block is scored: by the token-in/token-out endpoint, computing what follows the cached prefix; as one
 prompt per prefix, which the prefix cache makes cheap; or by rows for the whole prompt, computed anew."""
 
+NamedRowsForm = Literal["per row", "shared"]
+"""What names the tokens that are scored along a text: one list for each row, or one list for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -108,11 +111,12 @@ class Capabilities:
         generate_endpoint: it has a token-in/token-out endpoint.
         cached_rows: asked for the prompt's log-probabilities after a prefix-cache hit, that endpoint gives the right
             rows for what was not cached; False also where asking is known to be dangerous.
-        named_rows: that endpoint reports log-probabilities of named tokens along a text (`prompt_logprob_token_ids`),
-            and the right ones.
+        named_rows: how that endpoint is told the tokens whose log-probabilities it reports along a text
+            (`prompt_logprob_token_ids`); None where it does not, or gives wrong ones.
         detokenizes: it has /detokenize.
         reloads_weights, resets_prefix_cache, pauses, loads_lora: it can do so while it runs.
         scoring: the ways to score a drafted block, the most promising first.
+        refused: what it says to offer, and refused to the probe, with its words; slower ways are taken instead.
     """
 
     model: str
@@ -126,13 +130,14 @@ class Capabilities:
     prefix_caching: bool | None = None
     generate_endpoint: bool = False
     cached_rows: bool = False
-    named_rows: bool = False
+    named_rows: NamedRowsForm | None = None
     detokenizes: bool = False
     reloads_weights: bool = False
     resets_prefix_cache: bool = False
     pauses: bool = False
     loads_lora: bool = False
     scoring: tuple[ScoringMethod, ...] = ("prefixes",)
+    refused: tuple[str, ...] = ()
 
     def names_tokens_at(self, temperature: float) -> bool:
         """Whether it reports named tokens at `temperature`."""

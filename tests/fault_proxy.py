@@ -18,12 +18,16 @@ ROUTES = ("/v1/completions", "/inference/v1/generate")
 
 @dataclass
 class Exchange:
-    """One request to the proxy. `number` counts those to `ROUTES` from 1; `ask` passes it on."""
+    """One request to the proxy. `number` counts those to `ROUTES` from 1; `send` passes a body on."""
 
     request: web.Request
     body: bytes
     number: int
-    ask: Callable[[], Awaitable[tuple[int, bytes]]]
+    send: Callable[[bytes], Awaitable[tuple[int, bytes]]]
+
+    def ask(self) -> Awaitable[tuple[int, bytes]]:
+        """Pass it on."""
+        return self.send(self.body)
 
 
 Fault = Callable[[Exchange], Awaitable[web.StreamResponse]]
@@ -76,7 +80,7 @@ class FaultProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
 
-        async def ask() -> tuple[int, bytes]:
+        async def send(body: bytes) -> tuple[int, bytes]:
             headers = {"Content-Type": "application/json"}
             url = self.target + request.path_qs
             async with self._session.request(request.method, url, data=body or None, headers=headers) as answer:
@@ -89,8 +93,8 @@ class FaultProxy:
                 self.completions += 1
                 if self.fault is not None and self.when(self.completions):
                     self.injected += 1
-                    return await self.fault(Exchange(request, body, self.completions, ask))
-            status, content = await ask()
+                    return await self.fault(Exchange(request, body, self.completions, send))
+            status, content = await send(body)
             if request.path in ROUTES:
                 self.earlier.append(content)
         except aiohttp.ClientError:  # the server behind is gone
@@ -103,6 +107,12 @@ class FaultProxy:
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+async def passed_on(exchange: Exchange) -> web.StreamResponse:
+    """No fault."""
+    status, content = await exchange.ask()
+    return web.Response(body=content, status=status, content_type="application/json")
 
 
 async def reset(exchange: Exchange) -> web.StreamResponse:
@@ -136,8 +146,7 @@ def once_each(fault: Fault) -> Fault:
     async def either(exchange: Exchange) -> web.StreamResponse:
         question = json.dumps({**json.loads(exchange.body), "request_id": None})
         if question in met:
-            status, content = await exchange.ask()
-            return web.Response(body=content, status=status, content_type="application/json")
+            return await passed_on(exchange)
         met.add(question)
         return await fault(exchange)
 

@@ -32,7 +32,7 @@ PROMPT = [1, 2, 3, 4]  # ids that any vocabulary has
 TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
 REQUEST_SHARE = 0.7  # of it at most for one request
 
-
+_REFUSED = "speed: a rollout works without it; the server's own words say what it lacks"
 _WRONG_ROWS = 1.5  # nats; two kernels in bfloat16 differ by up to 0.4
 
 
@@ -280,6 +280,7 @@ def server_checks(name: str, flag: str, url: str, found: Capabilities | Exceptio
             else "speed: it does not say whether it caches; --enable-prompt-tokens-details shows it",
         ),
         Check(name, "draft scoring", "ok", " or ".join(found.scoring)),
+        *(Check(name, "refused", "optional", refusal, _REFUSED) for refusal in found.refused),
         *([] if name == "π_t" else _sync_checks(name, found)),
     ]
 

@@ -508,9 +508,8 @@ def _prompt_scores(sequence: Sequence) -> str | None:
     params = sequence.params
     if params.prompt_logprob_token_ids is None or sequence.prompt_scores_missed:
         return None
-    empty = np.empty((0, len(params.prompt_logprob_token_ids)), dtype=np.float32)
     buffer = io.BytesIO()
-    np.save(buffer, np.concatenate([empty, *sequence.prompt_scores]), allow_pickle=False)
+    np.save(buffer, np.concatenate(sequence.prompt_scores), allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -74,7 +74,7 @@ class SamplingParams:
     logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: int | None = None
-    prompt_logprob_token_ids: tuple[int, ...] | None = None
+    prompt_logprob_token_ids: tuple[tuple[int, ...], ...] | None = None  # one list per scored row
     prompt_logprob_start: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -142,7 +142,12 @@ def parse_generate_sampling(body: Any, limits: Limits, prompt_len: int) -> Sampl
     params = _parse_sampling(body, default_max_tokens=max(1, limits.max_model_len - prompt_len))
     if params.wants_logprobs:
         raise APIError("log-probabilities of drawn tokens are for /v1/completions in the embedded server.")
+    if (rows := _id_lists(body, "prompt_logprob_token_ids")) is not None:
+        skips = params.skip_reading_prefix_cache or body.get("skip_reading_prefix_cache") is None
+        params = replace(params, prompt_logprob_token_ids=rows, skip_reading_prefix_cache=skips)
+    params = replace(params, prompt_logprob_start=_integer(body, "prompt_logprob_start"))
     _check(params, limits)
+    _check_named_rows(params, limits, prompt_len)
     return params
 
 
@@ -222,8 +227,7 @@ def _parse_sampling(body: dict[str, Any], *, default_max_tokens: int) -> Samplin
     temperature = 1.0 if temperature is None else temperature
     max_tokens = _integer(body, "max_tokens")
     prompt_logprobs = _integer(body, "prompt_logprobs")
-    prompt_ids = _ids(body, "prompt_logprob_token_ids")
-    skip = prompt_logprobs is not None or prompt_ids is not None
+    skip = prompt_logprobs is not None
     if body.get("skip_reading_prefix_cache") is not None:
         skip = _flag(body, "skip_reading_prefix_cache")
     seed = _integer(body, "seed")
@@ -234,8 +238,6 @@ def _parse_sampling(body: dict[str, Any], *, default_max_tokens: int) -> Samplin
         logprobs=_integer(body, "logprobs"),
         logprob_token_ids=_ids(body, "logprob_token_ids") or None,
         prompt_logprobs=prompt_logprobs,
-        prompt_logprob_token_ids=prompt_ids,
-        prompt_logprob_start=_integer(body, "prompt_logprob_start"),
         logit_bias=_bias(body.get("logit_bias")),
         stop_token_ids=frozenset(_ids(body, "stop_token_ids") or ()),
         ignore_eos=_flag(body, "ignore_eos"),
@@ -271,10 +273,8 @@ def _check(params: SamplingParams, limits: Limits) -> None:
             f"max allowed: {MAX_LOGPROB_TOKEN_IDS}",
             param="logprob_token_ids",
         )
-    _check_prompt_ids(params, limits)
     for field, ids in (
         ("logprob_token_ids", params.logprob_token_ids or ()),
-        ("prompt_logprob_token_ids", params.prompt_logprob_token_ids or ()),
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
     ):
@@ -299,25 +299,37 @@ def _check_count(field: str, name: str, count: int | None, limits: Limits) -> No
         )
 
 
-def _check_prompt_ids(params: SamplingParams, limits: Limits) -> None:
-    ids, start = params.prompt_logprob_token_ids, params.prompt_logprob_start
-    if ids is None:
+def _check_named_rows(params: SamplingParams, limits: Limits, prompt_len: int) -> None:
+    field, rows, start = "prompt_logprob_token_ids", params.prompt_logprob_token_ids, params.prompt_logprob_start
+    if rows is None:
         if start is not None:
             raise APIError("prompt_logprob_start requires prompt_logprob_token_ids.", param="prompt_logprob_start")
         return
-    field = "prompt_logprob_token_ids"
-    if not ids:
-        raise APIError("prompt_logprob_token_ids must not be empty.", param=field)
-    if len(ids) > limits.logprobs_cap:
+    longest = max(map(len, rows), default=0)
+    if longest == 0:
         raise APIError(
-            f"Requested prompt_logprob_token_ids of length {len(ids)}, which is greater than max allowed: "
-            f"{limits.logprobs_cap}. Set max_logprobs (--max-logprobs) to at least {len(ids)}.",
+            "prompt_logprob_token_ids must be a non-empty integer array of shape [num_rows, num_ids].", param=field
+        )
+    if longest > limits.logprobs_cap:
+        raise APIError(
+            f"Requested {longest} token ids per row in prompt_logprob_token_ids, which is greater than max allowed: "
+            f"{limits.logprobs_cap}. Set max_logprobs (--max-logprobs) to at least {longest}.",
             param=field,
         )
-    if len(set(ids)) != len(ids):
-        raise APIError("prompt_logprob_token_ids must not contain duplicates.", param=field)
+    if any(not -1 <= token_id < limits.vocab_size for row in rows for token_id in row):
+        raise APIError(
+            "prompt_logprob_token_ids contain out-of-vocab token ids (-1 pads a row). "
+            f"Vocabulary size: {limits.vocab_size}",
+            param=field,
+        )
     if start is not None and start < 0:
         raise APIError("prompt_logprob_start must be non-negative.", param="prompt_logprob_start")
+    if len(rows) != (scored := max(prompt_len - 1 - (start or 0), 0)):
+        raise APIError(
+            f"prompt_logprob_token_ids has {len(rows)} rows, but the prompt has {scored} scored rows "
+            "(prompt_len - 1 - prompt_logprob_start).",
+            param=field,
+        )
 
 
 def _integer(body: dict[str, Any], field: str) -> int | None:
@@ -356,6 +368,17 @@ def _ids(body: dict[str, Any], field: str) -> tuple[int, ...] | None:
     if not isinstance(value, list) or any(type(item) is not int for item in value):
         raise invalid(field, "Input should be a valid list of integers")
     return tuple(value)
+
+
+def _id_lists(body: dict[str, Any], field: str) -> tuple[tuple[int, ...], ...] | None:
+    value = body.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        raise invalid(field, "Input should be a valid list of lists of integers")
+    if any(type(item) is not int for row in value for item in row):
+        raise invalid(field, "Input should be a valid list of lists of integers")
+    return tuple(map(tuple, value))
 
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:

@@ -8,6 +8,7 @@ in the same step cost nothing: their logits are rows of the same forward.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import random
 import threading
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from dual_rollout.server.model_runner import Chunk, ModelRunner
 from dual_rollout.server.prefix_cache import KVSequence, PrefixCache
@@ -443,7 +445,16 @@ def _collect_prompt_rows(sequence: Sequence, work: _Work, row_of: dict[int, int]
         next_ids = [sequence.tokens[position + 1] for position in positions]
         sequence.prompt_rows.extend(top_logprobs(rows_RV, next_ids, [count] * len(next_ids)))
     if params.prompt_logprob_token_ids is not None and not sequence.prompt_scores_missed:
-        skipped = max(0, (params.prompt_logprob_start or 0) - positions.start)
-        scored_RV = rows_RV[skipped:]
-        scores = scored_RV[:, list(params.prompt_logprob_token_ids)] - scored_RV.logsumexp(-1, keepdim=True)
-        sequence.prompt_scores.append(scores.numpy())
+        start = params.prompt_logprob_start or 0
+        first, end = (max(0, position - start) for position in (positions.start, positions.stop))
+        ids_RN = _padded(params.prompt_logprob_token_ids, first, end)
+        scored_RV = rows_RV[len(positions) - len(ids_RN) :]
+        scores_RN = scored_RV.gather(-1, ids_RN.clamp_min(0)) - scored_RV.logsumexp(-1, keepdim=True)
+        sequence.prompt_scores.append(scores_RN.masked_fill(ids_RN < 0, -math.inf).numpy())
+
+
+def _padded(rows: tuple[tuple[int, ...], ...], first: int, end: int) -> torch.Tensor:
+    """`rows[first:end]`, each as long as the longest of all, with -1 where it is shorter."""
+    width = max(map(len, rows))
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows[first:end]]
+    return torch.tensor(padded, dtype=torch.int64).reshape(-1, width)

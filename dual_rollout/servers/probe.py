@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dual_rollout.engine import Capabilities, EngineInfo, ScoringMethod, TokenIds
+from dual_rollout.engine import Capabilities, EngineInfo, NamedRowsForm, ScoringMethod, TokenIds
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import HttpTransport
+from dual_rollout.servers.named_rows import requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
+from dual_rollout.servers.parsing import MALFORMED
 
 _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
 _TAIL_LENGTH = 4
@@ -60,6 +62,7 @@ class Probe:
         self._lists = lists
         self._named = named
         self._loads_lora = loads_lora
+        self._refused: list[str] = []
 
     async def run(self) -> Capabilities:
         """Ask everything.
@@ -77,7 +80,9 @@ class Probe:
         max_logprobs, vocab_size = await self._limits()
         mode = await self._logprobs_mode(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH))
         prefix_caching = await self._prefix_caching(metrics)  # the prompt has been seen by now
-        cached_rows, named_rows = await self._prompt_rows() if "/inference/v1/generate" in routes else (False, False)
+        named_rows, cached_rows = None, False
+        if "/inference/v1/generate" in routes:
+            named_rows, cached_rows = await self._prompt_rows(schema)
         loads_lora = "/v1/load_lora_adapter" in routes and await self._loads_lora()
         return Capabilities(
             model=self._info.model,
@@ -98,6 +103,7 @@ class Probe:
             pauses="/pause" in routes,
             loads_lora=loads_lora,
             scoring=_scoring(cached_rows, prefix_caching, loads_lora),
+            refused=tuple(self._refused),
         )
 
     async def _routes(self, schema: Any) -> set[str]:
@@ -137,8 +143,9 @@ class Probe:
         try:
             await self._complete(logprobs=count)
         except EngineRejectedError as error:
-            found = re.search(r"logprobs of (-?\d+), which is greater than max allowed: (\d+)", str(error))
-            return (int(found[2]), int(found[1])) if found else (None, None)
+            if found := re.search(r"logprobs of (-?\d+), which is greater than max allowed: (\d+)", str(error)):
+                return int(found[2]), int(found[1])
+            self._note("a list of all log-probabilities, without saying how many it gives", error)
         except EngineProtocolError:
             pass
         return None, None
@@ -163,43 +170,72 @@ class Probe:
         # Not asked where it can be read: in some versions it garbles what other clients ask for in the same step.
         try:
             await self._named(self.prompt, (0, 1), 1.0)  # one of them is not the likeliest, which is listed anyway
-        except (EngineRejectedError, EngineProtocolError):
+        except (EngineRejectedError, EngineProtocolError) as error:
+            self._note("logprob_token_ids", error)
             return False
         return True
 
-    async def _prompt_rows(self) -> tuple[bool, bool]:
-        """Whether the prompt's log-probabilities after a prefix-cache hit are right, and those of named tokens.
+    async def _prompt_rows(self, schema: Any) -> tuple[NamedRowsForm | None, bool]:
+        """How tokens are named whose log-probabilities along the prompt are right, and whether the prompt's own are
+        after a prefix-cache hit.
 
-        Older model runners answer the first of these requests with uninitialised memory, or die of it. They also refuse
+        Older model runners answer the request for the latter with uninitialised memory, or die of it. They also refuse
         prompt_logprob_token_ids, so that is asked first.
         """
         longer = [*self.prompt, *self.prompt[:_TAIL_LENGTH]]  # the cache has the first part of it
+        form, named = await self._named_rows(longer, schema)
+        if form is None:
+            return None, False
         try:
-            if (named := await self._named_rows(longer)) is None:
-                return False, False
             uncached = await self._generate(longer, prompt_logprobs=0, skip_reading_prefix_cache=False)
             every = await self._generate(longer, prompt_logprobs=0)
             rows, expected = (_own_logprobs(longer, answer["prompt_logprobs"]) for answer in (uncached, every))
-        except (EngineRejectedError, EngineProtocolError, AttributeError, KeyError, TypeError, ValueError):
-            return False, False
+        except (EngineRejectedError, EngineProtocolError, *MALFORMED) as error:
+            self._note("prompt_logprobs after a prefix-cache hit", error)
+            return None, False
         if len(expected) != len(longer) - 1:
-            return False, False
-        return _agree(rows, expected), _agree(named, expected)
+            self._note("prompt_logprobs", f"{len(expected)} of {len(longer) - 1} rows")
+            return None, False
+        if not _agree(named, expected):
+            self._note("prompt_logprob_token_ids", "its values are not those of prompt_logprobs")
+            form = None
+        if not _agree(rows, expected):
+            self._note("prompt_logprobs after a prefix-cache hit", "its values are not those without the cache")
+            return form, False
+        return form, True
 
-    async def _named_rows(self, text: TokenIds) -> list[float] | None:
+    async def _named_rows(self, text: TokenIds, schema: Any) -> tuple[NamedRowsForm | None, list[float]]:
+        """The form that a server takes names in, and log-probabilities of the last tokens of `text`, asked for so."""
+        refusals = []
+        for form in _forms(schema):
+            try:
+                if (values := await self._named_tail(text, form)) is not None:
+                    return form, values
+            except (EngineRejectedError, EngineProtocolError, *MALFORMED) as error:
+                refusals.append(error)
+        if refusals:  # or it has no such field, and ignored it
+            self._note("prompt_logprob_token_ids", refusals[0])
+        return None, []
+
+    async def _named_tail(self, text: TokenIds, form: NamedRowsForm) -> list[float] | None:
         """Log-probabilities of the last tokens of `text`, asked for by name; None from a server that gives none."""
-        names = sorted(set(text[-_TAIL_LENGTH:]))
+        names = [[token] for token in text[-_TAIL_LENGTH:]]
+        (request,) = requests_for(form, names, None)
         for skip in (False, True):  # rows that the prefix cache has are not given
             answer = await self._generate(
                 text,
-                prompt_logprob_token_ids=names,
+                prompt_logprob_token_ids=request,
                 prompt_logprob_start=len(text) - 1 - _TAIL_LENGTH,
                 skip_reading_prefix_cache=skip,
             )
             if (encoded := answer.get("prompt_token_id_logprobs")) is not None:
-                rows = decoded_floats(encoded, (_TAIL_LENGTH, len(names)))
-                return [row[names.index(token)] for row, token in zip(rows, text[-_TAIL_LENGTH:], strict=True)]
+                values = values_of(form, names, [decoded_floats(encoded, (_TAIL_LENGTH, width(request)))])
+                return [float(value[0]) for value in values]
         return None
+
+    def _note(self, feature: str, refusal: Exception | str) -> None:
+        """Keep that the server seemed to have `feature`, and what it did when asked."""
+        self._refused.append(f"{feature}: {str(refusal).removeprefix(f'{self._http.url}: ')[:300]}")
 
     async def _complete(self, **options: Any) -> Any:
         payload = {"model": self._info.model, "prompt": self.prompt, "max_tokens": 1, "temperature": 0.0, **options}
@@ -216,6 +252,18 @@ class Probe:
             return await self._http.retries.query(ask)
         except (EngineRejectedError, EngineProtocolError):
             return None
+
+
+def _forms(schema: Any) -> tuple[NamedRowsForm, ...]:
+    """In which forms prompt_logprob_token_ids may be taken, by the server's description of itself where it has one."""
+    try:
+        sampling = schema["components"]["schemas"]["GenerateRequest"]["properties"]["sampling_params"]["properties"]
+    except (KeyError, TypeError):
+        return "per row", "shared"
+    if (field := sampling.get("prompt_logprob_token_ids")) is None:
+        return ()
+    nested = any(kind.get("items", {}).get("type") == "array" for kind in field.get("anyOf", ()))
+    return ("per row",) if nested else ("shared",)
 
 
 def follow_temperature(at_one: TopK, at_two: TopK) -> bool:
@@ -240,7 +288,7 @@ def summary(capabilities: Capabilities) -> str:
     abilities = {
         "named tokens": c.named_logprobs,
         "token-in/token-out": c.generate_endpoint,
-        "named tokens along a text": c.named_rows,
+        "named tokens along a text": bool(c.named_rows),
         "weight reload": c.reloads_weights,
         "pause": c.pauses,
         "LoRA": c.loads_lora,

@@ -212,7 +212,9 @@ class Replicas:
             found[0],
             max_model_len=(await self.describe()).max_model_len,
             max_logprobs=min(limits, default=None),
+            named_rows=found[0].named_rows if all(c.named_rows for c in found) else None,
             scoring=tuple(method for method in found[0].scoring if all(method in c.scoring for c in found)),
+            refused=tuple(dict.fromkeys(refusal for c in found for refusal in c.refused)),
             **abilities,
         )
 
@@ -461,7 +463,6 @@ _ABILITIES = (
     "named_logprobs",
     "generate_endpoint",
     "cached_rows",
-    "named_rows",
     "detokenizes",
     "reloads_weights",
     "resets_prefix_cache",

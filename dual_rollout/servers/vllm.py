@@ -24,6 +24,7 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 from dual_rollout.functional.top_k import TopK, at_temperature, joined
 from dual_rollout.servers.http import HttpTransport, longest_answer, shown
 from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
+from dual_rollout.servers.named_rows import NamesSent, requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
 from dual_rollout.servers.parsing import MALFORMED
 from dual_rollout.servers.probe import Probe, summary
@@ -141,6 +142,8 @@ class VLLMEngine(VLLMModelWeights):
                 self._parser.vocab_size = self._capabilities.vocab_size
                 await self._identity.remember_model(probe.prompt)
                 logger.info("%s: %s", self.url, summary(self._capabilities))
+                for refusal in self._capabilities.refused:
+                    logger.warning("%s refused what it should offer; slower ways do as well. %s", self.url, refusal)
         return self._capabilities
 
     async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
@@ -159,6 +162,7 @@ class VLLMEngine(VLLMModelWeights):
     ) -> Drafts:
         raw = temperature != 1.0 and not await self._reports_processed(prompts[0])
         self._check_draws_at(temperature)
+        await self._check_room(prompts, lengths)
 
         # The draft ends where the sequence would. vLLM refuses stop ids that the model cannot say.
         size = self._parser.vocab_size
@@ -319,31 +323,25 @@ class VLLMEngine(VLLMModelWeights):
         return top
 
     async def _score_named_rows(self, text: TokenIds, start: int, token_ids: Sequence[TokenIds]) -> list[np.ndarray]:
-        """Log-probabilities of the named tokens at each position of a text from `start` on, one list of names each.
-
-        The endpoint takes one list of names for all rows, so each gets those of all and gives back its own.
-        """
+        """Log-probabilities of the named tokens at each position of a text from `start` on, one list of names each."""
         named = [position for position, ids in enumerate(token_ids) if ids]
         if not named:
             return [np.empty(0) for _ in token_ids]
-        first, last = start + named[0], start + named[-1]
-        names = sorted(set(chain.from_iterable(token_ids)))
-        width = (await self.probe(text)).max_logprobs or len(names)
-        parts = await asyncio.gather(
-            *(
-                self._named_rows(text[: last + 1], last + 1 - first, names[i : i + width])
-                for i in range(0, len(names), width)
-            )
+        first, end = named[0], named[-1] + 1
+        found = await self.probe(text)
+        assert found.named_rows is not None
+        names = token_ids[first:end]
+        requests = requests_for(found.named_rows, names, found.max_logprobs)
+        answers = await asyncio.gather(
+            *(self._named_rows(text[: start + end], end - first, request) for request in requests)
         )
-        values = np.hstack(parts)
-        column = {token: i for i, token in enumerate(names)}
-        return [
-            values[start + position - first, [column[token] for token in ids]] if ids else np.empty(0)
-            for position, ids in enumerate(token_ids)
-        ]
+        rows = values_of(found.named_rows, names, answers)
+        nothing = np.empty(0)
+        return [*[nothing] * first, *rows, *[nothing] * (len(token_ids) - end)]
 
-    async def _named_rows(self, text: TokenIds, count: int, names: Sequence[int]) -> np.ndarray:
-        """`(count, len(names))` log-probabilities of named tokens at the last `count` tokens of a text."""
+    async def _named_rows(self, text: TokenIds, count: int, names: NamesSent) -> np.ndarray:
+        """`(count, width)` log-probabilities of named tokens at the last `count` tokens of a text."""
+        shape = (count, width(names))
         sampling = {
             "max_tokens": 1,
             "temperature": 0.0,
@@ -353,7 +351,7 @@ class VLLMEngine(VLLMModelWeights):
         }
 
         def whole(answer: Mapping[str, Any]) -> np.ndarray:
-            return self._parser.named(decoded_floats(answer["prompt_token_id_logprobs"], (count, len(names))))
+            return self._parser.named(decoded_floats(answer["prompt_token_id_logprobs"], shape))
 
         def uncached(answer: Mapping[str, Any]) -> np.ndarray | None:
             # Rows are missing where the prefix cache has the first of them.
@@ -419,6 +417,17 @@ class VLLMEngine(VLLMModelWeights):
                 status=400,
             )
 
+    async def _check_room(self, prompts: Sequence[TokenIds], lengths: Sequence[int]) -> None:
+        """From 0.32 on vLLM draws as many tokens as fit, and says nothing, where earlier versions refuse."""
+        limit = (await self.describe()).max_model_len
+        longest = max(map(lambda prompt, length: len(prompt) + length, prompts, lengths), default=0)
+        if limit is not None and longest > limit:
+            raise EngineRejectedError(
+                f"has a context of {limit} tokens, and a prompt with its draft takes {longest}: lower max_tokens",
+                url=self.url,
+                status=400,
+            )
+
     async def _named_alone(self, prompt: TokenIds, token_ids: TokenIds, temperature: float) -> np.ndarray:
         async with self._gate.alone():
             return await self._named(prompt, token_ids, temperature)
@@ -475,7 +484,7 @@ def _listed(prompts: int, prompt_tokens: int, options: Mapping[str, Any]) -> int
     if (k := options.get("prompt_logprobs")) is not None:
         listed += prompt_tokens * (1 + k)
     if names := options.get("prompt_logprob_token_ids"):
-        listed += (prompt_tokens - options["prompt_logprob_start"]) * len(names)
+        listed += (prompt_tokens - options["prompt_logprob_start"]) * width(names)
     return listed
 
 

@@ -232,7 +232,14 @@ class TrlWeightSync:
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
         if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
-            trainer.vllm_generation.sync_weights()
+            try:
+                trainer.vllm_generation.sync_weights()
+            except Exception as error:
+                raise WeightSyncError(
+                    f"TRL's own weight transfer (use_vllm=True) failed: {type(error).__name__}: {error}. TRL 1.16 "
+                    "takes vLLM 0.22 to 0.31, in the trainer's environment and as the server. With another version set "
+                    "use_vllm=False, and dual_weight_sync sends the weights"
+                ) from error
             trainer._last_loaded_step = trainer.state.global_step
         rollout.weight_version = trainer.state.global_step
 

@@ -28,7 +28,7 @@ weights
   --lora RANK                let theta load LoRA adapters of up to this rank while it runs
   --lora-modules NAMES       modules that adapters may change, comma-separated (all; with --cpu the linear
                              layers of a Llama)
-  --nccl                     let theta take weights over NCCL, for TRL's use_vllm: true
+  --nccl                     let theta take weights over NCCL, for TRL's use_vllm: true (TRL 1.16: vLLM 0.22 to 0.31)
 running
   --cpu                      vLLM's CPU build: float32, eager, blocks of 32 tokens, half of the cores each
   --theta-cores LIST, --t-cores LIST               with --cpu, such as 0-3 (the first half, the second half)
@@ -48,7 +48,7 @@ fail() { echo "start_vllm.sh: $*" >&2; exit 2; }
 
 declare -A port=([theta]=8000 [t]=8001) devices=([theta]=0 [t]=0) tp=() memory=() quantization=() cores=() model=() pid=()
 host=127.0.0.1 dtype= max_model_len= max_num_seqs=64 max_logprobs=200 processed= lora= lora_modules= nccl= cpu=
-kv_cache_gib=2 python=${VLLM_PYTHON:-python} log_dir=outputs/serving timeout=900 check=yes dry_run=
+flags= kv_cache_gib=2 python=${VLLM_PYTHON:-python} log_dir=outputs/serving timeout=900 check=yes dry_run=
 models=() extra=()
 
 while (($#)); do
@@ -114,6 +114,21 @@ half_of_cores() {
     echo "${all[*]}"
 }
 
+# Sets `flags`: what this vLLM's own --help lists, each between spaces. Without vLLM there is none, and a dry run
+# prints every flag.
+ask_for_flags() {
+    local help
+    if help=$("$python" -m vllm.entrypoints.openai.api_server --help=all 2>&1); then
+        flags=" $(grep -oE -- '--[a-z][a-z0-9-]+' <<<"$help" | sort -u | tr '\n' ' ') "
+    elif [[ -z $dry_run ]]; then
+        fail "$python cannot run vLLM (--python names another interpreter): ${help##*$'\n'}"
+    fi
+}
+
+has() { [[ -z $flags || $flags == *" $1 "* ]]; }
+
+needs() { has "$1" || fail "this vLLM has no $1, which $2 needs: take a newer one (docs/serving.md says from which on)"; }
+
 # Sets `environment` and `command` for one side.
 build() {
     local side=$1 ids
@@ -121,10 +136,13 @@ build() {
     # that was idle for 5 s, which a training step is.
     environment=(VLLM_SERVER_DEV_MODE=1 VLLM_HTTP_TIMEOUT_KEEP_ALIVE=60)
     command=("$python" -m vllm.entrypoints.openai.api_server --model "${model[$side]}"
-        --host "$host" --port "${port[$side]}" --max-logprobs "$max_logprobs" --max-num-seqs "$max_num_seqs"
-        --enable-scale-out --enable-prompt-tokens-details --disable-uvicorn-access-log)
+        --host "$host" --port "${port[$side]}" --max-logprobs "$max_logprobs" --max-num-seqs "$max_num_seqs")
+    local flag
+    for flag in --enable-scale-out --enable-prompt-tokens-details --disable-uvicorn-access-log; do
+        if has "$flag"; then command+=("$flag"); else echo "this vLLM has no $flag: left out for $side" >&2; fi
+    done
     [[ -z $max_model_len ]] || command+=(--max-model-len "$max_model_len")
-    [[ -z $processed ]] || command+=(--logprobs-mode processed_logprobs)
+    [[ -z $processed ]] || { needs --logprobs-mode --processed-logprobs; command+=(--logprobs-mode processed_logprobs); }
     [[ -z ${quantization[$side]:-} ]] || command+=(--quantization "${quantization[$side]}")
     if [[ -n $cpu ]]; then
         environment+=("VLLM_CPU_OMP_THREADS_BIND=${cores[$side]:-$(half_of_cores "$side")}"
@@ -142,9 +160,12 @@ build() {
         # The CPU build dies of prompt_logprobs while the output layer is open to adapters.
         local names=${lora_modules:-${cpu:+q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}}
         # shellcheck disable=SC2206  # module names hold no spaces
-        [[ -z $names ]] || command+=(--lora-target-modules ${names//,/ })
+        [[ -z $names ]] || { needs --lora-target-modules "--lora"; command+=(--lora-target-modules ${names//,/ }); }
     fi
-    [[ $side != theta || -z $nccl ]] || command+=(--weight-transfer-config '{"backend": "nccl"}')
+    if [[ $side == theta && -n $nccl ]]; then
+        needs --weight-transfer-config --nccl
+        command+=(--weight-transfer-config '{"backend": "nccl"}')
+    fi
     ((${#extra[@]} == 0)) || command+=("${extra[@]}")
 }
 
@@ -217,6 +238,7 @@ if [[ -z $dry_run ]]; then
     trap 'exit 130' INT
     trap 'exit 143' TERM
 fi
+ask_for_flags
 start theta
 # vLLM measures the free memory of its GPU while it starts; two at once would disturb each other.
 [[ -n $cpu || -z $shared ]] || wait_until_healthy theta

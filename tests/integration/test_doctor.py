@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dual_rollout.exceptions import EngineProtocolError, PreflightError
 from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.tokenizer_check import compare_tokens
 from dual_rollout.tokenizer_files import compare_vocabularies, read_vocabulary
+from tests.fault_proxy import Exchange, Fault, FaultProxy, passed_on
 from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 from tests.warm_servers import WarmServer
@@ -139,6 +141,66 @@ def test_something_else_and_something_that_hangs():
 
     found = asyncio.run(run())
     assert failed(found) == [("π_θ", "server"), ("π_t", "server")]
+
+
+def refusing(message: str) -> Fault:
+    """As vLLM does with a feature of its other model runner."""
+
+    async def fault(exchange: Exchange) -> web.StreamResponse:
+        if "prompt_logprob_token_ids" in json.loads(exchange.body or "{}").get("sampling_params", {}):
+            return web.json_response({"error": {"message": message}}, status=400)
+        return await passed_on(exchange)
+
+    return fault
+
+
+async def taking_one_list_for_all_rows(exchange: Exchange) -> web.StreamResponse:
+    """As vLLM up to 0.31."""
+    body = json.loads(exchange.body or "{}")  # empty where the probe asks what is there
+    sampling = body.get("sampling_params", {})
+    if (names := sampling.get("prompt_logprob_token_ids")) is not None:
+        if not all(isinstance(name, int) for name in names):
+            return web.json_response({"error": {"message": "Input should be a valid integer"}}, status=400)
+        rows = len(body["token_ids"]) - 1 - sampling["prompt_logprob_start"]
+        sampling["prompt_logprob_token_ids"] = [names] * rows
+        exchange = replace(exchange, body=json.dumps(body).encode())
+    return await passed_on(exchange)
+
+
+def test_what_is_refused_where_it_should_be_is_said(small_urls, caplog):
+    message = "prompt_logprob_token_ids requires the V2 model runner"
+
+    async def run() -> tuple[Capabilities, str]:
+        async with FaultProxy(small_urls[0], refusing(message)).running() as proxy:
+            async with contextlib.aclosing(VLLMEngine(HttpTransport(proxy.url))) as engine:
+                found = await engine.probe([1, 2])
+            return found, (await asyncio.to_thread(doctor, proxy.url, small_urls[1], "--top-k", "20"))[1]
+
+    found, printed = asyncio.run(run())
+    assert (found.named_rows, found.cached_rows, found.scoring) == (None, False, ("prefixes",))
+    assert len(found.refused) == 1 and message in found.refused[0]
+    assert message in caplog.text and message in in_one_line(printed)
+
+
+def test_tokens_are_named_in_the_form_that_the_server_takes(small_urls):
+    """More names than a list may have, none at some positions, and some at several."""
+    prompts, drafts = [[1, 2, 3], [4]], [np.array([5, 6, 7]), np.array([8, 9])]
+    names = [[], [7, 3], list(range(30, 75)), [60], [3, 2]]
+
+    async def run() -> list[tuple[Capabilities, list[np.ndarray]]]:
+        async with FaultProxy(small_urls[0], taking_one_list_for_all_rows).running() as proxy:
+            answers = []
+            for url in (small_urls[0], proxy.url):
+                async with contextlib.aclosing(VLLMEngine(HttpTransport(url))) as engine:
+                    answers.append((await engine.probe([1, 2]), await engine.score_named(prompts, drafts, names)))
+            return answers
+
+    (new, rows), (old, same) = asyncio.run(run())
+    assert (new.named_rows, old.named_rows) == ("per row", "shared")
+    assert new.refused == old.refused == () and new.scoring == old.scoring == ("token_ids", "prefixes")
+    assert [len(row) for row in rows] == [len(ids) for ids in names]
+    for row, other in zip(rows, same, strict=True):
+        np.testing.assert_allclose(row, other, atol=1e-4)
 
 
 class CompilingServer(MarkovServer):

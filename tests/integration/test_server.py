@@ -351,23 +351,34 @@ def test_generate_returns_rows_of_uncached_tokens_only(server: EmbeddedServer, r
 def test_generate_scores_named_tokens_as_npy(server: EmbeddedServer, reference: Any) -> None:
     tokens = _prompt(np.random.default_rng(14), 40)
     expected = _expected(reference, tokens)
-    named = [7, 3, 250]
+    named = [[[7, 3, 250], [], [11], [5, -1, 6]][row % 4] for row in range(39)]  # one list per row
 
-    def scores(start: int | None, skip: bool | None) -> np.ndarray | None:
-        sampling = {"max_tokens": 1, "prompt_logprob_token_ids": named, "prompt_logprob_start": start}
+    def ask(start: int | None, skip: bool | None, names: object, **more: object) -> tuple[int, object]:
+        sampling = {"max_tokens": 1, "prompt_logprob_token_ids": names, "prompt_logprob_start": start, **more}
         body = {"token_ids": tokens, "sampling_params": {**sampling, "skip_reading_prefix_cache": skip}}
-        status, answer = _call(server, "/inference/v1/generate", body)
+        return _call(server, "/inference/v1/generate", body)
+
+    def scores(start: int | None, skip: bool | None, **more: object) -> np.ndarray | None:
+        status, answer = ask(start, skip, named[start or 0 :], **more)
         assert status == 200, answer
         encoded = answer["prompt_token_id_logprobs"]
         return None if encoded is None else np.load(io.BytesIO(base64.b64decode(encoded)))
 
-    for start, skip in ((None, None), (30, None), (36, False)):
-        got = scores(start, skip)
+    for start, skip, more in ((None, None, {}), (30, None, {"prompt_logprobs": 1}), (36, False, {})):
+        got = scores(start, skip, **more)
         assert got is not None and got.dtype == np.float32 and got.shape == (39 - (start or 0), 3)
-        assert np.abs(got - expected[start or 0 : 39, named]).max() < TOLERANCE
+        for row, values in enumerate(got, start=start or 0):
+            wanted = [expected[row, name] if name >= 0 else -np.inf for name in (*named[row], -1, -1, -1)[:3]]
+            np.testing.assert_allclose(values, wanted, atol=TOLERANCE)
     assert scores(20, False) is None  # rows 20..31 are cached and were not computed
-    empty = scores(39, False)
-    assert empty is not None and empty.shape == (0, 3)
+    for names, problem in (
+        ([7, 3], "list of lists"),
+        (named, "39 rows, but the prompt has 9"),
+        ([[]] * 9, "non-empty"),
+        ([[10**6]] * 9, "out-of-vocab"),
+    ):
+        status, answer = ask(30, None, names)
+        assert status == 400 and problem in str(answer)
 
 
 def test_models_version_health(server: EmbeddedServer) -> None:

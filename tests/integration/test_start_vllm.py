@@ -26,6 +26,7 @@ if [[ ${{1-}} != -m ]]; then exec {python} "$@"; fi
 shift 2
 while (($#)); do
     case $1 in
+        --help=all) echo "usage: api_server.py [-h] {flags}"; exit ;;
         --model) model=$2; shift 2 ;;
         --port) port=$2; shift 2 ;;
         *) shift ;;
@@ -46,6 +47,20 @@ if not pathlib.Path(sys.argv[1]).is_dir():
     sys.exit(f"{sys.argv[1]} is not a folder with a model")
 HTTPServer(("127.0.0.1", int(sys.argv[2])), Health).serve_forever()
 """
+
+
+FLAGS = (
+    *("--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log", "--logprobs-mode"),
+    *("--lora-target-modules", "--weight-transfer-config"),
+)
+
+
+def write_interpreter(path: Path, without: str = "") -> Path:
+    """One whose vLLM has all flags that the script asks for, but for one."""
+    flags = " ".join(f"[{flag} | --no-{flag[2:]}]" for flag in FLAGS if flag != without)
+    path.write_text(INTERPRETER.format(python=sys.executable, server=SERVER, flags=flags))
+    path.chmod(0o755)
+    return path
 
 
 def dry_run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
@@ -98,6 +113,36 @@ def test_cpu() -> None:
     assert "q_proj" in theta[theta.index("--lora-target-modules") :]
 
 
+@pytest.mark.parametrize(
+    "flag", ["--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+)
+def test_a_flag_that_this_vllm_lacks_is_left_out(tmp_path: Path, flag: str) -> None:
+    older, newer = write_interpreter(tmp_path / "older", flag), write_interpreter(tmp_path / "newer")
+    assert all(flag in words for words in dry_run("policy", "--python", str(newer)))
+    assert not any(flag in words for words in dry_run("policy", "--python", str(older)))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (["--processed-logprobs"], "--logprobs-mode"),
+        (["--lora", "8", "--cpu"], "--lora-target-modules"),
+        (["--nccl"], "--weight-transfer-config"),
+    ],
+)
+def test_an_option_that_this_vllm_cannot_do_is_refused(tmp_path: Path, options: list[str], flag: str) -> None:
+    older = write_interpreter(tmp_path / "older", flag)
+    command = [str(SCRIPT), "--dry-run", "--python", str(older), *options, "policy"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert answer.returncode == 2 and f"no {flag}, which {options[0]} needs" in answer.stderr
+
+
+def test_an_interpreter_without_vllm_is_named_before_anything_starts(tmp_path: Path) -> None:
+    command = [str(SCRIPT), "--python", "/bin/false", "--log-dir", str(tmp_path / "logs"), "policy"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert answer.returncode == 2 and "/bin/false cannot run vLLM (--python" in answer.stderr
+
+
 def test_a_key_is_never_on_a_command_line() -> None:
     for words in dry_run("policy", environment={"DUAL_ROLLOUT_API_KEY": "secret"}):
         assert not any("secret" in word for word in words)
@@ -123,8 +168,7 @@ class Servers:
 
     def __init__(self, model: Path, folder: Path, t_model: Path | None = None):
         interpreter = folder / "python"
-        interpreter.write_text(INTERPRETER.format(python=sys.executable, server=SERVER))
-        interpreter.chmod(0o755)
+        write_interpreter(interpreter)
         self.ports = [_free_port(), _free_port()]
         command = [str(SCRIPT), "--cpu", "--no-check", "--python", str(interpreter), "--log-dir", str(folder)]
         command += ["--theta-port", str(self.ports[0]), "--t-port", str(self.ports[1]), "--timeout", "60"]

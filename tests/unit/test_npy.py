@@ -12,6 +12,7 @@ import pytest
 
 from dual_rollout.exceptions import EngineProtocolError
 from dual_rollout.servers import HttpTransport, VLLMEngine
+from dual_rollout.servers.named_rows import requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
 
 
@@ -104,19 +105,40 @@ class FewRows(HttpTransport):
     async def post(self, path: str, payload: Any = None, **_: Any) -> Any:
         sampling = payload["sampling_params"]
         self.asked.append(skip := sampling["skip_reading_prefix_cache"])
-        count, width = self.rows[skip], len(sampling["prompt_logprob_token_ids"])
-        rows = None if count is None else encoded(np.save, np.full((count, width), -float(1 + skip), dtype=np.float32))
+        count, columns = self.rows[skip], width(sampling["prompt_logprob_token_ids"])
+        rows = np.full((count or 0, columns), -float(1 + skip), dtype=np.float32)
+        rows = None if count is None else encoded(np.save, rows)
         return {"prompt_token_id_logprobs": rows}
 
 
 @pytest.mark.parametrize("uncached", [None, 0, 2])
 def test_named_rows_that_the_cache_holds_are_asked_for_without_it(uncached: int | None) -> None:
     transport = FewRows(uncached, whole=3)
-    rows = asyncio.run(VLLMEngine(transport)._named_rows([1, 2, 3, 4, 5], 3, [7, 9]))
+    rows = asyncio.run(VLLMEngine(transport)._named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
     assert transport.asked == [False, True]
     assert rows.tolist() == [[-2.0, -2.0]] * 3
 
 
 def test_named_rows_that_are_not_there_at_all_are_a_fault() -> None:
     with pytest.raises(EngineProtocolError, match=r"\(2, 2\) floats in 16 bytes instead of floats \(3, 2\)"):
-        asyncio.run(VLLMEngine(FewRows(2, whole=2))._named_rows([1, 2, 3, 4, 5], 3, [7, 9]))
+        asyncio.run(VLLMEngine(FewRows(2, whole=2))._named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
+
+
+@pytest.mark.parametrize("form", ["per row", "shared"])
+@pytest.mark.parametrize("limit", [None, 1, 2, 3])
+def test_either_form_of_naming_gives_each_row_its_own(form: Any, limit: int | None) -> None:
+    names = [[], [7, 3], [9, 1, 3, 8], [5], []]
+    table = np.arange(50.0).reshape(5, 10)
+
+    def answer(request: Any) -> np.ndarray:
+        """What vLLM says: -inf where a row is padded."""
+        rows = request if form == "per row" else [request] * len(names)
+        values = np.full((len(names), width(request)), -np.inf)
+        for value, scores, ids in zip(values, table, rows, strict=True):
+            value[: len(ids)] = scores[ids]
+        return values
+
+    requests = requests_for(form, names, limit)
+    assert limit is None or max(map(width, requests)) <= limit
+    rows = values_of(form, names, list(map(answer, requests)))
+    assert [row.tolist() for row in rows] == [scores[ids].tolist() for scores, ids in zip(table, names, strict=True)]

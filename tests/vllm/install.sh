@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Install real vLLM (CPU only) into .venv-vllm at the repository's root, for the tests in this folder.
+# usage: install.sh [FOLDER]
+# Install real vLLM (CPU only) into FOLDER, by default .venv-vllm at the repository's root, for the tests in this
+# folder. They take another one by DUAL_ROLLOUT_VLLM_PYTHON=FOLDER/bin/python.
 #
 # This project goes in too, without its requirements: vLLM finds the native engine's model class by its entry point.
 # Takes about 90 seconds the first time and nothing when it is already there. PYTHON names the interpreter to
@@ -7,10 +9,10 @@
 # for; it must carry torch's CPU build, which the wheel pins (torch==2.13.0+cpu).
 set -euo pipefail
 
-VLLM_VERSION=0.31.0
+VLLM_VERSION=0.32.0
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 project=$(cd "$here/../.." && pwd)
-venv=$project/.venv-vllm
+venv=${1:-$project/.venv-vllm}
 constraints=$here/constraints-vllm.txt
 stamp=$venv/installed
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
