@@ -19,6 +19,23 @@ def is_text(prompt: Prompt) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
+def as_text(prompt: Any) -> str | None:
+    """A prompt to be read by people: a string as it is, messages under their roles, ids as numbers; None for None."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    if not is_text(prompt):
+        return " ".join(map(str, prompt))
+    return "\n".join(f"{message.get('role')}: {_content_text(message)}" for message in without_nulls(prompt))
+
+
+def _content_text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") if isinstance(part, Mapping) else str(part) for part in content)
+    calls = message.get("tool_calls")
+    return "" if content is None and not calls else f"{content or ''}{f' {calls}' if calls else ''}"
+
+
 def without_nulls(prompt: Any) -> Any:
     """Chat messages without the null keys, at any depth, that Arrow adds where one has a key and others lack it.
 

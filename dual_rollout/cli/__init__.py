@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dual_rollout import __version__
-from dual_rollout.cli import bench, doctor, generate, serve, serve_native, train
+from dual_rollout.cli import bench, doctor, generate, report, serve, serve_native, train
 from dual_rollout.exit_status import exit_status
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"dual-rollout {__version__}")
     parser.add_argument("--debug", action="store_true", help="before the command: show a traceback when it fails")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (bench, doctor, generate, serve, serve_native, train):
+    for command in (bench, doctor, generate, report, serve, serve_native, train):
         command.add_parser(subparsers)
     for given in sys.argv[1:] if argv is None else argv:
         try:

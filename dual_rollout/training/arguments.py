@@ -86,6 +86,12 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
             "and after each rollout; what rounding explains when unset. Beyond it the run stops."
         },
     )
+    dual_kept_rollouts: int = field(
+        default=8,
+        metadata={
+            "help": "Rollouts of each step that stay in output_dir/rollouts for dual-rollout report; 0 for none."
+        },
+    )
     dual_overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output_dir that is not empty; what is in it stays or goes."}
     )
@@ -168,6 +174,8 @@ def _check_rollouts(dual: DualArguments, training: GRPOConfig) -> None:
     except ValueError as error:
         raise ValueError(f"{PREFIX}{str(error).removeprefix(PREFIX)}") from error
     dataclasses.replace(config, temperature=training.temperature)
+    if dual.dual_kept_rollouts < 0:
+        raise ValueError(f"dual_kept_rollouts must be at least 0, got {dual.dual_kept_rollouts}")
     if training.max_completion_length is None or training.max_completion_length < 1:
         raise ValueError(f"max_completion_length must be at least 1, got {training.max_completion_length}")
 

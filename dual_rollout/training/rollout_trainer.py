@@ -17,6 +17,7 @@ from dual_rollout.prompts import check_prompt_is_text, without_nulls
 from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
+from dual_rollout.training.kept_rollouts import PER_TOKEN, KeptRollouts
 from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.report import RunReport
@@ -58,6 +59,7 @@ class RolloutTrainerMixin(_Trainer):
         weight_sync: "disk" (all weights), "lora" (the adapter alone), or "auto"; see `choose_weight_sync`.
         weight_sync_dir: a folder that π_θ's server sees under the same path; inside `output_dir` when None.
         policy_check_bound: as for `DualRollout`.
+        kept_rollouts: rollouts of each step that are kept in `rollouts/` of the output folder, see `KeptRollouts`.
 
     Raises:
         ValueError: settings of TRL that are wrong for samples from q*, or a dataset whose columns would be overwritten.
@@ -68,6 +70,7 @@ class RolloutTrainerMixin(_Trainer):
     _train_sampler: Any = None
     _tool_rows: Callable[[list[list[int]]], list[int]] | None = None  # in TRL's tool loop: the rows it asks for
     _scoring_seconds = 0.0  # since the optimisation step began
+    _rewards: torch.Tensor | None = None  # of the last rollout, `(B, reward functions)` over all processes
 
     def __init__(
         self,
@@ -77,11 +80,13 @@ class RolloutTrainerMixin(_Trainer):
         weight_sync: WeightSyncMethod = "auto",
         weight_sync_dir: str | Path | None = None,
         policy_check_bound: float | None = None,
+        kept_rollouts: int = 8,
         **kwargs: Any,
     ):
         self._synced_step: int | None = None
         self.contexts = TargetContexts()
         self.policy_check_bound = policy_check_bound
+        self._kept = KeptRollouts(kept_rollouts)
         self.rollout = self._make_rollout(dual_config, alpha_schedule)
         if kwargs.get("args") is not None:
             self._check_args(kwargs["args"])  # before the model is loaded
@@ -92,6 +97,7 @@ class RolloutTrainerMixin(_Trainer):
             check_columns(dataset)
         self.report = RunReport(Path(self.args.output_dir))
         self.add_callback(self.report)
+        self.add_callback(self._kept)
         self.add_callback(_UpdateTimer(self))
         self._weight_folder = weight_folder(self.args.output_dir, weight_sync_dir)
         self._weight_sync = self._make_weight_sync(weight_sync)
@@ -237,15 +243,50 @@ class RolloutTrainerMixin(_Trainer):
         for row in inputs:
             if "prompt" in row:  # as the servers get it, so that reward functions and models see the same
                 row["prompt"] = without_nulls(row["prompt"])
+        self._rewards = None
         self.contexts, self._row_prompts = TargetContexts.from_rows(inputs), [row.get("prompt") for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         device, width = output["completion_ids"].device, output["completion_ids"].shape[1]
         for name in FLOAT_COLUMNS:
             rows = self._rollout_columns[name]
             output[_BATCH_NAMES.get(name, name)] = pad_rows(rows, 0.0, width=width).to(device)
+        if self.model.training and self._kept.wants(self.state.global_step + 1):
+            self._kept.keep(self.state.global_step + 1, self._rows_to_keep(output), self._tokenizer_name())
         self._correct(output)
         self._scoring_seconds += time.perf_counter() - started
         return output
+
+    def _rows_to_keep(self, output: dict[str, Any]) -> list[dict[str, Any]]:
+        """The first rows of this process's rollout, before the weights are in its advantages."""
+        rows: list[dict[str, Any]] = []
+        advantages, rewards = output.get("advantages"), self._own_rewards()
+        for i in range(min(self._kept.limit, len(output["completion_ids"]))):
+            length = len(self._rollout_columns["alpha"][i])
+            numbers = {name: self._rollout_columns.get(column) for name, column in PER_TOKEN.items()}
+            rows.append(
+                {
+                    "prompt": self._row_prompts[i],
+                    "t_prompt": None if self.contexts.t_prompts is None else self.contexts.t_prompts[i],
+                    "t_target": None if self.contexts.targets is None else self.contexts.targets[i],
+                    "reward": None if rewards is None else rewards[i],
+                    "advantage": None if advantages is None else float(advantages[i]),
+                    "generated_tokens": output["completion_ids"][i, :length].tolist(),
+                    **{name: None if column is None else column[i] for name, column in numbers.items()},
+                }
+            )
+        return rows
+
+    def _own_rewards(self) -> list[float] | None:
+        """The reward of each row of this process's rollout, as TRL adds it up; NaN where no function gave one."""
+        if self._rewards is None:
+            return None
+        total = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(dim=1)
+        total[self._rewards.isnan().all(dim=1)] = torch.nan
+        return list(total.chunk(self.accelerator.num_processes)[self.accelerator.process_index].tolist())
+
+    def _tokenizer_name(self) -> str:
+        processing: Any = self.processing_class
+        return str(getattr(processing, "tokenizer", processing).name_or_path)
 
     def _correct(self, output: dict[str, Any]) -> None:
         """Put into the batch what a loss needs to be that of the policy."""

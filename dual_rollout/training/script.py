@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             weight_sync=recipe.dual.dual_weight_sync,
             weight_sync_dir=recipe.dual.dual_weight_sync_dir,
             policy_check_bound=recipe.dual.dual_policy_check_bound,
+            kept_rollouts=recipe.dual.dual_kept_rollouts,
         )
         console = Console.take_over(trainer)
         with trainer.rollout:
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         print(trainer.report.table())
         logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
+        print(f"To see its rollouts: dual-rollout report {output_dir} -o {output_dir}/report.html")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
     PartialState().wait_for_everyone()  # none leaves while another still needs it

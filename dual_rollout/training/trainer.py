@@ -102,7 +102,8 @@ class DualTrainerMixin(RolloutTrainerMixin):
         for name in ROLLOUT_COLUMNS:
             for row, value in zip(inputs, self._rollout_columns.get(name, ()), strict=False):
                 row[name] = value
-        return super()._calculate_rewards(inputs, *args)
+        self._rewards = super()._calculate_rewards(inputs, *args)
+        return self._rewards
 
     def _correct(self, output: dict[str, Any]) -> None:
         old_logps = self._old_per_token_logps(output)

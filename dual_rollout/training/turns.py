@@ -32,6 +32,9 @@ ROLLOUT_COLUMNS = (*FLOAT_COLUMNS, "weight_version")
 """What a rollout gives the reward functions, by these names: a float per token of each row, and the version of π_θ's
 weights that the row was drawn from."""
 
+DIAGNOSTIC_COLUMNS = ("kl_theta", "coverage_theta", "coverage_t")
+"""Of the record's diagnostics, those that are kept of a few rollouts per step."""
+
 
 class RolloutSession:
     """One rollout of a trainer, from the check of π_θ's servers before its first token to that after its last.
@@ -153,11 +156,12 @@ class Turns:
             completions: the tokens of each row as the trainer has them, drawn or not.
 
         Returns:
-            `ROLLOUT_COLUMNS`, one entry per row. Of tokens that were not drawn the floats are NaN.
+            `ROLLOUT_COLUMNS` and `DIAGNOSTIC_COLUMNS`, one entry per row. Of tokens that were not drawn the floats are
+            NaN.
         """
         self._session.finish([[turn.output for turn in turns] for turns in self._turns])
         both = list(zip(self._turns, completions, strict=True))
-        return {name: [_column(name, *row) for row in both] for name in FLOAT_COLUMNS} | {
+        return {name: [_column(name, *row) for row in both] for name in (*FLOAT_COLUMNS, *DIAGNOSTIC_COLUMNS)} | {
             "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns]
         }
 
@@ -187,8 +191,9 @@ def _column(name: str, turns: list[_Turn], completion: list[int]) -> list[float]
     """A row's numbers, one for each token of its completion."""
     column = [math.nan] * len(completion)
     for turn in turns:
-        own = slice(turn.start, turn.start + len(turn.output.generated_tokens))
-        if completion[own] != turn.output.generated_tokens:
+        record = turn.output.record
+        own = slice(turn.start, turn.start + len(record.token_ids))
+        if completion[own] != record.token_ids:
             raise RuntimeError("the trainer's completion is not what was drawn: this version of TRL is not known")
-        column[own] = getattr(turn.output, name)
+        column[own] = record.diagnostics[name] if name in DIAGNOSTIC_COLUMNS else getattr(record, name)
     return column

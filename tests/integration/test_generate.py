@@ -35,12 +35,14 @@ from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.production.run import Job, Summary, _owned, output_schema, produce
 from dual_rollout.production.shards import Journal, OutputFolder, Share
+from dual_rollout.record import output_name
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.types import GenerationOutput, GenerationRequest
 from tests.fault_proxy import FaultProxy
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
+from tests.report_page import read_page
 from tests.runs import ROOT, finish, start
 from tests.warm_servers import WarmServer
 
@@ -119,6 +121,13 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
         assert versions["theta"]["root"] == str(tiny_pair.theta_model)
     assert len(list(out.glob(f"train-*.{format}"))) == 5
     assert not [path for path in out.iterdir() if path.name.startswith(".")], "nothing is left over"
+    assert main(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0, "which finds the tokenizer by itself"
+    page = read_page(tmp_path / "report.html")
+    assert page.ids == [row["generated_tokens"] for row in rows]
+    for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t"):
+        column = output_name(name)
+        for found, row in zip(page.numbers[name], rows, strict=True):
+            np.testing.assert_array_equal(found, np.float32(row[column]))
 
 
 def test_the_same_rows_from_jsonl_parquet_and_a_dataset(tiny_pair, questions, tmp_path):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer
+from dual_rollout.report.page import write_report
 from dual_rollout.training.report import RunReport
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config
+from tests.report_page import read_page
 
 NAMES = {
     *(f"sampling/importance_sampling_ratio/{reduce}" for reduce in ("min", "mean", "max")),
@@ -65,7 +69,7 @@ def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder, columns = tmp_path_factory.mktemp("logging"), []
 
     def reward(completions: list[Any], **given: Any) -> list[float]:
-        columns.append(given)
+        columns.append({**given, "completions": completions})
         return count_of_the(completions)
 
     args = grpo_config(
@@ -87,6 +91,7 @@ def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
         importance_sampling_mode="token_mask",
         importance_sampling_clip_min=0.1,
         alpha_schedule=AlphaSchedule(shape="linear", kl_budget_end=0.02),
+        kept_rollouts=3,
     )
     reporter = Reporter()
     trainer.add_callback(reporter)
@@ -144,6 +149,37 @@ def test_logged_completions_show_alpha_and_weight(run: Run) -> None:
     given = run.columns[0]
     for column, name in (("alpha", "alpha"), ("importance_weight", "importance_weights")):
         assert list(table[column]) == pytest.approx([sum(row) / len(row) for row in given[name]], abs=1e-3)
+
+
+def test_a_step_keeps_some_rollouts_for_the_report(run: Run) -> None:
+    """What the reward functions were given, and what they gave; not of the evaluation."""
+    assert [path.name for path in sorted((run.folder / "rollouts").iterdir())] == [
+        "rollouts_00001.parquet",
+        "rollouts_00002.parquet",
+    ]
+    for step, given in ((1, run.columns[0]), (2, run.columns[1])):
+        kept = pd.read_parquet(run.folder / f"rollouts/rollouts_{step:05d}.parquet").to_dict("list")
+        assert len(kept["reward"]) == 3 < len(given["prompts"]), "no more than kept_rollouts"
+        assert kept["reward"] == count_of_the(given["completions"])[:3]
+        groups = np.reshape(count_of_the(given["completions"]), (-1, 2))  # of num_generations
+        raw = (groups - groups.mean(axis=1, keepdims=True)) / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+        assert kept["advantage"] == pytest.approx(raw.ravel()[:3].tolist(), rel=1e-4), "without the weights"
+        for row in range(3):
+            assert list(kept["generated_tokens"][row]) == given["completion_ids"][row]
+            assert kept["prompt"][row] == f"user: {given['prompts'][row][0]['content']}"
+            assert kept["t_prompt"][row] == f"{kept['prompt'][row]} is the assistant"
+            for column, name in (("alpha_history", "alpha"), ("importance_weights", "importance_weights")):
+                assert list(kept[column][row]) == pytest.approx(given[name][row], rel=1e-6)
+            assert all(0 <= value <= 0.11 for value in kept["kl_theta"][row]), "the budget"
+
+
+def test_the_report_is_of_them(run: Run, tmp_path: Path) -> None:
+    source = write_report([run.folder], tmp_path / "report.html")
+    assert source.found == 6 and [entry["step"] for entry in source.steps] == [1, 2, 2]
+    page, given = read_page(tmp_path / "report.html"), run.columns[0]
+    assert page.ids[:3] == given["completion_ids"][:3]
+    shown, said = "".join(page.texts[0]), given["completions"][0][0]["content"]
+    assert re.sub("[‥\N{REPLACEMENT CHARACTER}]", "", shown).startswith(re.sub("\N{REPLACEMENT CHARACTER}", "", said))
 
 
 def test_reward_functions_get_alpha_weights_and_logprobs(run: Run) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -237,6 +238,11 @@ def test_every_turn_with_tools_is_drawn_from_q_star(pair: TinyPair, tmp_path: Pa
         assert 0 < log["sampling/policy_drift/max"] < 5e-3 and log["sampling/policy_check"] < 1e-3
         assert 0 < log["tools/failure_frequency"] < 1 and math.isfinite(log["loss"])
         assert all(row["weight_version"] == log["step"] - 1 for row in inputs)
+        kept = pq.read_table(tmp_path / f"rollouts/rollouts_{log['step']:05d}.parquet").to_pylist()
+        for row, given in zip(kept, inputs, strict=True):  # of a report, the same numbers, NaN at the results of tools
+            assert len(row["generated_tokens"]) == len(given["alpha"])
+            np.testing.assert_array_equal(row["alpha_history"], np.float32(given["alpha"]))
+            np.testing.assert_array_equal(np.isnan(row["kl_theta"]), np.isnan(given["alpha"]))
 
 
 def test_distillation_with_tools(pair: TinyPair, tmp_path: Path) -> None:

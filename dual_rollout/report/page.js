@@ -1,0 +1,350 @@
+"use strict";
+
+// ---- the data: one number per token and column, all rollouts in a row ------------------------------------------------
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+function decoded(base64, Type) {
+  if (Uint8Array.fromBase64) return new Type(Uint8Array.fromBase64(base64).buffer);
+  const binary = atob(base64), bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  return new Type(bytes.buffer);
+}
+
+const tokens = decoded(data.tokens, Uint32Array), ids = decoded(data.ids, Uint32Array);
+const columns = Object.fromEntries(Object.entries(data.numbers).map(([name, text]) => [name, decoded(text, Float32Array)]));
+const unknown = new Float32Array(tokens.length).fill(NaN);
+const column = name => columns[name] ?? unknown;
+const alpha = column("alpha"), logQ = column("logprobs_q"), logTheta = column("logprobs_theta"), logT = column("logprobs_t");
+const kl = column("kl_theta"), coverageTheta = column("coverage_theta"), coverageT = column("coverage_t");
+
+const logWeight = i => logTheta[i] - logQ[i];
+const logRatio = i => logT[i] - logTheta[i];
+const isDrawn = i => !Number.isNaN(alpha[i]);
+const text = i => data.texts[tokens[i]];
+
+let start = 0;
+const rollouts = data.rollouts.map((about, number) => {
+  const rollout = { ...about, number, start, end: start + about.length };
+  start = rollout.end;
+  let alphas = 0, drawn = 0, weights = 0, squares = 0, weighted = 0;
+  for (let i = rollout.start; i < rollout.end; i++) {
+    if (!isDrawn(i)) continue;
+    drawn++;
+    alphas += alpha[i];
+    const weight = Math.exp(logWeight(i));
+    if (Number.isNaN(weight)) continue;
+    weighted++;
+    weights += weight;
+    squares += weight * weight;
+  }
+  rollout.alpha = drawn ? alphas / drawn : undefined;
+  rollout.ess = squares > 0 ? weights * weights / (weighted * squares) : undefined;
+  return rollout;
+});
+
+// ---- small helpers ---------------------------------------------------------------------------------------------------
+
+const byId = id => document.getElementById(id);
+const known = value => value !== undefined && value !== null && !Number.isNaN(value);
+const shown = (value, digits = 3) => !known(value) ? "–" : Number.isInteger(value) ? String(value) : value.toPrecision(digits);
+
+function element(name, properties = {}, children = []) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+function drawing(name, attributes, children = []) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+// ---- colours ---------------------------------------------------------------------------------------------------------
+
+// `place` of a value is from -1 (blue) over 0 (none) to 1 (orange).
+const colours = [
+  { name: "α", about: "0 is the policy, 1 the target", value: i => alpha[i], place: v => 2 * v - 1, ends: ["0", "½", "1"] },
+  { name: "weight", about: "π_θ(y)/q*(y)", value: i => Math.exp(logWeight(i)), place: v => Math.log(v) / Math.log(4), ends: ["¼", "1", "4"] },
+  { name: "KL", about: "KL(q*‖π_θ) at the token's place, nats", value: i => kl[i], place: v => v, ends: ["", "0", "1"], missing: !columns.kl_theta },
+  { name: "log-ratio", about: "log π_t(y) − log π_θ(y), nats", value: i => logRatio(i), place: v => v / 3, ends: ["−3", "0", "3"] },
+];
+let colour = colours[0];
+
+function background(place) {
+  const clipped = Math.max(-1, Math.min(1, place));
+  return `rgb(var(--${clipped < 0 ? "low" : "high"}) / ${(0.6 * Math.abs(clipped)).toFixed(3)})`;
+}
+
+function paint(span, i) {
+  const value = colour.value(i), there = !Number.isNaN(value);
+  span.style.background = there ? background(colour.place(value)) : "";
+  span.classList.toggle("unknown", isDrawn(i) && !there);
+}
+
+function chooseColour(chosen) {
+  if (chosen.missing) return;
+  colour = chosen;
+  byId(`colour-${chosen.name}`).checked = true;
+  for (const span of byId("rollout").querySelectorAll("span[data-i]")) paint(span, Number(span.dataset.i));
+  const [low, middle, high] = chosen.ends, bar = element("i");
+  bar.style.background = low ? `linear-gradient(90deg, ${background(-1)}, transparent, ${background(1)})` : `linear-gradient(90deg, transparent, ${background(1)})`;
+  const words = content => element("span", { textContent: content });
+  byId("legend").replaceChildren(
+    words(`${chosen.name}: ${chosen.about}`), words(low || middle), bar, words(high), words(low ? `no colour: ${middle}.` : ""),
+    words("Dots under a token: not known."));
+}
+
+for (const [number, each] of colours.entries()) {
+  const input = element("input", { type: "radio", name: "colour", id: `colour-${each.name}`, disabled: Boolean(each.missing) });
+  input.addEventListener("change", () => chooseColour(each));
+  const why = each.missing ? "not in these files: dual-rollout generate does not write it" : `${each.about} (key ${number + 1})`;
+  byId("colours").append(element("label", { title: why }, [input, ` ${each.name}`]));
+}
+
+// ---- the list: sorted, filtered, and only the rows that are seen -----------------------------------------------------
+
+const ROW = 26;  // pixels, as in the style sheet
+const figures = [
+  { key: "number", name: "order" }, { key: "step", name: "step" }, { key: "reward", name: "reward", range: true },
+  { key: "alpha", name: "α", range: true }, { key: "ess", name: "ESS", range: true }, { key: "length", name: "length", range: true },
+];
+let listed = rollouts, selected = null;
+
+for (const figure of figures) {
+  byId("sort").append(element("option", { value: figure.key, textContent: figure.name }));
+  if (!figure.range) continue;
+  const inputs = ["from", "to"].map(end => {
+    const input = element("input", { type: "number", step: "any", id: `${end}-${figure.key}`, ariaLabel: `${figure.name} ${end}` });
+    input.addEventListener("input", list);
+    return input;
+  });
+  byId("filters").append(element("label", {}, [`${figure.name} `, ...inputs]));
+}
+byId("sort").addEventListener("change", list);
+byId("descending").addEventListener("change", list);
+byId("reset").addEventListener("click", () => {
+  for (const input of byId("filters").querySelectorAll("input")) input.value = "";
+  list();
+});
+
+function passes(rollout) {
+  return figures.filter(figure => figure.range).every(({ key }) => {
+    const [from, to] = ["from", "to"].map(end => byId(`${end}-${key}`).value);
+    if (from === "" && to === "") return true;
+    return known(rollout[key]) && (from === "" || rollout[key] >= Number(from)) && (to === "" || rollout[key] <= Number(to));
+  });
+}
+
+function list() {
+  const key = byId("sort").value, sign = byId("descending").checked ? -1 : 1;
+  listed = rollouts.filter(passes);
+  listed.sort((a, b) => {
+    if (known(a[key]) !== known(b[key])) return known(a[key]) ? -1 : 1;  // what is not known stands last
+    return (known(a[key]) && sign * (a[key] - b[key])) || a.number - b.number;
+  });
+  const part = data.found > rollouts.length ? ` of ${data.found} that there are, at equal distances` : "";
+  byId("counts").textContent = `${listed.length} of ${rollouts.length} rollouts${part}, ${tokens.length} tokens`;
+  byId("space").style.height = `${ROW * (listed.length + 1)}px`;
+  byId("list").scrollTop = 0;
+  drawRows();
+  drawHistograms();
+  if (!listed.includes(selected)) select(listed[0] ?? null);
+}
+
+const head = element("div", { className: "head" }, ["step", "reward", "α", "ESS", "length", "text"].map(name => element("b", { textContent: name })));
+byId("list").prepend(head);
+
+function beginning(rollout) {
+  let found = "";
+  for (let i = rollout.start; i < rollout.end && found.length < 80; i++) found += text(i);
+  return found;
+}
+
+function drawRows() {
+  const view = byId("list"), first = Math.max(0, Math.floor(view.scrollTop / ROW) - 5);
+  const last = Math.min(listed.length, first + Math.ceil(view.clientHeight / ROW) + 10);
+  const rows = listed.slice(first, last).map((rollout, i) => {
+    const cells = [shown(rollout.step), rollout.error ? "error" : shown(rollout.reward), shown(rollout.alpha, 2), shown(rollout.ess, 2), rollout.length, beginning(rollout)];
+    const row = element("div", { className: "row", id: `row-${rollout.number}` }, cells.map(cell => element("span", { textContent: cell })));
+    row.setAttribute("role", "option");
+    row.setAttribute("aria-selected", rollout === selected);
+    row.style.top = `${ROW * (first + i)}px`;
+    row.addEventListener("click", () => select(rollout));
+    return row;
+  });
+  byId("space").replaceChildren(...rows);
+}
+byId("list").addEventListener("scroll", drawRows);
+addEventListener("resize", drawRows);
+
+// ---- one rollout -----------------------------------------------------------------------------------------------------
+
+function select(rollout) {
+  selected = rollout;
+  hideToken();
+  const view = byId("list"), top = ROW * listed.indexOf(rollout);
+  if (top < view.scrollTop) view.scrollTop = top;
+  if (top + 2 * ROW > view.scrollTop + view.clientHeight) view.scrollTop = top + 3 * ROW - view.clientHeight;
+  drawRows();
+  view.setAttribute("aria-activedescendant", rollout ? `row-${rollout.number}` : "");
+  byId("rollout").replaceChildren(...(rollout ? rolloutParts(rollout) : ["no rollout passes the filter"]));
+  byId("rollout").scrollTop = 0;
+}
+
+function rolloutParts(rollout) {
+  const facts = [
+    ["step", rollout.step], ["row", rollout.index], ["reward", rollout.reward], ["advantage", rollout.advantage], ["α", rollout.alpha],
+    ["ESS", rollout.ess], ["tokens", rollout.length], ["target", rollout.t_target], ["error", rollout.error],
+  ].filter(([, value]) => known(value));
+  const parts = [element("dl", {}, facts.map(([name, value]) => element("div", {}, [
+    element("dt", { textContent: name }), element("dd", { textContent: typeof value === "number" ? shown(value, 4) : value })])))];
+  for (const [key, title] of [["prompt", "prompt"], ["t_prompt", "what π_t sees instead"]]) {
+    if (known(rollout[key])) parts.push(element("h2", { textContent: title }), element("div", { className: `prompt ${key}`, textContent: data.prompts[rollout[key]] }));
+  }
+  let turn = 0;
+  for (let i = rollout.start; i < rollout.end;) {
+    const drawn = isDrawn(i), spans = [];
+    for (; i < rollout.end && isDrawn(i) === drawn; i++) spans.push(tokenSpan(i));
+    parts.push(element("h2", { textContent: drawn ? `turn ${++turn}` : "a tool's result, which nobody drew: no α, no weight" }));
+    parts.push(element("div", { className: drawn ? "turn" : "turn tool" }, spans));
+  }
+  return parts;
+}
+
+function tokenSpan(i) {
+  const span = element("span", { textContent: text(i), tabIndex: -1 });
+  span.dataset.i = i;
+  if (span.textContent.includes("\n")) span.className = "newline";
+  paint(span, i);
+  return span;
+}
+
+// ---- one token -------------------------------------------------------------------------------------------------------
+
+function showToken(span) {
+  const i = Number(span.dataset.i), probability = log => Number.isNaN(log) ? undefined : Math.exp(log);
+  const rows = isDrawn(i) ? [
+    ["π_θ(y)", probability(logTheta[i])], ["π_t(y)", probability(logT[i])], ["q*(y)", probability(logQ[i])], ["α", alpha[i]],
+    ["weight π_θ/q*", probability(logWeight(i))], ["log π_t/π_θ", logRatio(i)], ["KL(q*‖π_θ)", kl[i]],
+  ] : [["not drawn", undefined]];
+  const table = element("table", {}, rows.map(([name, value]) => element("tr", {}, [
+    element("th", { textContent: name }), element("td", { textContent: shown(value, 4) })])));
+  const box = byId("token");
+  box.replaceChildren(element("b", { textContent: JSON.stringify(text(i)) }), ` token ${ids[i]}, place ${i - selected.start}`, table);
+  box.hidden = false;
+  const place = span.getBoundingClientRect(), below = place.bottom + 6 + box.offsetHeight < innerHeight;
+  box.style.top = `${Math.max(0, below ? place.bottom + 6 : place.top - 6 - box.offsetHeight)}px`;
+  box.style.left = `${Math.max(0, Math.min(place.left, innerWidth - box.offsetWidth - 8))}px`;
+}
+
+const hideToken = () => { byId("token").hidden = true; };
+for (const [over, out] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
+  byId("rollout").addEventListener(over, event => event.target.dataset.i !== undefined && showToken(event.target));
+  byId("rollout").addEventListener(out, hideToken);
+}
+
+function step(distance) {
+  const spans = [...byId("rollout").querySelectorAll("span[data-i]")], at = spans.indexOf(document.activeElement);
+  const next = spans[Math.max(0, Math.min(spans.length - 1, at + distance))];
+  if (next) next.focus();
+}
+
+// ---- plots -----------------------------------------------------------------------------------------------------------
+
+const WIDTH = 250, HEIGHT = 110, LEFT = 38, BOTTOM = 16, TOP = 8;
+
+function frame(title, low, high, bottom, top, children, keys = []) {
+  const label = (x, y, content, anchor) => drawing("text", { x, y, "text-anchor": anchor }, [content]);
+  const svg = drawing("svg", { width: WIDTH, height: HEIGHT, role: "img", "aria-label": `${title}, from ${shown(bottom)} to ${shown(top)}` }, [
+    drawing("path", { class: "axis", fill: "none", d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - 6}` }),
+    label(LEFT - 4, TOP + 8, shown(top), "end"), label(LEFT - 4, HEIGHT - BOTTOM, shown(bottom), "end"),
+    label(LEFT, HEIGHT - 4, shown(low), "start"), label(WIDTH - 6, HEIGHT - 4, shown(high), "end"), ...children,
+  ]);
+  const names = keys.flatMap((key, i) => [" ", element("span", { className: `key-${i + 1}`, textContent: ["──", "╌╌", "····"][i] }), ` ${key}`]);
+  return element("figure", {}, [element("figcaption", {}, [title, ...names]), svg]);
+}
+
+/** Values outside of the bounds are counted at the ends. */
+function histogram(title, low, high, value) {
+  const counts = new Array(30).fill(0);
+  let all = 0;
+  for (const rollout of listed) {
+    for (let i = rollout.start; i < rollout.end; i++) {
+      const v = value(i);
+      if (Number.isNaN(v)) continue;
+      counts[Math.max(0, Math.min(29, Math.floor(30 * (v - low) / (high - low))))]++;
+      all++;
+    }
+  }
+  if (!all) return [];
+  const most = Math.max(...counts), width = (WIDTH - 6 - LEFT) / 30;
+  const bars = counts.map((count, k) => {
+    const height = (HEIGHT - BOTTOM - TOP) * count / most, at = low + k * (high - low) / 30;
+    return drawing("rect", { class: "bar", x: LEFT + k * width, y: HEIGHT - BOTTOM - height, width: width - 1, height }, [
+      drawing("title", {}, [`${shown(at)} to ${shown(at + (high - low) / 30)}: ${count} of ${all} tokens`])]);
+  });
+  return [frame(title, low, high, 0, most, bars)];
+}
+
+/** Lines over steps, of those names that the entries have. */
+function lines(title, named) {
+  const series = named.map(([key, name]) => [key, data.steps.filter(entry => known(entry[name])).map(entry => [entry.step, entry[name]])]);
+  const there = series.filter(([, points]) => points.length), points = there.flatMap(([, own]) => own);
+  if (!points.length) return [];
+  const [x0, x1] = [Math.min(...points.map(p => p[0])), Math.max(...points.map(p => p[0]))];
+  const [y0, y1] = [Math.min(0, ...points.map(p => p[1])), Math.max(...points.map(p => p[1]))];
+  const x = v => LEFT + (WIDTH - 6 - LEFT) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5);
+  const y = v => HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y1 > y0 ? (v - y0) / (y1 - y0) : 0.5);
+  const marks = there.flatMap(([key, own], k) => [
+    drawing("path", { class: `line-${k + 1}`, d: own.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("") }),
+    ...(own.length > 60 ? [] : own.map(([a, b]) => drawing("circle", { class: `dot-${k + 1}`, cx: x(a), cy: y(b), r: 2 }, [
+      drawing("title", {}, [`step ${a}: ${key} ${shown(b, 4)}`])]))),
+  ]);
+  return [frame(title, x0, x1, y0, y1, marks, there.map(([key]) => key))];
+}
+
+const overSteps = [
+  ...lines("reward", [["q*", "reward"], ["policy alone, evaluated", "eval_reward"]]),
+  ...lines("α", [["mean", "sampling/alpha/mean"]]),
+  ...lines("ESS", [["of the weights", "sampling/effective_sample_size_ratio"]]),
+  ...lines("k̂ of the weights", [["too heavy above 0.7", "sampling/pareto_k"]]),
+  ...lines("seconds", [["rollout", "rollout/seconds"], ["sync", "perf/weight_sync_s"], ["update", "perf/update_s"]]),
+  ...lines("coverage of the lists", [["mean", "sampling/top_k_mass/mean"], ["least", "sampling/top_k_mass/min"]]),
+  ...lines("acceptance of drafts", [["share", "spec_decode/acceptance_rate"]]),
+];
+
+function drawHistograms() {
+  byId("plots").replaceChildren(
+    ...histogram("α of the tokens listed", 0, 1, i => alpha[i]),
+    ...histogram("log weight, nats", -4, 4, logWeight),
+    ...histogram("coverage: mass of the shorter list", 0, 1, i => Math.min(coverageTheta[i], coverageT[i])),
+    ...overSteps);
+}
+
+// ---- theme, keys, and the first view ---------------------------------------------------------------------------------
+
+function setTheme(name) { document.documentElement.dataset.theme = name; }
+const otherTheme = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+byId("theme").addEventListener("click", otherTheme);
+
+addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input[type=number], select")) return;
+  const move = distance => select(listed[Math.max(0, Math.min(listed.length - 1, listed.indexOf(selected) + distance))] ?? null);
+  const inList = event.target === byId("list"), isRadio = event.target.matches("input[type=radio]");
+  const actions = {
+    j: () => move(1), k: () => move(-1), t: otherTheme, Escape: hideToken,
+    ...(inList ? { ArrowDown: () => move(1), ArrowUp: () => move(-1) } : {}),
+    ...(isRadio ? {} : { ArrowRight: () => step(1), ArrowLeft: () => step(-1) }),
+    ...Object.fromEntries(colours.map((each, i) => [String(i + 1), () => chooseColour(each)])),
+  };
+  if (!actions[event.key]) return;
+  event.preventDefault();
+  actions[event.key]();
+});
+
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+list();
+chooseColour(colour);
