@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -24,6 +25,7 @@ from dual_rollout.training.report import RunReport
 from dual_rollout.training.rollout import DualRollout
 from dual_rollout.training.rollout_batch import pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
+from dual_rollout.training.trackers import Trackers
 from dual_rollout.training.trl_settings import check_training_args
 from dual_rollout.training.turns import ROLLOUT_COLUMNS, Turns, rows_with_results
 from dual_rollout.training.weight_sync import WeightSync, WeightSyncMethod, choose_weight_sync, weight_folder
@@ -98,6 +100,8 @@ class RolloutTrainerMixin(_Trainer):
         self.report = RunReport(Path(self.args.output_dir))
         self.add_callback(self.report)
         self.add_callback(self._kept)
+        self._trackers = Trackers(self)
+        self.add_callback(self._trackers)
         self.add_callback(_UpdateTimer(self))
         self._weight_folder = weight_folder(self.args.output_dir, weight_sync_dir)
         self._weight_sync = self._make_weight_sync(weight_sync)
@@ -250,11 +254,18 @@ class RolloutTrainerMixin(_Trainer):
         for name in FLOAT_COLUMNS:
             rows = self._rollout_columns[name]
             output[_BATCH_NAMES.get(name, name)] = pad_rows(rows, 0.0, width=width).to(device)
+        if self.model.training:
+            self._trackers.add(self._rollout_columns["alpha"], self._log_weights_of_tokens())
         if self.model.training and self._kept.wants(self.state.global_step + 1):
             self._kept.keep(self.state.global_step + 1, self._rows_to_keep(output), self._tokenizer_name())
         self._correct(output)
         self._scoring_seconds += time.perf_counter() - started
         return output
+
+    def _log_weights_of_tokens(self) -> list[np.ndarray]:
+        """log π_θ/q* as sampled, of the tokens of each row; NaN where it is not known."""
+        columns = (self._rollout_columns["logprobs_theta"], self._rollout_columns["logprobs_q"])
+        return [np.subtract(theta, q) for theta, q in zip(*columns, strict=True)]
 
     def _rows_to_keep(self, output: dict[str, Any]) -> list[dict[str, Any]]:
         """The first rows of this process's rollout, before the weights are in its advantages."""

@@ -20,6 +20,7 @@ from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.report.page import write_report
 from dual_rollout.training.report import RunReport
 from dual_rollout.training.schedules import AlphaSchedule
+from dual_rollout.training.trackers import BINS
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config
 from tests.report_page import read_page
@@ -142,6 +143,34 @@ def test_tensorboard_gets_them(run: Run) -> None:
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     assert set(accumulator.Tags()["scalars"]) >= {f"train/{name}" for name in NAMES}
+
+
+def test_tensorboard_gets_histograms_and_texts(run: Run) -> None:
+    """Of the tokens that the reward functions were given."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = run.folder.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events), size_guidance={"histograms": 0, "tensors": 0})
+    accumulator.Reload()
+    for name, bounds in BINS.items():
+        found = accumulator.Histograms(f"train/{name}")
+        assert [event.step for event in found] == [1, 2]
+        for event, given in zip(found, run.columns, strict=False):
+            values = np.concatenate([np.asarray(row) for row in given["alpha"]])
+            if "weight" in name:
+                values = np.log(np.concatenate([np.asarray(row) for row in given["importance_weights"]]))
+            expected = dict(zip(bounds[1:], np.histogram(values, bounds)[0], strict=True))
+            counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
+            assert {edge: count for edge, count in counts.items() if count} == pytest.approx(
+                {edge: count for edge, count in expected.items() if count}
+            )
+            assert event.histogram_value.num == len(values) > 0
+    texts = [event for event in accumulator.Tensors("train/completions/text_summary") if event.step == 1]
+    table = texts[0].tensor_proto.string_val[0].decode("utf-8", "replace")
+    assert table.startswith("| prompt | completion | reward |") and "| alpha | importance_weight | advantage |" in table
+    for prompt in run.columns[0]["prompts"]:
+        assert f"| user: {prompt[0]['content']} |" in table
+    assert table.count("\n") == 1 + len(run.columns[0]["prompts"])
 
 
 def test_logged_completions_show_alpha_and_weight(run: Run) -> None:
