@@ -10,7 +10,7 @@ from typing import TypeVar
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.top_k import TopKSource
+from dual_rollout.decoding.top_k_source import TopKSource
 from dual_rollout.engine import ScoringEngine
 
 A = TypeVar("A")

@@ -5,18 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from dual_rollout import __version__
 from dual_rollout.config import CoordinatorConfig
@@ -24,9 +18,10 @@ from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.decoding.outage import ask_target
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.preflight import fingerprint
+from dual_rollout.production.progress import Progress
 from dual_rollout.production.rows import Columns, Row, Source, open_source
+from dual_rollout.production.shard_columns import output_columns, output_schema
 from dual_rollout.production.shards import Format, Journal, OutputFolder, Share
-from dual_rollout.record import STORED_COLUMNS, output_name
 from dual_rollout.types import GenerationOutput, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -45,9 +40,7 @@ _OPERATION = frozenset(
         "show_progress",
     }
 )
-_LOG_EVERY_S = 30.0
 _MOST = 2**31 - 1  # of anything that is counted
-_ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
 _ANY_PROMPT = (1, 2, 3, 4)  # ids that any vocabulary has
 
 
@@ -133,55 +126,6 @@ async def produce(job: Job, config: CoordinatorConfig) -> Summary:
     return Summary(sum(folder.finished.values()), sum(folder.failed.values()))
 
 
-def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
-    """The columns of the output, with the types of those that come from the input.
-
-    Raises:
-        ValueError: a column that JSON or Parquet cannot hold, prompts that are none, a column with the name of another.
-    """
-    kind = _prompt_type(source, columns.prompt)
-    fields = [("index", pa.int64()), ("generation", pa.int32()), ("prompt", kind)]
-    if columns.t_prompt is not None:
-        fields.append(("t_prompt", _prompt_type(source, columns.t_prompt)))
-    elif columns.has_template:
-        if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
-            raise ValueError(
-                "--t-prompt-template and --t-system-prompt need text or chat messages, but column "
-                f"{columns.prompt} has token ids"
-            )
-        fields.append(("t_prompt", kind))
-    fields += [
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("generated_text", pa.string()),
-        ("finish_reason", pa.string()),
-        *((output_name(name), pa.list_(_ARROW_TYPES[entry])) for name, entry in STORED_COLUMNS.items()),
-        ("error", pa.string()),
-        ("versions", pa.string()),
-        ("settings", pa.string()),
-    ]
-    for name in columns.keep:
-        if name in dict(fields):
-            raise ValueError(f"--keep-columns {name}: the output has a column of that name; rename the input's")
-        fields.append((name, source.field(name).type))
-    for name, kind in fields:
-        if not (_is_storable(kind) and _is_json(kind)):
-            raise ValueError(
-                f"column {name} is of type {kind!s:.200}; only text, numbers, and lists and mappings of them go, "
-                "neither mappings of nothing nor deep nesting"
-            )
-    return pa.schema(fields)
-
-
-def _prompt_type(source: pa.Schema, name: str) -> pa.DataType:
-    kind = source.field(name).type
-    lists, texts = (pa.types.is_list, pa.types.is_large_list), (pa.types.is_string, pa.types.is_large_string)
-    if not any(check(kind) for check in (*lists, *texts, pa.types.is_null)):
-        raise ValueError(
-            f"column {name} is of type {kind!s:.200}; prompts are text, lists of chat messages or token ids"
-        )
-    return kind
-
-
 class _Run:
     def __init__(
         self,
@@ -200,7 +144,7 @@ class _Run:
         self._complete: list[int] = []
         self._end: int | None = None  # sequences in all, once the input has ended
         total = None if source.total is None else _owned(source.total * job.num_generations, job)
-        self._progress = _Progress(coordinator, total, sum(folder.finished.values()), job.share, show=show_progress)
+        self._progress = Progress(coordinator, total, sum(folder.finished.values()), job.share, show=show_progress)
 
     async def to_end(self) -> None:
         outputs = self._coordinator.generate_iter(self._requests(), max_tokens=self._job.max_tokens)
@@ -260,70 +204,13 @@ class _Run:
     def _row(self, number: int, output: GenerationOutput) -> dict[str, Any]:
         columns, row = self._job.columns, self._rows.pop(number)
         index, generation = divmod(number, self._job.num_generations)
-        t_prompt = {"t_prompt": columns.t_prompt_of(row)} if columns.shows_t_prompt else {}
         return {
             "index": index,
             "generation": generation,
-            "prompt": output.prompt,
-            **t_prompt,
-            "prompt_token_ids": output.prompt_token_ids,
-            "generated_text": output.generated_text,
-            "finish_reason": output.finish_reason,
-            **output.record.stored_columns(),
-            "error": columns.t_prompt_error(row) or output.error,
+            **output_columns(output, row, columns),
             **self._described,
             **{name: row[name] for name in columns.keep},
         }
-
-
-class _Progress:
-    """A bar on a terminal, a line of the log now and then elsewhere."""
-
-    def __init__(self, coordinator: DualVLLMCoordinator, total: int | None, done: int, share: Share, *, show: bool):
-        self._decoding = coordinator.stats.decoding
-        self._total, self._done, self._made, self._failed = total, done, 0, 0
-        self._started = self._logged = time.monotonic()
-        self._name = "q*" if share.count == 1 else f"q* {share.index}/{share.count}"
-        # tqdm disables itself where there is no terminal.
-        self._bar = tqdm(total=total, initial=done, desc=self._name, unit="row", disable=None if show else True)
-        self._logs = show and self._bar.disable
-        if total is None:
-            logger.info("%s: the length of the input is not known, so neither is the time left", self._name)
-
-    def restore(self, rows: int) -> None:
-        """Rows that an earlier run had made; they say nothing of the speed."""
-        self._done += rows
-        if not self._bar.disable:
-            self._bar.initial += rows
-            self._bar.update(rows)
-
-    def add(self, output: GenerationOutput) -> None:
-        self._done += 1
-        self._made += 1
-        self._failed += output.error is not None
-        self._bar.set_postfix_str(f"{self._tokens_per_second():.0f} tokens/s, {self._failed} failed", refresh=False)
-        self._bar.update()
-        if time.monotonic() - self._logged > _LOG_EVERY_S:
-            self._log()
-
-    def close(self) -> None:
-        self._bar.close()
-        self._log()
-
-    def _tokens_per_second(self) -> float:
-        return self._decoding.tokens / (time.monotonic() - self._started)
-
-    def _log(self) -> None:
-        self._logged = time.monotonic()
-        if not self._logs:
-            return
-        of, left = "", ""
-        if self._total is not None:
-            of = f" of {self._total}"
-            seconds = (self._total - self._done) * (self._logged - self._started) / max(self._made, 1)
-            left = f", {tqdm.format_interval(seconds)} left" if self._made else ""
-        speed = self._tokens_per_second()
-        logger.info("%s: %d%s rows, %d failed, %.0f tokens/s%s", self._name, self._done, of, self._failed, speed, left)
 
 
 async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
@@ -372,30 +259,3 @@ def _owned(total: int, job: Job) -> int:
     full, rest = divmod(total, size)
     whole = len(range(index, full, count))
     return whole * size + (rest if job.share.has(full) else 0)
-
-
-def _is_storable(kind: pa.DataType) -> bool:
-    """Whether a Parquet file can have such a column, and be read."""
-    file = io.BytesIO()
-    try:
-        pq.write_table(pa.schema([("column", kind)]).empty_table(), file)
-        pq.ParquetFile(file)
-    except (pa.ArrowException, OSError):
-        return False
-    return True
-
-
-def _is_json(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_json(kind.value_type)
-    if pa.types.is_struct(kind):
-        return all(_is_json(field.type) for field in kind)
-    plain = (
-        pa.types.is_null,
-        pa.types.is_boolean,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    return any(check(kind) for check in plain)

@@ -15,7 +15,7 @@ import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.decoding.stats import DecodingStats
-from dual_rollout.decoding.top_k import TopKSource
+from dual_rollout.decoding.top_k_source import TopKSource
 from dual_rollout.functional.top_k import NO_TOKEN, TopK, most_likely, tokens_to_mass
 from dual_rollout.servers import HttpTransport, VLLMEngine
 from dual_rollout.stats import CoordinatorStats

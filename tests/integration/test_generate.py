@@ -33,7 +33,8 @@ from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.production.rows import Columns, open_source
-from dual_rollout.production.run import Job, Summary, _owned, output_schema, produce
+from dual_rollout.production.run import Job, Summary, _owned, produce
+from dual_rollout.production.shard_columns import output_schema
 from dual_rollout.production.shards import Journal, OutputFolder, Share
 from dual_rollout.record import output_name
 from dual_rollout.samplers.base import Sampler
@@ -304,16 +305,17 @@ class Forkable:
 import os, signal, sys
 from dual_rollout.cli import main
 from dual_rollout.production import run
+from dual_rollout.production.progress import Progress
 from dual_rollout.text import load_tokenizer
 import datasets
 load_tokenizer(sys.argv[1])
 def tell(line):
     os.write(1, line.encode() + b"\\n")
-add = run._Progress.add
+add = Progress.add
 def add_and_tell(self, output):
     add(self, output)
     tell("row")
-run._Progress.add = add_and_tell
+Progress.add = add_and_tell
 for command in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -23,7 +23,7 @@ from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineError
 from dual_rollout.exit_status import DEBUG_VARIABLE, exit_status
 from dual_rollout.production.rows import Columns, open_source
-from dual_rollout.production.run import output_schema
+from dual_rollout.production.shard_columns import output_schema
 from dual_rollout.production.shards import Journal, _write_parquet
 from dual_rollout.text import encode_prompt, names_special_token
 from dual_rollout.training.arguments import DualArguments
