@@ -19,9 +19,9 @@ from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
 from dual_rollout.training.kept_rollouts import PER_TOKEN, KeptRollouts
+from dual_rollout.training.metrics_log import MetricsLog
 from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.processes import fail_together
-from dual_rollout.training.report import RunReport
 from dual_rollout.training.rollout import DualRollout
 from dual_rollout.training.rollout_batch import pad_rows
 from dual_rollout.training.schedules import AlphaSchedule
@@ -97,7 +97,7 @@ class RolloutTrainerMixin(_Trainer):
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         for dataset in (self.train_dataset, *held_out):
             check_columns(dataset)
-        self.report = RunReport(Path(self.args.output_dir))
+        self.report = MetricsLog(Path(self.args.output_dir))
         self.add_callback(self.report)
         self.add_callback(self._kept)
         self._trackers = Trackers(self)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer
 from dual_rollout.report.page import write_report
-from dual_rollout.training.report import RunReport
+from dual_rollout.training.metrics_log import MetricsLog
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trackers import BINS
 from tests.integration.conftest import TinyPair
@@ -56,7 +56,7 @@ class Run:
     reporter: Reporter
     entries: list[dict[str, Any]]
     columns: list[dict[str, Any]]
-    report: RunReport
+    report: MetricsLog
 
 
 class SlowOptimizer(TrainerCallback):
@@ -271,7 +271,7 @@ def test_a_card_is_written_when_servers_do_not_answer(tiny_models: tuple[Path, P
 
 
 def test_evaluations_of_several_datasets_are_kept(tmp_path: Path) -> None:
-    report = RunReport(tmp_path / "out")
+    report = MetricsLog(tmp_path / "out")
     report.on_log(None, State(step=0), None, {"eval_first_loss": 0.5, "eval_reward": 1.0})  # before any training
     report.on_log(None, State(step=0), None, {"eval_second_loss": 0.25, "eval_reward": 2.0})
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
@@ -280,7 +280,7 @@ def test_evaluations_of_several_datasets_are_kept(tmp_path: Path) -> None:
 
 def test_the_table_and_file_of_steps_without_a_rollout(tmp_path: Path) -> None:
     """With several updates per rollout most steps have no reward of their own."""
-    report, state = RunReport(tmp_path), State(step=1)
+    report, state = MetricsLog(tmp_path), State(step=1)
     report.on_train_begin(None, State(step=0), None)
     report.on_log(None, state, None, {"loss": 0.5, "reward": 1.0})
     report.on_log(None, State(step=2), None, {"loss": 0.25, "reward": None})

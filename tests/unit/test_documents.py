@@ -15,7 +15,7 @@ from dual_rollout.config import CoordinatorConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
-FOLDERS = "dual_rollout|tests|recipes|docs|cli|decoding|functional|native|production|samplers|servers?|training"
+FOLDERS = "dual_rollout|tests|recipes|docs|cli|decoding|functional|native|production|report|samplers|servers?|training"
 SHORT = (ROOT, ROOT / "dual_rollout", ROOT / "recipes", ROOT / "tests")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

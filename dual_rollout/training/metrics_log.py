@@ -34,7 +34,7 @@ def _is_of_a_step(logs: dict[str, Any]) -> bool:
     )
 
 
-class RunReport(TrainerCallback):
+class MetricsLog(TrainerCallback):
     """Appends the figures of each training step and evaluation that are logged to `metrics.jsonl`.
 
     A resumed run continues the file after the step it begins from; other runs begin it anew.
