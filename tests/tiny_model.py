@@ -8,6 +8,7 @@ sampling is neither uniform nor deterministic.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -94,8 +95,13 @@ def perturbed_copy(
     return target
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """256 byte tokens, merges that spell a few words, and the special tokens of ChatML."""
+def make_tokenizer(
+    *, merged: int | None = None, special_tokens: Sequence[str] = SPECIAL_TOKENS, pad: str = "<pad>"
+) -> PreTrainedTokenizerFast:
+    """256 byte tokens, merges that spell a few words, and the special tokens of ChatML.
+
+    ``merged``, if given, is how many tokens come before the special ones; what no text has fills them up.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
     merges: list[tuple[str, str]] = []
@@ -106,13 +112,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
                 merges.append((left, right))
                 vocabulary[left + right] = len(vocabulary)
             left += right
+    vocabulary |= {f"unused {index}": index for index in range(len(vocabulary), merged or 0)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token=pad,
         eos_token="<|im_end|>",
         clean_up_tokenization_spaces=False,
     )

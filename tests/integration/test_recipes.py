@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +24,8 @@ from dual_rollout.training.script import load_data, main, reward_function
 from dual_rollout.training.tasks import final_answer
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
+from tests.qwen_pair import check_rollouts, make_qwen_pair
+from tests.warm_servers import WarmServer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "model_name_or_path" in path.read_text())
@@ -48,19 +52,35 @@ def test_the_uses_there_are_recipes_for() -> None:
     assert uses == {"math", "self_distillation", "alignment", "lora", "two_node"}
 
 
+@pytest.fixture(scope="module")
+def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyPair]:
+    """The math recipe's own pair, whose vocabularies are padded to different sizes."""
+    models = make_qwen_pair(tmp_path_factory.mktemp("qwen"))
+    flags = ["--max-logprobs", "200", "--max-model-len", "256", "--threads", "1"]
+    with WarmServer(models[0], flags) as theta, WarmServer(models[1], flags) as t:
+        yield TinyPair(*models, theta.url, t.url)
+
+
+@pytest.mark.parametrize("options", [{}, {"support": "tail", "missing": "exact"}], ids=["union", "tail"])
+def test_rollouts_of_the_math_recipes_pair_are_exact(qwen_pair: TinyPair, options: dict[str, Any]) -> None:
+    """α, log q*, both log-probabilities and the weights, by plain forwards; no id that one model lacks is drawn."""
+    check_rollouts(qwen_pair.theta_model, qwen_pair.t_model, qwen_pair.theta_url, qwen_pair.t_url, top_k=100, **options)
+
+
 @pytest.mark.parametrize("path", FOR_REAL_WORK, ids=lambda path: path.parent.name)
 def test_a_recipe_runs_two_steps_with_stand_ins(
-    path: Path, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Tiny models, a few rows with the dataset's columns, small batches, no GPU; everything else as the recipe says."""
     monkeypatch.chdir(ROOT)
+    pair = request.getfixturevalue("qwen_pair") if path.parent.name == "math" else tiny_pair
     recipe = yaml.safe_load(path.read_text())
     recipe |= {
-        "model_name_or_path": str(tiny_pair.theta_model),
-        "dual_t_model_name_or_path": str(tiny_pair.t_model),
+        "model_name_or_path": str(pair.theta_model),
+        "dual_t_model_name_or_path": str(pair.t_model),
         "dataset_name": str(rows_like_the_dataset(tmp_path / "rows")),
-        "dual_theta_url": tiny_pair.theta_url,
-        "dual_t_url": tiny_pair.t_url,
+        "dual_theta_url": pair.theta_url,
+        "dual_t_url": pair.t_url,
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -72,7 +92,7 @@ def test_a_recipe_runs_two_steps_with_stand_ins(
         "disable_tqdm": True,
     }
     if "reward_model_name_or_path" in recipe:
-        recipe["reward_model_name_or_path"] = str(tiny_pair.t_model)
+        recipe["reward_model_name_or_path"] = str(pair.t_model)
     if "dual_weight_sync_dir" in recipe:
         recipe["dual_weight_sync_dir"] = str(tmp_path / "weights")
     if recipe.get("dual_weight_sync") == "lora":  # the run's own servers take adapters
