@@ -1,4 +1,4 @@
-"""A stand-in for an SGLang server: the shapes of its native API, recorded from its source, over a law the test knows.
+"""A stand-in for an SGLang server: the shapes of its native API, recorded from its source, over a known distribution.
 
 What it pins: `[log-probability, token id, text]` triples with null texts; a null first row at `logprob_start_len`,
 whatever that is; top lists that never hold a sampled token beyond the k most likely; log-probabilities of the next
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-Law = Callable[[Sequence[int]], np.ndarray]
+NextTokenDistribution = Callable[[Sequence[int]], np.ndarray]
 """The probabilities `(V,)` of the token after a prompt."""
 
 LOG_ZERO = float(np.finfo(np.float32).min)
@@ -37,8 +37,8 @@ _SAMPLING_FIELDS = {
 }
 
 
-def markov(transitions: np.ndarray) -> Law:
-    """The law of a Markov chain: row `prompt[-1]` of a `(V, V)` matrix."""
+def markov(transitions: np.ndarray) -> NextTokenDistribution:
+    """The next-token distribution of a Markov chain: row `prompt[-1]` of a `(V, V)` matrix."""
     return lambda prompt: transitions[prompt[-1]]
 
 
@@ -59,7 +59,7 @@ class SGLangStub:
 
     def __init__(
         self,
-        law: Law,
+        law: NextTokenDistribution,
         *,
         max_req_input_len: int = 4096,
         original_logprobs: bool = False,
@@ -67,7 +67,7 @@ class SGLangStub:
         enable_lora: bool = False,
         eos: int | None = None,
         old_routes: bool = False,
-        load: Callable[[str], Law] | None = None,
+        load: Callable[[str], NextTokenDistribution] | None = None,
     ):
         self.law = law
         self.max_req_input_len = max_req_input_len
@@ -78,7 +78,7 @@ class SGLangStub:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.alter: Callable[[list[dict[str, Any]]], Any] = lambda answers: answers
         self.failures: list[tuple[int, Any]] = []
-        self.adapters: dict[str, Law] = {}
+        self.adapters: dict[str, NextTokenDistribution] = {}
         self.model_path = "models/chain"
         self.url = ""
         self._vocabulary = len(law([0]))
@@ -260,7 +260,7 @@ class SGLangStub:
                 meta["output_token_ids_logprobs"] = [[_triple(row, i) for i in named] for row in output_rows]
         return {"text": "", "output_ids": output_ids, "meta_info": meta}
 
-    def _law_for(self, adapter: str | None) -> Law:
+    def _law_for(self, adapter: str | None) -> NextTokenDistribution:
         if adapter is None:
             return self.law
         if not self.enable_lora:
@@ -269,7 +269,9 @@ class SGLangStub:
             raise ValueError(f"The following requested LoRA adapters are not loaded: {adapter}")
         return self.adapters[adapter]
 
-    def _sample(self, law: Law, prompt: list[int], sampling: dict[str, Any]) -> tuple[list[int], list[np.ndarray]]:
+    def _sample(
+        self, law: NextTokenDistribution, prompt: list[int], sampling: dict[str, Any]
+    ) -> tuple[list[int], list[np.ndarray]]:
         """The tokens generated, and the log-probabilities `(V,)` reported at each of them."""
         rng = self._rng
         if self.deterministic and sampling["sampling_seed"] is not None:
@@ -298,7 +300,7 @@ class SGLangStub:
         start = payload.get("logprob_start_len", -1)
         return len(prompt) - 1 if start == -1 else start
 
-    def _input_rows(self, law: Law, prompt: list[int], payload: dict[str, Any]) -> list[Any]:
+    def _input_rows(self, law: NextTokenDistribution, prompt: list[int], payload: dict[str, Any]) -> list[Any]:
         start = self._start(prompt, payload)
         if start >= len(prompt):
             raise ValueError(f"logprob_start_len={start} is higher than the number of input tokens {len(prompt)}.")
@@ -342,5 +344,5 @@ def _top_triples(logprobs: np.ndarray, k: int) -> list[list[Any]]:
     return [_triple(logprobs, token) for token in np.argsort(-logprobs, kind="stable")[:k]]
 
 
-def _no_folder(path: str) -> Law:
+def _no_folder(path: str) -> NextTokenDistribution:
     raise FileNotFoundError(f"Cannot find any model weights with `{path}`")

@@ -20,7 +20,7 @@ from dual_rollout.functional.top_k import NO_TOKEN, TopK, most_likely, tokens_to
 from dual_rollout.servers import HttpTransport, VLLMEngine
 from dual_rollout.stats import CoordinatorStats
 from tests.chi_square import chi_square_p_value
-from tests.exact_law import FEWEST_LISTED, listed, position_law
+from tests.exact_distribution import FEWEST_LISTED, listed, position_distribution
 from tests.hang import HANG
 from tests.markov_server import MarkovServer
 
@@ -66,7 +66,7 @@ def test_the_matrices_need_lists_of_many_lengths():
 def test_the_law_and_its_record_are_exact(options):
     sequences = 1200
     outputs, stats = generate([[START]] * sequences, max_tokens=2, max_concurrency=400, **options)
-    laws = [position_law(p, r, AUTO) for p, r in zip(THETA, T, strict=True)]
+    laws = [position_distribution(p, r, AUTO) for p, r in zip(THETA, T, strict=True)]
     law = {(a, b): laws[START][1][a] * laws[a][1][b] for a, b in itertools.product(range(V), repeat=2)}
     drawn = [tuple(output.generated_tokens) for output in outputs]
     observed = np.array([drawn.count(pair) for pair in law])

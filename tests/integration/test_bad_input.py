@@ -432,7 +432,7 @@ def test_every_row_of_the_table_has_a_test_and_every_test_a_row() -> None:
     text = (ROOT / "docs/inputs.md").read_text()
     own, of_generate = (re.findall(r"^\| .*\| `(test_\w+)` \|$", part, re.MULTILINE) for part in text.split(GENERATE))
     tests = {name for name in globals() if name.startswith("test_") and not name.startswith("test_every_row")}
-    elsewhere = (ROOT / "tests/integration/test_coordinator_law.py").read_text()
+    elsewhere = (ROOT / "tests/integration/test_coordinator_distribution.py").read_text()
     assert tests <= set(own) <= tests | set(re.findall(r"^def (test_\w+)\(", elsewhere, re.MULTILINE))
     elsewhere = [
         (ROOT / "tests" / name).read_text() for name in ("integration/test_generate.py", "unit/test_bad_input.py")

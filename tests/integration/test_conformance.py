@@ -29,7 +29,7 @@ from tests.conformance.suite import (
     reference,
     use,
 )
-from tests.sglang_stub import Law, SGLangStub
+from tests.sglang_stub import NextTokenDistribution, SGLangStub
 from tests.warm_servers import WarmServer
 
 
@@ -109,7 +109,7 @@ def served(stub: SGLangStub) -> Iterator[str]:
         loop.close()
 
 
-def model_law(folder: Path) -> Law:
+def model_law(folder: Path) -> NextTokenDistribution:
     """The law of a model, or of a model with the adapter in `folder`; what was computed once is kept.
 
     Raises:

@@ -24,7 +24,7 @@ from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.decoding import outage
 from dual_rollout.servers import probe
 from tests.chi_square import chi_square_p_value, standard_errors_off
-from tests.exact_law import position_law
+from tests.exact_distribution import position_distribution
 from tests.fault_proxy import FaultProxy, reset
 from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
@@ -76,10 +76,10 @@ def rollouts(
 @functools.cache
 def exact_position(pair: str, name: str, last: int) -> tuple[float, np.ndarray]:
     theta, t = PAIRS[pair]
-    return position_law(theta[last], t[last], OPTIONS[name])
+    return position_distribution(theta[last], t[last], OPTIONS[name])
 
 
-def sequence_law(rows: Any) -> dict[tuple[int, ...], float]:
+def sequence_probabilities(rows: Any) -> dict[tuple[int, ...], float]:
     """Probability of every sequence of common tokens; `rows(last)` is the next-token law."""
     return {
         sequence: math.prod(rows(last)[token] for last, token in itertools.pairwise((START, *sequence)))
@@ -94,7 +94,7 @@ def test_no_sequence_fails_and_the_law_is_exact(pair, name, decoding):
     outputs, _, _ = rollouts(pair, name, decoding)
     assert [output.error for output in outputs] == [None] * SEQUENCES
     drawn = [tuple(output.generated_tokens) for output in outputs]
-    law = sequence_law(lambda last: exact_position(pair, name, last)[1])
+    law = sequence_probabilities(lambda last: exact_position(pair, name, last)[1])
     assert sum(law.values()) == pytest.approx(1)
     observed = np.array([drawn.count(sequence) for sequence in law])
     assert observed.sum() == SEQUENCES, "an id that one model lacks was drawn"
@@ -128,7 +128,7 @@ def test_weighted_means_are_the_policys_on_the_common_tokens(pair, name, decodin
     outputs, stats, _ = rollouts(pair, name, decoding)
     weights = np.array([math.prod(output.importance_weights) for output in outputs])
     first = np.array([output.generated_tokens[0] for output in outputs])
-    policy = sequence_law(lambda last: PAIRS[pair][0][last])
+    policy = sequence_probabilities(lambda last: PAIRS[pair][0][last])
     assert standard_errors_off(weights, sum(policy.values())) < STANDARD_ERRORS
     expected = sum(probability for sequence, probability in policy.items() if sequence[0] % 2 == 0)
     assert standard_errors_off(weights * (first % 2 == 0), expected) < STANDARD_ERRORS

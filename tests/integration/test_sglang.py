@@ -1,7 +1,7 @@
 """The SGLang client against a stub with SGLang's recorded shapes, alone and inside the coordinator.
 
-The law a rollout must have is enumerated in test_coordinator_law.py. Each χ² test fails for a correct program with
-probability 1e-4; seeds are fixed, so an outcome does not change from run to run.
+What a rollout must be drawn from is enumerated in test_coordinator_distribution.py. Each χ² test fails for a correct
+program with probability 1e-4; seeds are fixed, so an outcome does not change from run to run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dual_rollout.exceptions import (
 from dual_rollout.functional.top_k import NO_TOKEN
 from dual_rollout.servers import HttpTransport, SGLangEngine, retry
 from tests.chi_square import chi_square_p_value
-from tests.exact_law import tempered
+from tests.exact_distribution import tempered
 from tests.hang import HANG
-from tests.integration.test_coordinator_law import (
+from tests.integration.test_coordinator_distribution import (
     FALSE_ALARM,
     START,
     THETA,
@@ -38,7 +38,7 @@ from tests.integration.test_coordinator_law import (
     T,
     V,
     exact_position,
-    sequence_law,
+    sequence_probabilities,
 )
 from tests.markov_server import MarkovServer
 from tests.sglang_stub import SGLangStub, markov
@@ -122,7 +122,7 @@ def rollouts(case: Case, engines: tuple[str, str]) -> tuple[list[GenerationOutpu
 
 @by_run
 def test_frequencies_of_sequences(case, engines):
-    law = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)
+    law = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
     drawn = [tuple(output.generated_tokens) for output in rollouts(case, engines)[0]]
     observed = np.array([drawn.count(sequence) for sequence in law])
     assert observed.sum() == case.sequences

@@ -14,7 +14,15 @@ from dual_rollout.decoding.positions import Positions
 from dual_rollout.functional import TAIL_TOKEN, merge_lists, next_token_distribution
 from dual_rollout.functional.top_k import NO_TOKEN, TopK
 from tests.chi_square import chi_square_p_value
-from tests.integration.test_coordinator_law import CASES, FALSE_ALARM, THETA, Case, T, V, sequence_law
+from tests.integration.test_coordinator_distribution import (
+    CASES,
+    FALSE_ALARM,
+    THETA,
+    Case,
+    T,
+    V,
+    sequence_probabilities,
+)
 
 Accept = Callable[..., tuple[np.ndarray, np.ndarray]]
 Residual = Callable[..., np.ndarray]
@@ -157,7 +165,7 @@ def rejections(case: Case, accept: Accept, residual: Residual, trials: int = 200
         return law
 
     exact, wrong = (
-        np.array(list(sequence_law(rows(rules), case.tokens).values()))
+        np.array(list(sequence_probabilities(rows(rules), case.tokens).values()))
         for rules in ((block._accept, block._residual), (accept, residual))
     )
     counts = np.random.default_rng(5).multinomial(case.sequences, wrong / wrong.sum(), trials)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conformance.law import Pair, RolloutLaw
+from tests.conformance.distribution import Pair, RolloutDistribution
 from tests.vllm.conftest import ServerPair
 
 
@@ -13,5 +13,5 @@ def pair(vllm_pair: ServerPair) -> Pair:
     return Pair(vllm_pair.theta.url, vllm_pair.t.url, vllm_pair.theta.model, vllm_pair.t.model)
 
 
-class TestVLLM(RolloutLaw):
+class TestVLLM(RolloutDistribution):
     pass

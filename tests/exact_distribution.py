@@ -20,7 +20,7 @@ def tempered(p: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def listed(p: np.ndarray, options: dict[str, Any]) -> list[int]:
-    """The tokens of the list that a law is made of, the most likely first."""
+    """The tokens of the list that a distribution is made of, the most likely first."""
     ranked = sorted(range(len(p)), key=lambda y: -p[y])
     if options["top_k"] != "auto":
         return ranked[: options["top_k"]]
@@ -31,7 +31,7 @@ def listed(p: np.ndarray, options: dict[str, Any]) -> list[int]:
     return ranked[:count]
 
 
-def position_law(p: np.ndarray, r: np.ndarray, options: dict[str, Any]) -> tuple[float, np.ndarray]:
+def position_distribution(p: np.ndarray, r: np.ndarray, options: dict[str, Any]) -> tuple[float, np.ndarray]:
     """α, and q* on the vocabulary that both have, of a position where π_θ is `p` and π_t is `r`."""
     size = min(len(p), len(r))
     ids = sorted(y for y in {*listed(p, options), *listed(r, options)} if y < size)

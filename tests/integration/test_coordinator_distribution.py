@@ -1,11 +1,11 @@
-"""The law of what comes out of the coordinator, over HTTP, against one that is enumerated here.
+"""The distribution of what comes out of the coordinator, over HTTP, against one that is enumerated here.
 
 Both models are Markov chains, so q* of every position and the probability of every sequence are known.
 
 Each χ² test fails for a correct program with probability 1e-4, each comparison of a mean (5 standard errors) with
-6e-7. Seeds are fixed, so an outcome does not change from run to run. With 400 sequences of two tokens, a law that is
-off by a total variation of 0.2 is found with a probability of about 0.9; what q* is at each position is compared digit
-by digit, and tests/unit/test_block.py measures what the tests of block decoding would find.
+6e-7. Seeds are fixed, so an outcome does not change from run to run. With 400 sequences of two tokens, a total
+variation of 0.2 is found with a probability of about 0.9; what q* is at each position is compared digit by digit, and
+tests/unit/test_block.py measures what the tests of block decoding would find.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutpu
 from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.exceptions import PreflightError
 from tests.chi_square import chi_square_p_value, standard_errors_off
-from tests.exact_law import position_law, tempered
+from tests.exact_distribution import position_distribution, tempered
 from tests.hang import HANG
 from tests.markov_server import MarkovServer, random_chain
 
@@ -101,28 +101,28 @@ CASES = [
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-# ---- the exact law --------------------------------------------------------------------------------------------------
+# ---- the exact distribution -----------------------------------------------------------------------------------------
 
 
 @functools.cache
 def exact_position(case: Case, last: int) -> tuple[float, np.ndarray]:
     """α and q* on the whole vocabulary after token `last`."""
     p, r = (tempered(chain[last], case.options.get("temperature", 1.0)) for chain in (THETA, T))
-    return position_law(p, r, case.options)
+    return position_distribution(p, r, case.options)
 
 
-def sequence_law(rows: Any, tokens: int) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence; `rows(last)` is the next-token law."""
-    law = {}
+def sequence_probabilities(rows: Any, tokens: int) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence; `rows(last)` is the next-token distribution."""
+    probabilities = {}
     for sequence in itertools.product(range(V), repeat=tokens):
         steps = itertools.pairwise((START, *sequence))
-        law[sequence] = math.prod(rows(last)[token] for last, token in steps)
-    return law
+        probabilities[sequence] = math.prod(rows(last)[token] for last, token in steps)
+    return probabilities
 
 
 def policy_law(case: Case) -> dict[tuple[int, ...], float]:
     temperature = case.options.get("temperature", 1.0)
-    return sequence_law(lambda last: tempered(THETA[last], temperature), case.tokens)
+    return sequence_probabilities(lambda last: tempered(THETA[last], temperature), case.tokens)
 
 
 # ---- what the program does ------------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def rollouts(case: Case) -> tuple[list[GenerationOutput], CoordinatorStats]:
 
 @by_case
 def test_frequencies_of_sequences(case):
-    law = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)
-    assert sum(law.values()) == pytest.approx(1)
+    expected = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
+    assert sum(expected.values()) == pytest.approx(1)
     drawn = [tuple(output.generated_tokens) for output in rollouts(case)[0]]
-    observed = np.array([drawn.count(sequence) for sequence in law])
+    observed = np.array([drawn.count(sequence) for sequence in expected])
     assert observed.sum() == case.sequences
-    assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
+    assert chi_square_p_value(observed, case.sequences * np.array(list(expected.values()))) > FALSE_ALARM
 
 
 @by_case
@@ -217,7 +217,7 @@ ENDS = {
 @pytest.mark.parametrize("way", ENDS)
 @pytest.mark.parametrize("options", [{"top_k": 4}, {"top_k": 2, "support": "tail"}], ids=["union", "tail"])
 def test_sequences_end_where_they_should_inside_a_block_too(way, options):
-    """At a stop id, drafted or redrawn, or at `max_tokens`: the law of whole sequences, enumerated.
+    """At a stop id, drafted or redrawn, or at `max_tokens`: the distribution of whole sequences, enumerated.
 
     Whether a draft ends with the stop id, before it at another EOS of the server, or goes on past it.
     """
@@ -231,15 +231,15 @@ def test_sequences_end_where_they_should_inside_a_block_too(way, options):
         **decoding,
         **options,
     )
-    q = [position_law(p, r, options)[1] for p, r in zip(THETA, T, strict=True)]
-    law: dict[tuple[int, ...], float] = {}
-    for sequence, probability in sequence_law(lambda last: q[last], tokens).items():
+    q = [position_distribution(p, r, options)[1] for p, r in zip(THETA, T, strict=True)]
+    expected: dict[tuple[int, ...], float] = {}
+    for sequence, probability in sequence_probabilities(lambda last: q[last], tokens).items():
         ended = sequence[: sequence.index(STOP) + 1] if STOP in sequence else sequence
-        law[ended] = law.get(ended, 0.0) + probability
+        expected[ended] = expected.get(ended, 0.0) + probability
     drawn = [tuple(output.generated_tokens) for output in outputs]
-    observed = np.array([drawn.count(sequence) for sequence in law])
-    assert observed.sum() == sequences and sum(law.values()) == pytest.approx(1)
-    assert chi_square_p_value(observed, sequences * np.array(list(law.values()))) > FALSE_ALARM
+    observed = np.array([drawn.count(sequence) for sequence in expected])
+    assert observed.sum() == sequences and sum(expected.values()) == pytest.approx(1)
+    assert chi_square_p_value(observed, sequences * np.array(list(expected.values()))) > FALSE_ALARM
     for output in outputs:
         assert output.error is None
         assert output.finish_reason == ("stop" if output.generated_tokens[-1] == STOP else "length")
@@ -280,7 +280,7 @@ def test_truncated_support_loses_the_mass_outside(case):
     """With support="union" and k < V the weights' mean is the policy's mass on what q* can reach, no more."""
     outputs = rollouts(case)[0]
     weights = np.array([math.prod(output.importance_weights) for output in outputs])
-    q = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)
+    q = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
     reachable = sum(p for sequence, p in policy_law(case).items() if q[sequence] > 0)
     assert reachable < 0.99
     assert standard_errors_off(weights, reachable) < STANDARD_ERRORS
@@ -315,10 +315,11 @@ def test_without_named_logprobs_tail_weights_are_approximate_and_counted():
     case = Case("no-names", {"top_k": 2, "support": "tail"}, sequences=500, server={"ignore": ("logprob_token_ids",)})
     outputs, stats = rollouts(case)
     assert 0 < stats.decoding.approximate_tail_weights <= stats.decoding.tail_tokens
-    law = sequence_law(lambda last: exact_position(case, last)[1], case.tokens)  # the sampled law is exact all the same
+    # What is drawn has the exact distribution all the same.
+    expected = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
     drawn = [tuple(output.generated_tokens) for output in outputs]
-    observed = np.array([drawn.count(sequence) for sequence in law])
-    assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
+    observed = np.array([drawn.count(sequence) for sequence in expected])
+    assert chi_square_p_value(observed, case.sequences * np.array(list(expected.values()))) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("options", [{}, {"support": "tail"}, {"decoding": "block"}], ids=str)
@@ -379,14 +380,14 @@ def test_identical_servers_give_one_half_and_unit_weights():
 @pytest.mark.parametrize("decoding", ["lockstep", "block"])
 @pytest.mark.parametrize("agree", [True, False], ids=["same token", "other token"])
 def test_a_policy_that_is_certain_to_float32_keeps_its_tail(decoding, agree):
-    """Its list of one token says 0.0. What that leaves open is what float32 can hide, for the law as for the weight."""
+    """Its list of one token says 0.0. What that leaves open is what float32 can hide, for q* as for the weight."""
     hidden = 1e-9
     first = np.roll(np.eye(V), 1, axis=1)
     second = first if agree else np.roll(np.eye(V), 2, axis=1)
     chains = (1 - hidden * V) * first + hidden, 0.4 * second + 0.6 / V
     options = {"top_k": 1, "support": "tail", "alpha_min": 0.9, "decoding": decoding, "num_draft_tokens": 2}
     outputs, stats = generate([[START]] * 200, chains=chains, max_tokens=1, server={"float32": True}, **options)
-    alpha, q = position_law(chains[0][START], chains[1][START], options)
+    alpha, q = position_distribution(chains[0][START], chains[1][START], options)
     listed = sorted({int(np.argmax(chain[START])) for chain in chains})
     outside = 1 - q[listed].sum()
     expected = 200 * np.array([*q[listed], outside])

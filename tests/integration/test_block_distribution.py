@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conformance.law import Pair, RolloutLaw
+from tests.conformance.distribution import Pair, RolloutDistribution
 from tests.integration.conftest import TinyPair
 
 
@@ -13,5 +13,5 @@ def pair(tiny_pair: TinyPair) -> Pair:
     return Pair(tiny_pair.theta_url, tiny_pair.t_url, tiny_pair.theta_model, tiny_pair.t_model)
 
 
-class TestEmbeddedServers(RolloutLaw):
+class TestEmbeddedServers(RolloutDistribution):
     pass

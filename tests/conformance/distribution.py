@@ -1,8 +1,8 @@
-"""Rollouts on real servers against the exact law of two tokens, enumerated from the two models' own forward passes.
+"""Rollouts on real servers against the exact distribution of two tokens, enumerated from both models' forward passes.
 
 Each χ² test fails for a correct program with probability 1e-4, each comparison of a mean (5 standard errors) with
-6e-7. Seeds are fixed. With 400 sequences a law that is off by a total variation of 0.2 is found with a probability of
-about 0.9; the record of each token is compared too, which finds far less.
+6e-7. Seeds are fixed. With 400 sequences a total variation of 0.2 is found with a probability of about 0.9; the record
+of each token is compared too, which finds far less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutpu
 from dual_rollout.coordinator import CoordinatorStats
 from tests.chi_square import chi_square_p_value, chi_square_survival, standard_errors_off
 from tests.conformance.suite import logprobs_of, reference
-from tests.exact_law import listed, position_law
+from tests.exact_distribution import listed, position_distribution
 from tests.hang import HANG
 
 PROMPT = [10, 20, 30]
@@ -43,7 +43,7 @@ class Pair:
     t_model: Path
 
 
-class Law:
+class ExactDistribution:
     """q* of two tokens after `PROMPT`, for one configuration.
 
     Attributes:
@@ -53,7 +53,7 @@ class Law:
 
     def __init__(self, pair: Pair, options: dict[str, Any]):
         self.p, self.r = next_tokens(pair.theta_model), next_tokens(pair.t_model)
-        positions = [position_law(p, r, options) for p, r in zip(self.p, self.r, strict=True)]
+        positions = [position_distribution(p, r, options) for p, r in zip(self.p, self.r, strict=True)]
         self.alpha = np.array([alpha for alpha, _ in positions])
         self.q = np.array([q for _, q in positions])
         self.options = options
@@ -63,7 +63,7 @@ class Law:
         return rows[0][:, None] * rows[1:]
 
 
-class RolloutLaw:
+class RolloutDistribution:
     """Subclasses give a fixture `pair`."""
 
     @pytest.mark.parametrize(
@@ -77,20 +77,20 @@ class RolloutLaw:
         ],
         ids=lambda options: "-".join(str(value) for value in options.values()),
     )
-    def test_blocks_have_the_exact_law(self, pair: Pair, options: dict[str, Any]) -> None:
-        law = Law(pair, options)
+    def test_blocks_have_the_exact_distribution(self, pair: Pair, options: dict[str, Any]) -> None:
+        exact = ExactDistribution(pair, options)
         outputs, stats = rollouts(pair, {"decoding": "block", "num_draft_tokens": 2, **options})
         assert 0 < stats.decoding.accepted_tokens < stats.decoding.draft_tokens
-        assert_law(law, outputs)
-        assert_record(law, outputs)
+        assert_distribution(exact, outputs)
+        assert_record(exact, outputs)
         if options.get("support") == "tail":
             assert stats.decoding.tail_tokens > 20 and not stats.decoding.approximate_tail_weights
-            assert_unbiased(law, outputs)
+            assert_unbiased(exact, outputs)
 
     def test_lockstep_has_the_same_law_as_blocks(self, pair: Pair) -> None:
         outputs, _ = rollouts(pair, {"decoding": "lockstep", **TAIL}, seed=8)
-        assert_law(Law(pair, TAIL), outputs)
-        assert_record(Law(pair, TAIL), outputs)
+        assert_distribution(ExactDistribution(pair, TAIL), outputs)
+        assert_record(ExactDistribution(pair, TAIL), outputs)
         blocks, _ = rollouts(pair, {"decoding": "block", "num_draft_tokens": 2, **TAIL})
         a, b = (
             np.bincount([output.generated_tokens[1] for output in each], minlength=400) for each in (outputs, blocks)
@@ -111,18 +111,18 @@ class RolloutLaw:
                 assert found == pytest.approx(expected.tolist(), abs=CLOSE)
 
 
-def assert_law(law: Law, outputs: list[GenerationOutput]) -> None:
+def assert_distribution(exact: ExactDistribution, outputs: list[GenerationOutput]) -> None:
     """The pairs of tokens come as often as they should, and the first tokens outside both lists too."""
-    expected = SEQUENCES * law.pairs(law.q)
+    expected = SEQUENCES * exact.pairs(exact.q)
     observed = np.zeros_like(expected)
     for output in outputs:
         observed[tuple(output.generated_tokens)] += 1
     assert expected.sum() == pytest.approx(SEQUENCES)
     assert chi_square_p_value(observed.ravel(), expected.ravel()) > FALSE_ALARM
     assert chi_square_p_value(observed.sum(axis=1), expected.sum(axis=1)) > FALSE_ALARM
-    if law.options.get("support") == "tail":
+    if exact.options.get("support") == "tail":
         # The share of the tail, and in it of the likelier half of its tokens, at both positions.
-        kinds = [_kinds(p, r, law.options) for p, r in zip(law.p, law.r, strict=True)]
+        kinds = [_kinds(p, r, exact.options) for p, r in zip(exact.p, exact.r, strict=True)]
         cells = np.array(
             [[3 * kinds[0][y] + kinds[1 + y][z] for z in range(len(kinds[0]))] for y in range(len(kinds[0]))]
         )
@@ -140,23 +140,23 @@ def _kinds(p: np.ndarray, r: np.ndarray, options: dict[str, Any]) -> np.ndarray:
     return kinds
 
 
-def assert_record(law: Law, outputs: list[GenerationOutput]) -> None:
+def assert_record(exact: ExactDistribution, outputs: list[GenerationOutput]) -> None:
     """α, log q* and exact log-probabilities of every token, of those that one list or both lack too."""
     for output in outputs:
         for i, row in enumerate((0, 1 + output.generated_tokens[0])):
             y = output.generated_tokens[i]
-            assert output.alpha_history[i] == pytest.approx(law.alpha[row], abs=CLOSE)
-            assert output.logprobs_q[i] == pytest.approx(np.log(law.q[row, y]), abs=CLOSE)
-            assert output.logprobs_theta[i] == pytest.approx(np.log(law.p[row, y]), abs=CLOSE)
-            assert output.logprobs_t[i] == pytest.approx(np.log(law.r[row, y]), abs=CLOSE)
-            assert output.importance_weights[i] == pytest.approx(law.p[row, y] / law.q[row, y], rel=2 * CLOSE)
+            assert output.alpha_history[i] == pytest.approx(exact.alpha[row], abs=CLOSE)
+            assert output.logprobs_q[i] == pytest.approx(np.log(exact.q[row, y]), abs=CLOSE)
+            assert output.logprobs_theta[i] == pytest.approx(np.log(exact.p[row, y]), abs=CLOSE)
+            assert output.logprobs_t[i] == pytest.approx(np.log(exact.r[row, y]), abs=CLOSE)
+            assert output.importance_weights[i] == pytest.approx(exact.p[row, y] / exact.q[row, y], rel=2 * CLOSE)
 
 
-def assert_unbiased(law: Law, outputs: list[GenerationOutput]) -> None:
+def assert_unbiased(exact: ExactDistribution, outputs: list[GenerationOutput]) -> None:
     """E_q[w f] = E_π_θ[f] over pairs of tokens."""
     tokens = np.array([output.generated_tokens for output in outputs])
     weights = np.array([np.prod(output.importance_weights) for output in outputs])
-    policy = law.pairs(law.p)
+    policy = exact.pairs(exact.p)
     vocabulary = np.arange(len(policy))
     for f in (np.ones_like(policy), (vocabulary[:, None] + vocabulary) % 4 == 1, vocabulary[:, None] + 0.0 * policy):
         assert standard_errors_off(weights * f[tokens[:, 0], tokens[:, 1]], float((policy * f).sum())) < STANDARD_ERRORS
