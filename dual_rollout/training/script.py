@@ -192,7 +192,7 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
 def starts_servers(dual: DualArguments) -> bool:
     """Whether the run has embedded servers of its own."""
     urls = _given_urls(dual)
-    return "t_url" in urls and set(urls.values()) == {None}  # an embedded server holds one model
+    return "t_url" in urls and all(url is None for url in urls.values())  # an embedded server holds one model
 
 
 def _given_urls(dual: DualArguments) -> dict[str, str | list[str] | None]:
