@@ -20,9 +20,9 @@ from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.text import load_tokenizer
 
-NATIVE_MODES = ("native_plain", "native", "native_scored")
+NATIVE_MODES = ("native_plain", "native", "pairs_plain", "pairs")
 MODES = ("theta", "t", "both", "naive", "lockstep", "block", "auto", *NATIVE_MODES)
-BASES = ("both", "t", "lockstep", "naive")
+BASES = ("both", "t", "lockstep", "naive", "native_plain", "pairs_plain")
 
 _MAX_WARM_UPS = 6
 
@@ -82,8 +82,9 @@ class Benchmark:
         config: `decoding` is set per mode; its other fields are used as they are.
         naive_urls: servers of the same two models for the mode `naive`, which sends text, where those of the config
             were started without a tokenizer.
-        native_url: a `dual-rollout serve-native`, for the modes `native_plain` (tokens alone), `native` (with log q*
-            and α of each, all that a trainer needs) and `native_scored` (with its log π_θ too).
+        native_url: a `dual-rollout serve-native`, for the modes `native` (rollouts of one prompt, for a server of two
+            models) and `pairs` (π_t sees a prompt that is half as long again), beside `native_plain` and `pairs_plain`:
+            plain generation of the same prompts by the same server.
         max_tokens: tokens per sequence; EOS is ignored, so that all modes produce the same number.
     """
 
@@ -106,7 +107,7 @@ class Benchmark:
         """One row: a warm-up, a batch of one token each, then the measured run, each with prompts of its own."""
         if mode == "naive":
             return await self._asking(mode, concurrency, context, self._naive_sequence)
-        if mode in ("theta", "t", "both", "native_plain"):
+        if mode in ("theta", "t", "both", "native_plain", "pairs_plain"):
             return await self._asking(mode, concurrency, context, _plain_sequence)
         return await self._sampling(mode, concurrency, context)
 
@@ -116,25 +117,27 @@ class Benchmark:
         values = {**asdict(self._config), "ignore_eos": True, "max_concurrency": concurrency}
         if mode in NATIVE_MODES:
             values |= {"engine": "native", "theta_url": self._urls(mode)[0], "theta_model": None}
-            values |= {"policy_logprobs": mode == "native_scored"}
         else:
             values["decoding"] = mode
         async with DualVLLMCoordinator(CoordinatorConfig.from_dict(values)) as coordinator:
 
             async def generate(prompts: list[list[int]], max_tokens: int) -> None:
-                for output in await coordinator.generate_batch(prompts, max_tokens=max_tokens):
+                t_prompts = prompts[concurrency:] or None
+                for output in await coordinator.generate_batch(
+                    prompts[:concurrency], t_prompts=t_prompts, max_tokens=max_tokens
+                ):
                     if output.error is not None:
                         raise RuntimeError(f"{mode}: {output.error}")
 
             for _ in range(_MAX_WARM_UPS):
-                await generate(await self._prompts(concurrency, context), self._max_tokens)
+                await generate(await self._contexts(mode, concurrency, context), self._max_tokens)
                 if mode in NATIVE_MODES or coordinator.stats.chosen:
                     break
             stats = coordinator.stats
-            prompts, started = await self._prompts(concurrency, context), time.perf_counter()
+            prompts, started = await self._contexts(mode, concurrency, context), time.perf_counter()
             await generate(prompts, 1)
             first = time.perf_counter() - started
-            prompts = await self._prompts(concurrency, context)
+            prompts = await self._contexts(mode, concurrency, context)
             before = _totals(stats.theta, stats.t)
             drafted, accepted = stats.decoding.draft_tokens, stats.decoding.accepted_tokens
             meter = _Meter()
@@ -154,7 +157,7 @@ class Benchmark:
     async def _asking(self, mode: str, concurrency: int, context: int, sequence: _Sequence) -> Row:
         """Requests and nothing else: `sequence` asks for one sequence from all servers of the mode.
 
-        With both servers generating on their own, a token counts once each has made one.
+        With both servers, or both contexts, generated on their own, a token counts once each has one.
         """
         servers = [_Server(HttpTransport(url, pool_size=concurrency)) for url in self._urls(mode)]
 
@@ -164,11 +167,11 @@ class Benchmark:
         try:
             for server in servers:
                 await server.find_model()
-            await generate(await self._prompts(concurrency, context), self._max_tokens)
-            prompts, started = await self._prompts(concurrency, context), time.perf_counter()
+            await generate(await self._contexts(mode, concurrency, context), self._max_tokens)
+            prompts, started = await self._contexts(mode, concurrency, context), time.perf_counter()
             await generate(prompts, 1)
             first = time.perf_counter() - started
-            prompts = await self._prompts(concurrency, context)
+            prompts = await self._contexts(mode, concurrency, context)
             before = _totals(*(server.http.stats for server in servers))
             meter = _Meter()
             await generate(prompts, self._max_tokens)
@@ -200,6 +203,13 @@ class Benchmark:
         if mode == "naive" and self._naive_urls is not None:
             return list(self._naive_urls)
         return {"theta": [theta], "t": [t]}.get(mode, [theta, t])
+
+    async def _contexts(self, mode: str, count: int, length: int) -> list[list[int]]:
+        """π_θ's prompts, and after them π_t's where it sees others."""
+        prompts = await self._prompts(count, length)
+        if mode in ("pairs", "pairs_plain"):
+            prompts += await self._prompts(count, length + length // 2)
+        return prompts
 
     async def _prompts(self, count: int, length: int) -> list[list[int]]:
         """Token-id prompts of exactly `length`, no two with a common beginning, not even with those of other calls."""

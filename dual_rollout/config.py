@@ -20,26 +20,47 @@ MAX_AUTO_TOP_K = 1000
 """What `top_k: auto` asks for at most, where the server sets no lower limit."""
 
 
+NATIVE_TEMPERATURES = (0.01, 100.0)
+"""What a native server takes."""
+
+
 AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 """How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha` say what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlphaRule:
-    """How α is chosen for each token.
+    """How α is chosen for each token: of a config, of a call, of a request to a native server. All are checked here.
 
     Attributes:
-        method: see `AlphaMethod`.
+        alpha_method: see `AlphaMethod`.
         fixed_alpha: the α of "fixed", in [0, 1].
         kl_budget: the bound of "kl_budget" on KL(q_α‖π_θ), nats.
         alpha_min, alpha_max: bounds on α, whatever the method says.
+
+    Raises:
+        ValueError: a value out of range, or one that belongs to another method; it names the field.
     """
 
-    method: AlphaMethod = "kl_symmetry"
+    alpha_method: AlphaMethod = "kl_symmetry"
     fixed_alpha: float | None = None
     kl_budget: float | None = None
     alpha_min: float = 0.0
     alpha_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_value("alpha_method", self.alpha_method, AlphaMethod, None)
+        for name, method, bound in (("fixed_alpha", "fixed", _SHARE), ("kl_budget", "kl_budget", _BUDGET)):
+            value = getattr(self, name)
+            _check_value(name, value, float | None, bound)
+            if self.alpha_method == method and value is None:
+                raise ValueError(f'{name} must be set with alpha_method "{method}"')
+            if self.alpha_method != method and value is not None:
+                raise ValueError(f'{name} is set, but alpha_method is not "{method}": set one or drop the other')
+        for name in ("alpha_min", "alpha_max"):
+            _check_value(name, getattr(self, name), float, _SHARE)
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(f"alpha_min ({self.alpha_min}) must not exceed alpha_max ({self.alpha_max})")
 
 
 class _Bound(NamedTuple):
@@ -143,11 +164,6 @@ class CoordinatorConfig:
     alpha_min: float = _option(0.0, "Lower bound on α, whatever the method says.", _SHARE)
     alpha_max: float = _option(1.0, "Upper bound on α, whatever the method says.", _SHARE)
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.", _ABOVE_0)
-    policy_logprobs: bool = _option(
-        True,
-        'Engine "native": fetch log π_θ of each token by a second request. False leaves logprobs_theta, logprobs_t and '
-        "importance_weights NaN, for a trainer that computes log π_θ itself, as DualGRPOTrainer does.",
-    )
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.", _FROM_0)
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
     max_concurrency: int = _option(64, "Sequences in flight at once.", _FROM_1)
@@ -172,36 +188,21 @@ class CoordinatorConfig:
                 'top_k "auto" lists fewer tokens where they are surer, which support "union" would cut off for good: '
                 'set support to "tail"'
             )
-        if self.alpha_min > self.alpha_max:
-            raise ValueError(f"alpha_min ({self.alpha_min}) must not exceed alpha_max ({self.alpha_max})")
-        for name, method in (("fixed_alpha", "fixed"), ("kl_budget", "kl_budget")):
-            value = getattr(self, name)
-            if self.alpha_method == method and value is None:
-                raise ValueError(f'{name} must be set with alpha_method "{method}"')
-            if self.alpha_method != method and value is not None:
-                raise ValueError(f'{name} is set, but alpha_method is not "{method}": set one or drop the other')
+        _ = self.alpha_rule  # which checks itself
         if self.engine == "native" and (not isinstance(self.theta_url, str) or self.targets):
             raise ValueError('engine "native" has one server, which holds its target: give one theta_url, no targets')
-        if self.engine == "native" and not 0.05 <= self.temperature <= 2:
-            raise ValueError(f'engine "native" needs a temperature in [0.05, 2], got {self.temperature}')
-        if self.engine != "native" and not self.policy_logprobs:
-            raise ValueError('policy_logprobs=False needs engine "native": with another, log π_θ costs no request')
+        low, high = NATIVE_TEMPERATURES
+        if self.engine == "native" and not low <= self.temperature <= high:
+            raise ValueError(f'temperature must be in [{low:g}, {high:g}] with engine "native", got {self.temperature}')
 
     @property
     def alpha_rule(self) -> AlphaRule:
         """How α is chosen for each token."""
-        return AlphaRule(
-            method=self.alpha_method,
-            fixed_alpha=self.fixed_alpha,
-            kl_budget=self.kl_budget,
-            alpha_min=self.alpha_min,
-            alpha_max=self.alpha_max,
-        )
+        return AlphaRule(**{spec.name: getattr(self, spec.name) for spec in fields(AlphaRule)})
 
     def with_alpha_rule(self, rule: AlphaRule) -> CoordinatorConfig:
         """The same with another rule for α."""
-        values = asdict(rule)
-        return replace(self, alpha_method=values.pop("method"), **values)
+        return replace(self, **asdict(rule))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CoordinatorConfig:

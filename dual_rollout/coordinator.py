@@ -23,7 +23,6 @@ from dual_rollout.samplers.dispatch import Call, Dispatcher
 from dual_rollout.samplers.from_config import choose_samplers
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.from_config import Clients
-from dual_rollout.servers.native import NativeEngine
 from dual_rollout.stats import CoordinatorStats
 from dual_rollout.text import IncrementalDecoder, decode_tokens
 from dual_rollout.types import CallOptions, GenerationOutput, GenerationRequest, Prompt, StreamChunk
@@ -99,11 +98,6 @@ class DualVLLMCoordinator:
     @weight_version.setter
     def weight_version(self, version: int | None) -> None:
         self._weights.version = version
-
-    async def is_drawn_whole(self) -> bool:
-        """Whether its one server holds two models and draws from q* alone, not from the policy: see docs/native.md."""
-        theta = self.theta
-        return isinstance(theta, NativeEngine) and await theta.pair_server() is None
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,7 +3,7 @@
 A decoder appends to it, and everything behind it is a view: `GenerationOutput`, `RolloutBatch`, the shards of
 `dual-rollout generate`, and the columns that reward functions get. To add a number per token, add a line to
 `SequenceRecord` and give it a value where tokens are appended: `decoding/positions.py`, `decoding/policy_alone.py`,
-`samplers/native.py`, `samplers/pairs.py`.
+`samplers/native.py`.
 """
 
 from __future__ import annotations

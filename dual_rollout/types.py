@@ -97,7 +97,6 @@ class GenerationOutput:
         prompt_token_ids: the ids π_θ saw.
         record: the tokens and their numbers. Its columns are also attributes here: `generated_tokens`, `alpha_history`,
             `logprobs_q`, `logprobs_theta`, `logprobs_t`, `importance_weights`, `without_target`, `weight_versions`.
-            log π_θ, log π_t and the weights are NaN where `policy_logprobs` is False.
         generated_text: decoded without special tokens; None when no tokenizer could be loaded.
         finish_reason: "stop" (a stop token) or "length" (`max_tokens`); None when `error` is set.
         error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.
@@ -144,8 +143,7 @@ class StreamChunk:
 
     `text` may be empty: bytes of a character that is not complete yet are held back until it is.
     `importance_weight` is NaN where log π_θ of the token has to be fetched afterwards, because only π_t listed it, and
-    `logprob_q` where it lies outside both lists; the finished output has both. Without `policy_logprobs` no weight is
-    known.
+    `logprob_q` where it lies outside both lists; the finished output has both.
     """
 
     token_id: int

@@ -15,8 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="measure decoding modes on two servers, and on a native one",
         description="Measure, on the same prompts in one run: each server generating alone (theta, t), both side by "
         "side (both), the obvious two-model loop (naive), q* by lockstep, block and auto, and, with --native-url, q* "
-        "from one native server (native_plain: tokens alone; native: with log q* and α; native_scored: with log π_θ "
-        "too). Give two URLs, or two models to serve with embedded servers.",
+        "from one native server (native: of two models; pairs: π_t sees another prompt; native_plain and pairs_plain: "
+        "what it generates plainly, of one context and of both). Give two URLs, or two models to serve with embedded "
+        "servers, or --native-url alone.",
     )
     parser.add_argument("--theta-url", help="π_θ's server")
     parser.add_argument("--t-url", help="π_t's server")
@@ -26,15 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar=("THETA", "T"),
         help="servers for the naive loop, which sends text, where the others have no tokenizer",
     )
-    parser.add_argument("--native-url", help="a dual-rollout serve-native of the same two models")
+    parser.add_argument("--native-url", help="a dual-rollout serve-native, of the same two models for mode native")
     parser.add_argument("--theta-model", help="model folder of π_θ for an embedded server, when there is no URL")
     parser.add_argument("--t-model", help="model folder of π_t for an embedded server; π_θ's when unset")
     parser.add_argument("--tokenizer", help="tokenizer of the prompts; π_θ's when unset")
     parser.add_argument(
         "--modes",
         nargs="+",
-        help="any of theta t both naive lockstep block auto native_plain native native_scored; all that have servers "
-        "when unset",
+        help="any of theta t both naive lockstep block auto native_plain native pairs_plain pairs; all that have "
+        "servers when unset",
     )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="sequences at once")
     parser.add_argument("--context", type=int, nargs="+", default=[64, 512], help="prompt lengths, tokens")
@@ -54,19 +55,23 @@ def run(args: argparse.Namespace) -> int:
     from dual_rollout.server.launch import EmbeddedServer
 
     if args.modes is None:
-        args.modes = [mode for mode in MODES if args.native_url or mode not in NATIVE_MODES]
+        two_servers = args.theta_url is not None or args.theta_model is not None or args.native_url is None
+        args.modes = [mode for mode in MODES if (args.native_url if mode in NATIVE_MODES else two_servers)]
     if unknown := set(args.modes) - set(MODES):
         raise ValueError(f"--modes: {', '.join(sorted(unknown))} unknown; choose from {', '.join(MODES)}")
     if (args.theta_url is None) != (args.t_url is None):
         raise ValueError("set both --theta-url and --t-url, or --theta-model to start embedded servers")
-    if args.theta_url is None and args.theta_model is None:
-        raise ValueError("set --theta-url and --t-url, or --theta-model")
+    only_native = set(args.modes) <= set(NATIVE_MODES)
+    if args.theta_url is None and args.theta_model is None and not (only_native and args.native_url):
+        raise ValueError("set --theta-url and --t-url, or --theta-model, or --native-url for its modes alone")
     if args.native_url is None and set(args.modes) & set(NATIVE_MODES):
         raise ValueError("the native modes need --native-url, a dual-rollout serve-native")
     if args.repeat < 1:
         raise ValueError(f"--repeat must be at least 1, got {args.repeat}")
     with contextlib.ExitStack() as stack:
-        if args.theta_url is None:
+        if args.theta_url is None and only_native:
+            args.theta_url = args.t_url = args.native_url
+        elif args.theta_url is None:
             length = max(args.context) + 4 * args.max_tokens + 1  # the naive loop's text may be read as more tokens
             flags = ["--max-logprobs", str(args.top_k), "--max-model-len", str(length), "--threads", "1"]
             models = (args.theta_model, args.t_model or args.theta_model)

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
     from dual_rollout.servers import Capabilities, Engine
-    from dual_rollout.servers.native import NativeEngine, NativeServerInfo
-    from dual_rollout.servers.pairs import PairServerInfo
     from dual_rollout.tokenizer_files import Comparison
 
 T = TypeVar("T")
@@ -67,7 +65,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--theta-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_θ")
     parser.add_argument("--t-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_t")
     parser.add_argument("--top-k", type=int, default=100, help="candidates the rollout will ask for")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout; matters to --engine native")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -90,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine,
         theta_url=args.theta_url,
         **({"t_url": args.t_url} if args.t_url else {}),
-        temperature=args.temperature,
         theta_engine=args.theta_engine,
         t_engine=args.t_engine,
         top_k=args.top_k,
@@ -157,82 +153,55 @@ def weights_check(name: str, root: str | None, found: tuple[str | None, float | 
 
 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
-    """All checks of a native server, and what it said of itself."""
-    from dual_rollout.servers import HttpTransport, NativeEngine
-    from dual_rollout.servers.pairs import PairServerInfo
+    """All checks of a native server, and what it said of itself. A few tokens show whether it draws from the right
+    rows."""
+    from dual_rollout.native.client import NativeEngine
+    from dual_rollout.servers import HttpTransport
 
-    url = str(config.theta_url)
-    engine = NativeEngine(
-        HttpTransport(url, request_timeout=config.request_timeout, max_retries=config.max_retries), config.theta_model
-    )
+    http = HttpTransport(str(config.theta_url), request_timeout=config.request_timeout, max_retries=config.max_retries)
+    engine = NativeEngine(http, config.theta_model)
     deadline = asyncio.get_running_loop().time() + config.total_timeout
     try:
-        server = await _by(deadline, engine.pair_server())
-        if isinstance(server, PairServerInfo):
-            return await _examine_pairs(engine, server, deadline)
-        found = await _by(deadline, engine.examine(config.temperature))
-        weights = await _by(deadline, weights_of(engine))
+        server = await _by(deadline, engine.native_server())
+        if isinstance(server, Exception):
+            return [_native_fault(server)], {"native": None}
+        info, difference = await _by(deadline, engine.describe()), await _by(deadline, engine.compare_values())
+        reloads, weights = await _by(deadline, engine.reloads_weights()), await _by(deadline, weights_of(engine))
     finally:
         await engine.aclose()
-    if isinstance(found, Exception):
-        return [_native_fault(found)], {"native": None}
-    checks = [*native_checks(url, config.temperature, found), weights_check("q*", found.model, weights)]
-    return checks, {"native": asdict(found)}
-
-
-async def _examine_pairs(
-    engine: NativeEngine, server: PairServerInfo, deadline: float
-) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:
-    """The rows of a server of pairs. A few tokens show whether it draws from the rows that it should."""
-    info = await _by(deadline, engine.describe())
-    difference, weights = await _by(deadline, engine.compare_values()), await _by(deadline, weights_of(engine))
-    if isinstance(info, Exception):
-        return [_native_fault(info)], {"native": asdict(server)}
-    if isinstance(difference, Exception):
-        return [_native_fault(difference)], {"native": asdict(server)}
-    values = Check("q*", "values", "ok", f"both sides within {difference:.2g} nats of the server's own")
+    for found in (info, difference):
+        if isinstance(found, Exception):
+            return [_native_fault(found)], {"native": asdict(server)}
+    assert not isinstance(info, Exception) and not isinstance(difference, Exception)
+    sides = "log π_θ" if server.target else "both sides"
+    values = Check("q*", "values", "ok", f"{sides} within {difference:.2g} nats of the server's own")
     if difference > _WRONG_ROWS:
         fix = "its numbers are of other rows, or rounded too far: report it, with vLLM's version and its flags"
-        values = Check("q*", "values", "failed", f"{difference:.2g} nats from the server's own", fix)
+        values = Check("q*", "values", "failed", f"{sides}: {difference:.2g} nats from the server's own", fix)
+    reload = Check("q*", "weight reload", "ok", "yes; π_θ's alone" if server.target else "yes; of both roles")
+    if reloads is not True:
+        fix = "for training with dual_weight_sync=disk, start it with VLLM_SERVER_DEV_MODE=1"
+        reload = Check("q*", "weight reload", "optional", "no", fix)
+    requests = server.max_requests
     checks = [
-        Check("q*", "server", "ok", f"{info.model} at {engine.url}, in both roles: draws pairs of prompts"),
-        Check("q*", "vocabulary", "ok", f"{server.vocab_size} tokens"),
-        Check("q*", "places", "ok", f"{server.max_pairs} rollouts at once (half of --max-num-seqs)"),
+        Check("q*", "server", "ok", f"{info.model} at {engine.url}"),
+        Check("q*", "target", "ok", server.target or "the same model: give it a prompt of its own, or another adapter"),
+        Check("q*", "vocabulary", "ok", f"{server.common_vocab_size} tokens"),
+        Check(
+            "q*", "places", "ok", f"{requests} rollouts at once, or {requests // 2} with two prompts (--max-num-seqs)"
+        ),
         values,
+        reload,
         weights_check("q*", info.model, weights),
     ]
     return checks, {"native": asdict(server)}
-
-
-def native_checks(url: str, temperature: float, found: NativeServerInfo) -> list[Check]:
-    """The rows of a native server that samples from q*."""
-    dev_mode = "start it with VLLM_SERVER_DEV_MODE=1"
-    if found.rule is None:
-        rule = Check("q*", "α rule", "optional", "unknown", f"to see it here, {dev_mode}")
-    elif found.rule["fixed_alpha"] is not None:
-        rule = Check("q*", "α rule", "ok", f"fixed at {found.rule['fixed_alpha']:g}")
-    else:
-        bounds = f"[{found.rule['alpha_min']:g}, {found.rule['alpha_max']:g}]"
-        rule = Check("q*", "α rule", "ok", f"kl_symmetry in {bounds}")
-    reload = Check("q*", "weight reload", "ok", "yes; π_θ's alone")
-    if not found.reloads_weights:
-        reload = Check("q*", "weight reload", "optional", "no", f"for training with dual_weight_sync=disk, {dev_mode}")
-    return [
-        Check("q*", "server", "ok", f"{found.model} at {url}, version {found.version or 'unknown'}"),
-        Check("q*", "target", "ok", found.target or "unknown"),
-        Check("q*", "vocabulary", "ok", f"{found.vocab_size} tokens"),
-        Check("q*", "pseudo-tokens", "ok", "carry α and both divergences; a prompt's rows are log π_θ"),
-        Check("q*", "temperature", "ok", f"α is solved at {temperature:g}"),
-        rule,
-        reload,
-    ]
 
 
 def _native_fault(error: Exception) -> Check:
     from dual_rollout.exceptions import PreflightError
 
     if isinstance(error, PreflightError):
-        fix = "serve both with dual-rollout serve-native THETA T (docs/native.md), or check two servers (--engine dual)"
+        fix = "serve the models with dual-rollout serve-native (docs/native.md), or check two servers (--engine dual)"
         return Check("q*", "native", "failed", str(error), fix)
     fix = (
         "start dual-rollout serve-native, or correct theta_url; one that has just started compiles at first "

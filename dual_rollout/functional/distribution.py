@@ -30,11 +30,7 @@ class NextTokenDistribution:
 
 
 def next_token_distribution(candidates: Candidates, rule: AlphaRule = AlphaRule()) -> NextTokenDistribution:  # noqa: B008
-    """α by `rule`, clipped to its bounds, and q_α ∝ π_θ^(1−α) π_t^α on the candidates.
-
-    Raises:
-        ValueError: the method's own number is missing, or the method is unknown.
-    """
+    """α by `rule`, clipped to its bounds, and q_α ∝ π_θ^(1−α) π_t^α on the candidates."""
     logp_theta, logp_t = candidates.logp_theta, candidates.logp_t
     disjoint = disjoint_rows(logp_theta, logp_t)
     alpha = np.zeros(len(disjoint))
@@ -48,17 +44,9 @@ def next_token_distribution(candidates: Candidates, rule: AlphaRule = AlphaRule(
 
 
 def _alpha(rule: AlphaRule, logp_theta: np.ndarray, logp_t: np.ndarray) -> np.ndarray | float:
-    if rule.method == "kl_symmetry":
-        return solve_alpha(logp_theta, logp_t)
-    if rule.method == "ess_balance":
-        return ess_balance_alpha(logp_theta, logp_t)
-    if rule.method == "entropy":
-        return entropy_alpha(logp_theta, logp_t)
-    if rule.method == "fixed" and rule.fixed_alpha is not None:
+    if rule.fixed_alpha is not None:
         return rule.fixed_alpha
-    if rule.method == "kl_budget" and rule.kl_budget is not None:
+    if rule.kl_budget is not None:
         return kl_budget_alpha(logp_theta, logp_t, rule.kl_budget)
-    needs = {"fixed": "fixed_alpha", "kl_budget": "kl_budget"}.get(rule.method)
-    raise ValueError(
-        f"alpha_method {rule.method!r} needs {needs}" if needs else f"unknown alpha_method {rule.method!r}"
-    )
+    solve = {"kl_symmetry": solve_alpha, "ess_balance": ess_balance_alpha, "entropy": entropy_alpha}
+    return solve[rule.alpha_method](logp_theta, logp_t)

@@ -1,11 +1,12 @@
-"""One vLLM engine that samples from q* itself, in two ways; docs/native.md says when to use which.
+"""One vLLM engine that draws whole rollouts from q*, and its client; docs/native.md says how it works.
 
-Two models, one prompt: `model.py` (the model class, which returns the logits of q*) and `solver.py`. vLLM finds
-`register` through the entry point `vllm.general_plugins`.
+What the client needs, without torch and vLLM: `wire.py` (what both sides tell each other), `client.py`, `places.py`.
 
-Pairs, one model with two prompts: `route.py` (the HTTP route), `scheduler.py` (both requests come at once),
-`processor.py` and `table.py` (which rows are a pair), `draw.py`, `alpha.py` and `kernel.py` (α, q* and the draw),
-`rule.py` (what a request says). `serving.py` starts the server of either.
+In the API server: `route.py` (the HTTP route), `refusals.py`. In the engine: `scheduler.py` (both requests of a rollout
+come at once), `processor.py` and `table.py` (which rows are drawn together), `draw.py`, `solver.py`, `alpha.py` and
+`kernel.py` (α, q* and the draw), `ordinary.py` (other requests, where these are drawn from q* too), `model.py` (the class
+that holds two models, which vLLM finds by `register`, through the entry point `vllm.general_plugins`). `serving.py` starts
+it all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ ARCHITECTURE = "DualRolloutForCausalLM"
 
 
 def register() -> None:
-    """Tell vLLM of the model class, by name: it is imported when a server needs it."""
+    """Tell vLLM of the class that holds two models, by name: it is imported when a server needs it."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

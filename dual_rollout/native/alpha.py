@@ -10,23 +10,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dual_rollout.native.rule import PairRule
-from dual_rollout.native.solver import log_softmax, on_common
+from dual_rollout.config import AlphaRule
+from dual_rollout.native.solver import common_logprobs, log_softmax, on_common
 
 _ROUNDS = 12
 
 
-def alpha_of_method(method: PairRule, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
-    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V)` logits, before the bounds."""
-    logp_theta, logp_t = (log_softmax(logits, method.temperature) for logits in (logits_theta, logits_t))
-    if method.alpha_method == "entropy":
-        theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in (logp_theta, logp_t))
+def alpha_of_rule(rule: AlphaRule, temperature: float | Tensor, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
+    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V_θ)` and `(n, V_t)` logits, before the bounds."""
+    if rule.alpha_method == "entropy":
+        logps = (log_softmax(logits, temperature) for logits in (logits_theta, logits_t))
+        theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in logps)
         return torch.where(theta + t > 0, theta / (theta + t), 0.5)
-    base, slope = on_common(logp_theta, logp_t)
-    if method.alpha_method == "ess_balance":
+    base, slope = on_common(*common_logprobs(logits_theta, logits_t, temperature))
+    if rule.alpha_method == "ess_balance":
         return _ess_balance(base, slope)
-    assert method.kl_budget is not None
-    return _kl_budget(base, slope, method.kl_budget)
+    assert rule.kl_budget is not None
+    return _kl_budget(base, slope, rule.kl_budget)
 
 
 def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""One draw from q* for each of n pairs of rows, without a synchronisation; `kernel.py` is the same for GPUs.
+"""One draw from q* for each of n rollouts, without a synchronisation; `kernel.py` is the same for GPUs.
+
+The logits of both sides may be rows of one tensor (one model, two prompts) or of two (two models).
 
 The random numbers come from a counter: a draw depends on the seed of its pair and its position alone, whatever else is
 in the batch.
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from dual_rollout.native.rule import PairRule
-from dual_rollout.native.solver import balanced_alpha, log_softmax, on_common, on_path
+from dual_rollout.native.solver import Choice, q_star
+from dual_rollout.native.wire import Member
 
 FORCED = 1e30
 """The logit of the drawn token: greater than any other, and finite in what vLLM computes of it."""
@@ -37,9 +39,10 @@ PACKED = (
 _GOLDEN = -1640531527  # 2^32 over the golden ratio, as int32
 _ODD = 0x3C6EF373  # below 2^31, as the upper half of a seed is: their sum is never 0, of which _mix makes 0
 
-DrawInPlace = Callable[[Tensor, Tensor, Tensor], None]
-"""`(logits, packed, record)`: draws for every column of `packed`, gives the token the greatest logit in both its rows,
-writes its numbers into its cell of `record`, `(cells, len(NUMBERS))`, and moves position and cell on by one."""
+DrawInPlace = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""`(logits, logits_t, packed, record)`: draws for every column of `packed`, between a row of `logits`, which are π_θ's,
+and one of `logits_t`; gives the token the greatest logit in both rows of `logits`, which vLLM samples from; writes its
+numbers into its cell of `record`, `(cells, len(NUMBERS))`; and moves position and cell on by one."""
 
 
 class Pairs(NamedTuple):
@@ -49,40 +52,32 @@ class Pairs(NamedTuple):
         rows_theta, rows_t: `(n,)` int64, rows of the logits.
         seeds: `(n, 2)` int32, the lower and the upper half of the seed.
         positions: `(n, 1)` int32, tokens of the rollout before this one.
-        temperature, alpha, alpha_min, alpha_max: `(n, 1)` float32; α NaN where the two divergences are to be equal.
+        choice: of α.
     """
 
     rows_theta: Tensor
     rows_t: Tensor
     seeds: Tensor
     positions: Tensor
-    temperature: Tensor
-    alpha: Tensor
-    alpha_min: Tensor
-    alpha_max: Tensor
+    choice: Choice
 
 
-def draw(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, logits_t: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """A token per pair, `(n,)` int64, and what is recorded of it, `(n, len(NUMBERS))`; a token id below 2^24 is exact.
 
     Args:
-        logits: `(B, V)`, any floating type.
+        logits, logits_t: `(B, V_θ)` and `(B, V_t)`, any floating type.
     """
-    logp_theta = log_softmax(logits[pairs.rows_theta], pairs.temperature)
-    logp_t = log_softmax(logits[pairs.rows_t], pairs.temperature)
-    solved = balanced_alpha(*on_common(logp_theta, logp_t))
-    alpha = torch.where(pairs.alpha.isnan(), solved, pairs.alpha)
-    at_an_end = (pairs.alpha == 0.0) | (pairs.alpha == 1.0) | (pairs.alpha_max == 0.0) | (pairs.alpha_min == 1.0)
-    q, weight = on_path(logp_theta, logp_t, alpha.clamp(pairs.alpha_min, pairs.alpha_max), at_an_end)
+    q = q_star(logits[pairs.rows_theta], logits_t[pairs.rows_t], pairs.choice)
     # Exponential clocks with rates in proportion to q: the first to ring is a draw from q.
-    times = exponential(pairs.seeds, pairs.positions, weight.shape[1])
-    token = (weight / times).argmax(dim=1, keepdim=True)
+    times = exponential(pairs.seeds, pairs.positions, q.weights.shape[1])
+    token = (q.weights / times).argmax(dim=1, keepdim=True)
     numbers = (
         token.float(),
         q.alpha,
         q.logprobs.gather(1, token),
-        logp_theta.gather(1, token),
-        logp_t.gather(1, token),
+        q.logp_theta.gather(1, token),
+        q.logp_t.gather(1, token),
         q.kl_theta,
         q.kl_t,
     )
@@ -106,22 +101,18 @@ def exponential(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
 
 
 def pack(
-    rows: Sequence[tuple[int, int]],
-    seeds: Sequence[int],
-    positions: Sequence[int],
-    cells: Sequence[int],
-    methods: Sequence[PairRule],
+    rows: Sequence[tuple[int, int]], members: Sequence[Member], positions: Sequence[int], cells: Sequence[int]
 ) -> np.ndarray:
-    """`PACKED` of n pairs, `(10, n)`; seeds are in [0, 2^64)."""
-    halves = np.array([struct.unpack("<ii", struct.pack("<Q", seed)) for seed in seeds])
+    """`PACKED` of n pairs, `(10, n)`. Each is one of `members`, of either side."""
+    halves = np.array([struct.unpack("<ii", struct.pack("<Q", member.seed)) for member in members])
     floats = [
         (
-            method.temperature,
-            np.nan if method.fixed_alpha is None else method.fixed_alpha,
-            method.alpha_min,
-            method.alpha_max,
+            member.temperature,
+            np.nan if member.rule.fixed_alpha is None else member.rule.fixed_alpha,
+            member.rule.alpha_min,
+            member.rule.alpha_max,
         )
-        for method in methods
+        for member in members
     ]
     bits = np.array(floats, np.float32).view(np.int32)
     return np.concatenate((np.array(rows).T, halves.T, [positions, cells], bits.T)).astype(np.int64)
@@ -130,7 +121,7 @@ def pack(
 def unpack(packed: Tensor) -> Pairs:
     """The pairs that `pack` was given, without their cells."""
     floats = packed[6:].int().view(torch.float32)[:, :, None]
-    return Pairs(packed[0], packed[1], packed[2:4].T.int(), packed[4].int()[:, None], *floats)
+    return Pairs(packed[0], packed[1], packed[2:4].T.int(), packed[4].int()[:, None], Choice(*floats))
 
 
 def set_alpha(packed: Tensor, columns: Tensor, alpha: Tensor) -> None:
@@ -142,22 +133,26 @@ def compiled_draw(backend: str = "inductor") -> DrawInPlace:
     """`draw` compiled for the vocabulary that it meets first and any numbers of rows and pairs."""
     compiled = torch.compile(draw, backend=backend)
 
-    def in_place(logits: Tensor, packed: Tensor, record: Tensor) -> None:
-        pairs, source = unpack(packed), logits
+    def in_place(logits: Tensor, logits_t: Tensor, packed: Tensor, record: Tensor) -> None:
+        pairs = unpack(packed)
         # A graph for any number of pairs or rows is one for two and more; a pair that comes twice draws the same.
         if packed.shape[1] == 1:
-            pairs = Pairs(*(torch.cat((tensor, tensor)) for tensor in pairs))
-        if len(logits) == 1:
-            source = torch.cat((logits, logits))
-        for tensor in (source, *pairs):
+            pairs = unpack(packed.repeat(1, 2))
+        theta = _at_least_two(logits)
+        t = theta if logits_t is logits else _at_least_two(logits_t)
+        for tensor in (theta, t, *pairs[:4], *pairs.choice):
             maybe_mark_dynamic(tensor, 0)
-        tokens, numbers = compiled(source, pairs)
+        tokens, numbers = compiled(theta, t, pairs)
         logits[pairs.rows_theta, tokens] = FORCED
         logits[pairs.rows_t, tokens] = FORCED
         record[packed[5]] = numbers[: packed.shape[1]]
         packed[4:6] += 1
 
     return in_place
+
+
+def _at_least_two(rows: Tensor) -> Tensor:
+    return rows if len(rows) > 1 else torch.cat((rows, rows))
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from dual_rollout.native.rule import NUMBERS
+from dual_rollout.native.wire import NUMBERS
 
 _BLOCK = 4096
 _WARPS = 16
@@ -114,10 +114,23 @@ def _balanced_alpha(
 
 
 @triton.jit(do_not_specialize=["pairs"])  # or 1 and multiples of 16 would be compiled when they first come
-def _draw(logits, stride, size, packed, pairs, record, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _draw(
+    logits,
+    stride,
+    size_theta,
+    logits_t,
+    stride_t,
+    size_t,
+    packed,
+    pairs,
+    record,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     mine = packed + tl.program_id(0)
     theta = logits + tl.load(mine) * stride
-    t = logits + tl.load(mine + pairs) * stride
+    row_t = tl.load(mine + pairs)
+    t = logits_t + row_t * stride_t
     seed_low = tl.load(mine + 2 * pairs).to(tl.uint32)
     seed_high = tl.load(mine + 3 * pairs).to(tl.uint32)
     position = tl.load(mine + 4 * pairs)
@@ -127,8 +140,9 @@ def _draw(logits, stride, size, packed, pairs, record, COLUMNS: tl.constexpr, BL
     alpha_min = tl.load(mine + 8 * pairs).to(tl.int32).to(tl.float32, bitcast=True)
     alpha_max = tl.load(mine + 9 * pairs).to(tl.int32).to(tl.float32, bitcast=True)
 
-    normaliser_theta = _log_normaliser(theta, size, temperature, BLOCK)
-    normaliser_t = _log_normaliser(t, size, temperature, BLOCK)
+    normaliser_theta = _log_normaliser(theta, size_theta, temperature, BLOCK)
+    normaliser_t = _log_normaliser(t, size_t, temperature, BLOCK)
+    size = tl.minimum(size_theta, size_t)  # of the tokens that both have
     alpha = fixed
     if fixed != fixed:  # NaN
         alpha = _balanced_alpha(theta, t, size, temperature, normaliser_theta, normaliser_t, 4, BLOCK)
@@ -179,20 +193,23 @@ def _draw(logits, stride, size, packed, pairs, record, COLUMNS: tl.constexpr, BL
     tl.store(own + 6, tl.maximum((alpha - 1.0) * rate - psi, 0.0))
     tl.debug_barrier()  # every thread has read the rows
     tl.store(theta + token, 1e30)
-    tl.store(t + token, 1e30)
+    tl.store(logits + row_t * stride + token, 1e30)
     tl.store(mine + 4 * pairs, position + 1)
     tl.store(mine + 5 * pairs, cell + 1)
 
 
-def draw_in_place(logits: Tensor, packed: Tensor, record: Tensor) -> None:
+def draw_in_place(logits: Tensor, logits_t: Tensor, packed: Tensor, record: Tensor) -> None:
     """A `draw.DrawInPlace`; each row of the logits is contiguous."""
-    assert logits.stride(1) == 1 and packed.is_contiguous() and record.is_contiguous()
+    assert logits.stride(1) == logits_t.stride(1) == 1 and packed.is_contiguous() and record.is_contiguous()
     pairs = packed.shape[1]
     with torch.cuda.device(logits.device):
         _draw[(pairs,)](
             logits,
             logits.stride(0),
             logits.shape[1],
+            logits_t,
+            logits_t.stride(0),
+            logits_t.shape[1],
             packed,
             pairs,
             record,

@@ -1,4 +1,5 @@
-"""The vLLM model class that holds π_θ and π_t side by side and returns the logits of q*."""
+"""The vLLM model class that holds π_θ and π_t side by side. To vLLM it is π_θ; π_t's logits of the same rows are for
+the logits processor, which asks `target_logits` for them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.compilation.backends import set_model_tag
@@ -17,15 +17,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.interfaces import has_inner_state
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
-from vllm.utils.torch_utils import set_default_torch_dtype
-
-from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS, POLICY_ROW
-from dual_rollout.native.solver import AlphaRule, compiled_logits, log_softmax
 
 _T_PREFIX = "dual_rollout_t."
-_PROMPT_ROWS = 256  # of a prompt at a time
 _LAYER_LISTS = (
     "ignore",
     "ignored_layers",
@@ -35,11 +29,16 @@ _LAYER_LISTS = (
     "modules_in_block_to_quantize",
 )
 
-_logits = compiled_logits(current_platform.simple_compile_backend)
+_served: list[DualRolloutForCausalLM] = []
+
+
+def target_logits() -> Tensor:
+    """`(B, V_t)` float32 of π_t, for the rows whose π_θ logits were computed last. A process serves one model."""
+    return _served[0].logits_t()
 
 
 class DualRolloutForCausalLM(nn.Module):
-    """π_θ and π_t in one engine, each with its own KV cache entries; vLLM samples from q*.
+    """π_θ and π_t in one engine, each with its own KV cache entries; both read all that either sees.
 
     The served configuration is π_θ's with `dual_rollout` added, see `native.serving`. Weights without a prefix are
     π_θ's, at start and in every later update; π_t's are read once, as vLLM's `secondary_weights`.
@@ -50,7 +49,6 @@ class DualRolloutForCausalLM(nn.Module):
         served = vllm_config.model_config.hf_config
         settings = served.dual_rollout
         config_theta = copy.deepcopy(served)
-        config_theta.vocab_size = settings["vocab_size_theta"]
         model_config = vllm_config.model_config
         config_t = get_config(settings["t"], model_config.trust_remote_code)
         architectures = settings["architectures"], config_t.architectures
@@ -58,18 +56,18 @@ class DualRolloutForCausalLM(nn.Module):
 
         self.theta: Any
         self.t: Any
-        self.vocab_size = min(config_theta.vocab_size, config_t.vocab_size)
-        self.temperature = float(settings["temperature"])
-        self.rule = AlphaRule(settings["fixed_alpha"], settings["alpha_min"], settings["alpha_max"])
+        self._vocab_size_t = config_t.vocab_size
+        self._t_has_fewer_tokens = config_t.vocab_size < config_theta.vocab_size
         self.theta = _submodel(vllm_config, config_theta, architectures[0], maybe_prefix(prefix, "theta"))
         with set_model_tag("dual_rollout_t"):  # or it would find π_θ's graphs in the cache of compiled ones
             self.t = _submodel(vllm_config, config_t, architectures[1], maybe_prefix(prefix, "t"))
         self._hidden_size_theta = config_theta.hidden_size
         self._hidden_size_t = config_t.hidden_size
-        self._dtype = model_config.dtype
+        self._hidden_t: Tensor | None = None
         self.secondary_weights: tuple[Any, ...] = (
             DefaultModelLoader.Source(settings["t"], revision=None, prefix=_T_PREFIX),
         )
+        _served[:] = [self]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.theta.embed_input_ids(input_ids)
@@ -82,35 +80,31 @@ class DualRolloutForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Both last hidden states, `(N, H_θ + H_t)`: a slice of a tensor with one row more, see `compute_logits`.
+        """Both last hidden states, `(N, H_θ + H_t)`.
 
         CUDA graphs replay on the memory they were captured with. So each model gets the runner's own buffer of token
-        ids, and π_θ's result is copied before π_t runs, whose graphs may use that memory again.
+        ids, and π_θ's result is copied before π_t runs, whose graphs may use that memory again. Tokens that π_t lacks
+        are another to it: its logits of such rows are not used.
         """
-        input_ids.clamp_(max=self.vocab_size - 1)  # pseudo-tokens have no embedding
         size = self._hidden_size_theta
         hidden_theta = self.theta(input_ids, positions)
-        rows = hidden_theta.shape[0]
-        hidden = hidden_theta.new_empty(rows + 1, size + self._hidden_size_t)[:rows]
+        hidden = hidden_theta.new_empty(len(hidden_theta), size + self._hidden_size_t)
         hidden[:, :size] = hidden_theta
+        if self._t_has_fewer_tokens:
+            input_ids.clamp_(max=self._vocab_size_t - 1)
         hidden[:, size:] = self.t(input_ids, positions)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits of q* for rows to sample from, of π_θ for rows of a prompt; `(B, V + 5)`, None on TP ranks > 0.
+        """π_θ's logits. What π_t's are made of is kept: those of the rows that vLLM samples from are the last that it
+        computes before it calls the logits processors."""
+        self._hidden_t = hidden_states[:, self._hidden_size_theta :]
+        return self.theta.compute_logits(hidden_states[:, : self._hidden_size_theta].contiguous())
 
-        vLLM gathers the rows it samples from into a tensor of their own, and slices the rows of a prompt whose
-        `prompt_logprobs` were asked for out of `forward`'s result. That is how the two are told apart; the client
-        checks it (the pseudo-tokens differ), and α = 0 would be reported were it ever to fail.
-        """
-        size = self._hidden_size_theta
-        logits_theta = self.theta.compute_logits(hidden_states[:, :size].contiguous())
-        if _is_slice(hidden_states):
-            return None if logits_theta is None else self._policy_rows(logits_theta)
-        logits_t = self.t.compute_logits(hidden_states[:, size:].contiguous())
-        if logits_theta is None or logits_t is None:
-            return None
-        return _logits(logits_theta, logits_t, self.rule, self.temperature)
+    def logits_t(self) -> Tensor:
+        """See `target_logits`. With tensor parallelism every rank asks, or none, since each sees the same requests."""
+        assert self._hidden_t is not None
+        return self.t.compute_logits(self._hidden_t.contiguous()).float()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load π_θ's weights under their checkpoint names, all or some; π_t's only at the start."""
@@ -130,28 +124,6 @@ class DualRolloutForCausalLM(nn.Module):
         """
         self.t.eval()
         self.__dict__["t"] = self._modules.pop("t")
-        self._warm_up()
-
-    def _policy_rows(self, logits_theta: Tensor) -> Tensor:
-        size = self.vocab_size + NUM_PSEUDO_TOKENS
-        served = logits_theta.new_full((len(logits_theta), size), POLICY_ROW, dtype=torch.float32)
-        for some, logits in zip(served.split(_PROMPT_ROWS), logits_theta.split(_PROMPT_ROWS), strict=True):
-            logp = log_softmax(logits, self.temperature)
-            some[:, : self.vocab_size] = logp[:, : self.vocab_size]
-            if logp.shape[1] > self.vocab_size:  # or vLLM, which normalises the row, would make the others larger
-                some[:, -1] = logp[:, self.vocab_size :].logsumexp(dim=1).clamp(min=POLICY_ROW)
-        return served
-
-    @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """Compile the solver now, for one row and for several, and not during the first requests.
-
-        What is compiled holds for one default dtype only, and while it loads weights vLLM sets the model's.
-        """
-        device, size = next(self.theta.parameters()).device, self._hidden_size_theta + self._hidden_size_t
-        with set_default_torch_dtype(torch.float32):
-            for rows in (1, 2):
-                self.compute_logits(torch.zeros(rows, size, device=device, dtype=self._dtype))
 
 
 def _submodel(vllm_config: VllmConfig, config: PretrainedConfig, architectures: list[str], prefix: str) -> Any:
@@ -204,7 +176,3 @@ def _quantization(config: PretrainedConfig) -> Any:
 def _names_layers(config: PretrainedConfig) -> bool:
     settings = _quantization(config) or {}
     return any(settings.get(key) for key in _LAYER_LISTS)
-
-
-def _is_slice(rows: Tensor) -> bool:
-    return rows.untyped_storage().nbytes() > rows.numel() * rows.element_size()

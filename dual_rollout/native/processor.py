@@ -1,4 +1,4 @@
-"""Pairs as a custom logits processor of vLLM, `--logits-processors dual_rollout.native.processor:PairProcessor`.
+"""Rollouts from q* as a custom logits processor of vLLM, `--logits-processors dual_rollout.native.processor:Processor`.
 
 vLLM has two model runners with an interface each. The class satisfies both, and what it is depends on which of them
 makes it, so that nobody need know beforehand which runner vLLM will choose.
@@ -6,7 +6,7 @@ makes it, so that nobody need know beforehand which runner vLLM will choose.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -18,14 +18,21 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsP
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from dual_rollout.native.rule import PairMember
-from dual_rollout.native.table import Pair, PairTable
+from dual_rollout.config import AlphaRule
+from dual_rollout.native.ordinary import OrdinaryRows
+from dual_rollout.native.table import Record, RowTable
+from dual_rollout.native.wire import Member, Side
 
-_tables: list[PairTable] = []
+_tables: list[RowTable] = []
 
 
-class PairProcessor(LogitsProcessorV1, LogitsProcessorV2):
-    """Pairs the rows of a step and forces the token drawn from q* on both; rows of other requests stay as they are."""
+class Processor(LogitsProcessorV1, LogitsProcessorV2):
+    """Draws the tokens of rollouts and forces them on their rows; rows of other requests stay as they are, unless the
+    server was told to draw these from q* too."""
+
+    _table: RowTable
+    _ordinary: OrdinaryRows | None
+    _target_logits: Callable[[], Tensor] | None
 
     def __new__(cls, vllm_config: Any, *runner: Any) -> Self:
         return object.__new__(_OnV1 if len(runner) == 2 else _OnV2)
@@ -33,8 +40,8 @@ class PairProcessor(LogitsProcessorV1, LogitsProcessorV2):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """At admission; a `ValueError` here is vLLM's 400."""
-        if PairMember.from_extra_args(sampling_params.extra_args) and sampling_params.temperature != 0.0:
-            raise ValueError("a request of a pair is greedy for vLLM: its token is drawn and forced")
+        if Member.from_extra_args(sampling_params.extra_args) and sampling_params.temperature != 0.0:
+            raise ValueError("a request of a rollout is greedy for vLLM: its token is drawn and forced")
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -42,19 +49,33 @@ class PairProcessor(LogitsProcessorV1, LogitsProcessorV2):
     def update_state(self, batch_update: Any) -> None:
         """Only the V1 runner calls it."""
 
-    def _make_table(self, vllm_config: Any, device: torch.device) -> PairTable:
+    def _set_up(self, vllm_config: Any, device: torch.device) -> None:
+        model, backend = vllm_config.model_config, current_platform.simple_compile_backend
+        two_models = getattr(model.hf_config, "dual_rollout", None)
+        vocab_size, vocab_size_t = model.get_vocab_size(), None
+        self._target_logits = self._ordinary = None
+        if two_models is not None:
+            from dual_rollout.native.model import target_logits
+
+            self._target_logits, vocab_size_t = target_logits, two_models["vocab_size_t"]
         with set_default_torch_dtype(torch.float32):  # what is compiled holds for one default dtype only
-            table = PairTable(
-                device,
-                vllm_config.model_config.get_vocab_size(),
-                vllm_config.scheduler_config.max_num_seqs,
-                current_platform.simple_compile_backend,
-            )
-        _tables[:] = [table]
-        return table
+            max_rows = vllm_config.scheduler_config.max_num_seqs
+            self._table = RowTable(device, vocab_size, max_rows, backend, self._target_logits, vocab_size_t)
+            if two_models is not None and two_models["ordinary_requests"] is not None:
+                self._ordinary = OrdinaryRows(AlphaRule(**two_models["ordinary_requests"]), device, backend)
+                self._ordinary.warm_up(vocab_size, two_models["vocab_size_t"])
+        _tables[:] = [self._table]
+
+    def _apply(self, logits: Tensor, temperatures: dict[int, float]) -> Tensor:
+        """Draw what `self._table` was told of, and turn the rows of ordinary requests."""
+        self._table.apply(logits)
+        if self._ordinary is not None and temperatures:
+            assert self._target_logits is not None
+            self._ordinary.apply(logits, self._target_logits(), temperatures)
+        return logits
 
 
-class _OnV1(PairProcessor):
+class _OnV1(Processor):
     """The V1 runner tells of changes of the batch, and hands over the list of each request's tokens, which grows.
 
     It also shows rows of prompts that are only partly read, and drops what it samples from them. Such a row may be
@@ -63,52 +84,61 @@ class _OnV1(PairProcessor):
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self._table = self._make_table(vllm_config, device)
-        self._rows: dict[int, tuple[Pair, str, list[int]]] = {}
+        self._set_up(vllm_config, device)
+        self._rows: dict[int, tuple[Record, Side, list[int]]] = {}
+        self._temperatures: dict[int, float] = {}
 
     def update_state(self, batch_update: Any) -> None:
         if batch_update:
             self._update_rows(batch_update)
         rows = self._rows
         positions = np.array([len(tokens) for _, _, tokens in rows.values()], dtype=np.int64)
-        members = [(pair, side) for pair, side, _ in rows.values()]
+        members = [(record, side) for record, side, _ in rows.values()]
         self._table.place(np.array(list(rows), dtype=np.int64), members, positions, same=not batch_update)
 
     def apply(self, logits: Tensor) -> Tensor:
-        self._table.apply(logits)
-        return logits
+        return self._apply(logits, self._temperatures)
 
     def _update_rows(self, batch_update: Any) -> None:
-        rows = self._rows
+        both: tuple[dict[int, Any], ...] = (self._rows, self._temperatures)
         for index in batch_update.removed:
-            rows.pop(index, None)
+            for rows in both:
+                rows.pop(index, None)
         for index, params, _, tokens in batch_update.added:
-            rows.pop(index, None)
-            if member := PairMember.from_extra_args(params.extra_args):
-                rows[index] = (self._table.open(member), member.side, tokens)
+            for rows in both:
+                rows.pop(index, None)
+            if member := Member.from_extra_args(params.extra_args):
+                self._rows[index] = (self._table.open(member), member.side, tokens)
+            elif self._ordinary is not None:
+                self._temperatures[index] = params.temperature
         for source, target, direction in batch_update.moved:
-            moved = {target: rows.pop(source, None), source: rows.pop(target, None)}
-            if direction != MoveDirectionality.SWAP:
-                moved[source] = None
-            rows |= {index: row for index, row in moved.items() if row is not None}
+            for rows in both:
+                moved = {target: rows.pop(source, None), source: rows.pop(target, None)}
+                if direction != MoveDirectionality.SWAP:
+                    moved[source] = None
+                rows.update({index: row for index, row in moved.items() if row is not None})
 
 
-class _OnV2(PairProcessor):
+class _OnV2(Processor):
     """The V2 runner numbers its requests, and says in each step which row is whose and how far it has come."""
 
     def __init__(self, vllm_config: Any, req_states: Any):
-        self._table = self._make_table(vllm_config, req_states.device)
+        self._set_up(vllm_config, req_states.device)
         self._prompt_len, self._prefill_len = req_states.prompt_len, req_states.prefill_len
-        self._members: dict[int, tuple[Pair, str]] = {}
+        self._members: dict[int, tuple[Record, Side]] = {}
+        self._temperatures: dict[int, float] = {}
         self._requests = np.empty(0, dtype=np.int64)
         self._indices: list[int] = []
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         self._requests = np.empty(0, dtype=np.int64)  # the number may have been another request's in the step before
         self._members.pop(req_idx, None)
-        if member := PairMember.from_extra_args(sampling_params.extra_args):
+        self._temperatures.pop(req_idx, None)
+        if member := Member.from_extra_args(sampling_params.extra_args):
             self._members[req_idx] = (self._table.open(member), member.side)
-        return req_idx in self._members
+        elif self._ordinary is not None:
+            self._temperatures[req_idx] = sampling_params.temperature
+        return req_idx in self._members or req_idx in self._temperatures
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         requests, lengths = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]
@@ -120,13 +150,13 @@ class _OnV2(PairProcessor):
         members = [self._members[request] for request in own.tolist()]
         positions = lengths[indices].astype(np.int64) - self._prompt_len.np[own]
         self._table.place(np.array(indices, dtype=np.int64), members, positions, same)
-        self._table.apply(logits)
-        return logits
+        rows = enumerate(requests.tolist())
+        return self._apply(logits, {row: self._temperatures[r] for row, r in rows if r in self._temperatures})
 
 
-class PairWorker:
-    """What the API server asks of the workers, `--worker-extension-cls dual_rollout.native.processor.PairWorker`."""
+class WorkerExtension:
+    """What the API server asks of the workers, `--worker-extension-cls`."""
 
     def dual_rollout_take(self, names: Iterable[str]) -> dict[str, bytes]:
-        """`PairTable.take` of this worker's engine."""
+        """`RowTable.take` of this worker's engine."""
         return _tables[0].take(names)

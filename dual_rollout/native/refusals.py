@@ -1,22 +1,25 @@
-"""What pairs do not work with: flags, before a server starts, and its configuration, since not all comes by flags."""
+"""What rollouts from one engine do not work with: flags, before a server starts, and its configuration,
+since not all comes by flags."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-_ONE_ENGINE = "both requests of a pair must reach one engine: start one server per engine"
-_ONE_PROCESS = "one process counts the pairs: start several servers, each with its own engine"
+_ONE_ENGINE = "both requests of a rollout must reach one engine: start one server per engine"
+_ONE_PROCESS = "one process counts the rollouts: start several servers, each with its own engine"
 _ONE_PLACE = "the logits of both rows must be in one place in each step"
 _SPECULATION = "vLLM takes no logits processors with it"
-_ONE_RANK = "both rows of a pair must be on one rank"
+_ONE_RANK = "both rows of a rollout must be on one rank"
 
 _FLAGS = {
-    "--model": "write THETA first",
-    "--scheduler-cls": "both requests of a pair must come to the scheduler at once",
+    "--model": "it would replace π_θ: write THETA first",
+    "--scheduler-cls": "both requests of a rollout must come to the scheduler at once",
     "--worker-extension-cls": "it is used to fetch the numbers",
-    "--data-parallel": _ONE_ENGINE,
-    "-dp": _ONE_ENGINE,
+    "--logits-processors": "the one of rollouts must be there",
+    "--data-parallel*": _ONE_ENGINE,
+    "-dp*": _ONE_ENGINE,
     "--api-server-count": _ONE_PROCESS,
     "--pipeline-parallel-size": _ONE_PLACE,
     "-pp": _ONE_PLACE,
@@ -24,21 +27,22 @@ _FLAGS = {
     "-sc": _SPECULATION,
     "--enable-batch-sharded-sampling": _ONE_RANK,
 }
-"""Flags that begin so; vLLM's `--data-parallel-...` and `-dp...` are many."""
+"""Patterns, since vLLM has many flags for data parallelism."""
 
 
-def refuse_flags(flags: Sequence[str]) -> None:
-    """Raise `ValueError` for flags that pairs do not work with, before anything is started."""
+def refuse_flags(flags: Sequence[str], *, two_models: bool) -> None:
+    """Raise `ValueError` for flags that rollouts do not work with, before anything is started."""
+    of_two = {"--hf-overrides": "they hold π_t: write it into THETA's config.json"} if two_models else {}
     found = [
-        f"{refused}: {reason}"
-        for refused, reason in _FLAGS.items()
-        if any(name.startswith(refused) for name in names_of(flags))
+        f"{name}: {reason}"
+        for pattern, reason in (_FLAGS | of_two).items()
+        for name in fnmatch.filter(names_of(flags), pattern)
     ]
     _refuse(found)
 
 
 def refuse_config(vllm_config: Any) -> None:
-    """Raise `ValueError` for an engine that pairs do not work with: flags may be in a file (`--config`), too."""
+    """Raise `ValueError` for an engine that rollouts do not work with: flags may be in a file (`--config`), too."""
     parallel = vllm_config.parallel_config
     faults = {
         f"data parallelism: {_ONE_ENGINE}": parallel.data_parallel_size > 1,
@@ -57,4 +61,4 @@ def names_of(flags: Sequence[str]) -> set[str]:
 
 def _refuse(faults: list[str]) -> None:
     if faults:
-        raise ValueError("pairs do not work with " + "; nor with ".join(faults))
+        raise ValueError("rollouts from q* do not work with " + "; nor with ".join(faults))

@@ -1,7 +1,8 @@
 """`POST /v1/dual_rollout/generate` on vLLM's API server: a whole rollout per request, `--middleware`.
 
-Both sides are requests of the server's own engine. They are paired there and restarted here when they fall out of step,
-and the numbers come back as arrays: no list of log-probabilities per token.
+Its two sides are requests of the server's own engine, or one where a row has both: the engine holds two models, or the
+sides are the same. Two are paired there and restarted here when they fall out of step. The numbers come back as arrays:
+no list of log-probabilities per token.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from dual_rollout.config import AlphaRule
+from dual_rollout.native.places import Places
 from dual_rollout.native.refusals import refuse_config
-from dual_rollout.native.rule import NUMBERS, PairMember, PairRule, Side
+from dual_rollout.native.wire import NUMBERS, PATH, Member, Side, check_temperature
 
 logger = logging.getLogger(__name__)
 
-PATH = "/v1/dual_rollout"
 _VAIN_ATTEMPTS = 60
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0
 
 
-class PairsMiddleware:
+class RolloutMiddleware:
     """Adds the route to the application when the server starts; requests pass through."""
 
     def __init__(self, app: Any):
@@ -55,19 +57,19 @@ class PairsMiddleware:
 
 def add_route(app: FastAPI) -> None:
     """Under /v1, where vLLM's own middleware asks for the API key."""
-    router, pairs = APIRouter(prefix=PATH), PairServer(app.state)
+    router, server = APIRouter(prefix=PATH), RolloutServer(app.state)
 
     @router.get("")
     async def describe() -> dict[str, Any]:
-        return pairs.describe()
+        return server.describe()
 
     @router.post("/generate")
     async def generate(request: Request) -> JSONResponse:
         try:
-            rollout = Rollout.from_json(await request.json(), pairs.limits())
-            pairs.check_steps(rollout)
-            pairs.check_adapters(rollout)
-            return JSONResponse(await _while_connected(request, pairs.generate(rollout)))
+            rollout = Rollout.from_json(await request.json(), server.limits())
+            server.check_steps(rollout)
+            server.check_adapters(rollout)
+            return JSONResponse(await _while_connected(request, server.generate(rollout)))
         except UnknownModelError as error:
             return _refusal(404, str(error))
         except (ValueError, VLLMClientError) as error:
@@ -80,9 +82,10 @@ def add_route(app: FastAPI) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout must keep to."""
+    """What a rollout must keep to; `vocab_size` is π_θ's, of which π_t knows `common_vocab_size`."""
 
     vocab_size: int
+    common_vocab_size: int
     max_model_len: int
     names: frozenset[str]
     adapters: frozenset[str]
@@ -102,7 +105,8 @@ class Rollout:
         max_tokens: of the completion.
         stop_token_ids: it ends with the first of these.
         seed: with it, the same tokens come in any company; random when None.
-        method: how α is chosen; its fields are fields of the body.
+        rule: how α is chosen; its fields are fields of the body.
+        temperature: divides both models' logits.
         model, t_model: served names, of the model itself or of LoRA adapters that are loaded; None is the former.
         start: tokens of the rollout that are in the prompts already, from which the random numbers go on.
         request_id: comes back in the answer.
@@ -113,7 +117,8 @@ class Rollout:
     max_tokens: int
     stop_token_ids: list[int] = field(default_factory=list)
     seed: int | None = None
-    method: PairRule = field(default_factory=PairRule)
+    rule: AlphaRule = field(default_factory=AlphaRule)
+    temperature: float = 1.0
     model: str | None = None
     t_model: str | None = None
     start: int = 0
@@ -124,21 +129,23 @@ class Rollout:
         """Raises `ValueError`, saying which field to mend."""
         if not isinstance(body, Mapping):
             raise ValueError("the body must be a JSON object")
-        of_method = {spec.name for spec in fields(PairRule)}
-        own = {spec.name for spec in fields(cls)} - {"method"}
-        if unknown := set(body) - own - of_method:
-            raise ValueError(f"unknown field {min(unknown)!r}; known are {', '.join(sorted(own | of_method))}")
+        of_rule = {spec.name for spec in fields(AlphaRule)}
+        own = {spec.name for spec in fields(cls)} - {"rule"}
+        if unknown := set(body) - own - of_rule:
+            raise ValueError(f"unknown field {min(unknown)!r}; known are {', '.join(sorted(own | of_rule))}")
         if missing := {"prompt_token_ids", "max_tokens"} - set(body):
             raise ValueError(f"{min(missing)} is missing")
-        method = PairRule(**{name: value for name, value in body.items() if name in of_method})
-        rollout = cls(method=method, **{name: value for name, value in body.items() if name in own})
+        rule = AlphaRule(**{name: value for name, value in body.items() if name in of_rule})
+        rollout = cls(rule=rule, **{name: value for name, value in body.items() if name in own})
         rollout._check(limits)
         return rollout
 
     def _check(self, limits: Limits) -> None:
-        _check_tokens("prompt_token_ids", self.prompt_token_ids, limits.vocab_size, may_be_empty=False)
+        seen_by_both = limits.vocab_size if self.t_prompt_token_ids is None else limits.common_vocab_size
+        _check_tokens("prompt_token_ids", self.prompt_token_ids, seen_by_both, may_be_empty=False)
         if self.t_prompt_token_ids is not None:
-            _check_tokens("t_prompt_token_ids", self.t_prompt_token_ids, limits.vocab_size, may_be_empty=False)
+            _check_tokens("t_prompt_token_ids", self.t_prompt_token_ids, seen_by_both, may_be_empty=False)
+        check_temperature(self.temperature)
         _check_tokens("stop_token_ids", self.stop_token_ids, limits.vocab_size, may_be_empty=True)
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r:.80}")
@@ -171,13 +178,13 @@ class Counts:
     vain: int = 0
 
 
-class PairServer:
+class RolloutServer:
     """Draws rollouts from the engine of an API server, whose `app.state` it is given."""
 
     def __init__(self, state: Any):
         self._state = state
         self._counts = Counts()
-        self._places: asyncio.Semaphore | None = None
+        self._places: Places | None = None
         self._asked: dict[str, asyncio.Future[bytes | None]] = {}
         self._asking: asyncio.Task[None] | None = None
         self._number = 0
@@ -186,19 +193,27 @@ class PairServer:
     def _engine(self) -> Any:
         return self._state.engine_client
 
+    @property
+    def _two_models(self) -> dict[str, Any] | None:
+        """What `serving.config_overrides` says of π_t; None where one model is both."""
+        return getattr(self._engine.model_config.hf_config, "dual_rollout", None)
+
     def limits(self) -> Limits:
-        model = self._engine.model_config
-        served = self._state.openai_serving_models
+        model, two_models = self._engine.model_config, self._two_models
+        served, vocab_size = self._state.openai_serving_models, model.get_vocab_size()
         names = frozenset(path.name for path in served.base_model_paths)
-        return Limits(model.get_vocab_size(), model.max_model_len, names, frozenset(served.lora_requests))
+        common = min(vocab_size, two_models["vocab_size_t"]) if two_models else vocab_size
+        return Limits(vocab_size, common, model.max_model_len, names, frozenset(served.lora_requests))
 
     def describe(self) -> dict[str, Any]:
-        limits = self.limits()
+        limits, two_models = self.limits(), self._two_models
         return {
+            "target": two_models["t"] if two_models else None,
             "vocab_size": limits.vocab_size,
+            "common_vocab_size": limits.common_vocab_size,
             "max_model_len": limits.max_model_len,
             "adapters": sorted(limits.adapters),
-            "max_pairs": self._max_pairs(),
+            "max_requests": self._max_requests(),
             **asdict(self._counts),
         }
 
@@ -206,7 +221,7 @@ class PairServer:
         """Raise `ValueError` where both prompts can never be read to their end in the same step."""
         config = self._engine.vllm_config
         budget = config.scheduler_config.max_num_batched_tokens - config.scheduler_config.max_num_seqs
-        if rollout.t_prompt_token_ids is None:
+        if rollout.t_prompt_token_ids is None or len(self._prompts_of(rollout)) == 1:
             return
         if config.cache_config.enable_prefix_caching:
             needed, why = 2 * config.cache_config.block_size, "two blocks of its KV cache"
@@ -226,6 +241,8 @@ class PairServer:
         So that has to stay empty.
         """
         loaded = self._state.openai_serving_models.lora_requests
+        if rollout.t_prompt_token_ids is None:
+            return
         sides = {rollout.model in loaded, rollout.t_model in loaded}
         if len(sides) == 2 and current_platform.is_cpu():
             places = self._engine.vllm_config.lora_config.max_loras
@@ -243,12 +260,12 @@ class PairServer:
             RuntimeError: the sides cannot be brought into step.
         """
         if self._places is None:
-            self._places = asyncio.Semaphore(self._max_pairs())
+            self._places = Places(self._max_requests())
         seed = secrets.randbits(63) if rollout.seed is None else rollout.seed
         tokens: list[int] = []
         parts: list[np.ndarray] = []
         attempts = vain = 0
-        async with self._places:
+        async with self._places.taken(len(self._prompts_of(rollout))):
             self._counts.rollouts += 1
             while not (tokens and (len(tokens) == rollout.max_tokens or tokens[-1] in rollout.stop_token_ids)):
                 numbers = await self._attempt(rollout, tokens, seed)
@@ -273,62 +290,65 @@ class PairServer:
 
     async def _attempt(self, rollout: Rollout, tokens: Sequence[int], seed: int) -> np.ndarray:
         """`(n, 7)` numbers of the tokens that come after `tokens`; n may be 0."""
-        pair, mark = uuid.uuid4().hex, self._engine.model_config.get_vocab_size() - 1
-        prompts: dict[Side, list[int]]
-        method = rollout.method
-        if rollout.t_prompt_token_ids is not None:
-            prompts = {"theta": rollout.prompt_token_ids, "t": rollout.t_prompt_token_ids}
-        else:
-            prompts = {"both": rollout.prompt_token_ids}
-            method = PairRule(alpha_method="fixed", fixed_alpha=0.0, temperature=method.temperature)
+        name, mark = uuid.uuid4().hex, self._engine.model_config.get_vocab_size() - 1
+        prompts, rule = self._prompts_of(rollout), rollout.rule
+        if "alone" in prompts:
+            rule = AlphaRule(alpha_method="fixed", fixed_alpha=0.0)
+        marks = [mark] if len(prompts) > 1 else []  # one row lacks no partner
         drawn: dict[str, list[int]] = {}
         tasks = []
         for side, prompt in prompts.items():
-            member = PairMember(
-                pair=pair, side=side, seed=seed, start=rollout.start + len(tokens), mark=mark, method=method
+            member = Member(
+                rollout=name,
+                side=side,
+                seed=seed,
+                start=rollout.start + len(tokens),
+                mark=mark,
+                rule=rule,
+                temperature=rollout.temperature,
             )
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=rollout.max_tokens - len(tokens),
-                stop_token_ids=[*rollout.stop_token_ids, mark],
+                stop_token_ids=[*rollout.stop_token_ids, *marks],
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=member.to_extra_args(),
             )
             model = rollout.t_model if side == "t" else rollout.model
-            tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, model, pair, drawn)))
+            tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, model, name, drawn)))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if any(tokens and tokens[-1] == mark for tokens in drawn.values()):
-                await self._engine.abort([_request_id(pair, side) for side in prompts])
+            if any(tokens and tokens[-1] in marks for tokens in drawn.values()):
+                await self._engine.abort([_request_id(name, side) for side in prompts])
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            record = await self._take(pair)
+            record = await self._take(name)
         if record is None or len(drawn) < len(prompts):
             return np.empty((0, len(NUMBERS)), np.float32)
         return _agreed(np.frombuffer(record, np.float32).reshape(-1, len(NUMBERS)), list(drawn.values()))
 
     async def _request(
-        self, side: str, prompt: list[int], params: Any, model: str | None, pair: str, drawn: dict[str, list[int]]
+        self, side: str, prompt: list[int], params: Any, model: str | None, name: str, drawn: dict[str, list[int]]
     ) -> None:
         stream = self._engine.generate(
             tokens_input(prompt),
             params,
-            _request_id(pair, side),
+            _request_id(name, side),
             lora_request=self._state.openai_serving_models.lora_requests.get(model),
         )
         async with contextlib.aclosing(stream):
             async for output in stream:
                 drawn[side] = list(output.outputs[0].token_ids)
 
-    async def _take(self, pair: str) -> bytes | None:
-        """The pair's record. Those asked for while the workers answer are fetched together by the next call."""
+    async def _take(self, name: str) -> bytes | None:
+        """The rollout's record. Those asked for while the workers answer are fetched together by the next call."""
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._asked[pair] = future
+        self._asked[name] = future
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._fetch())
         return await future
@@ -343,10 +363,10 @@ class PairServer:
                     if not future.done():
                         future.set_exception(RuntimeError(f"the engine does not give its numbers: {error}"))
                 continue
-            for pair, future in asked.items():
+            for name, future in asked.items():
                 if future.done():
                     continue
-                records = [answer[pair] for answer in answers if answer and pair in answer]
+                records = [answer[name] for answer in answers if answer and name in answer]
                 if _differ(records):
                     future.set_exception(
                         RuntimeError(
@@ -367,8 +387,17 @@ class PairServer:
         if vain > 1:
             await asyncio.sleep(min(_FIRST_PAUSE_S * 2.0 ** (vain - 2), _LONGEST_PAUSE_S))
 
-    def _max_pairs(self) -> int:
-        return max(1, self._engine.vllm_config.scheduler_config.max_num_seqs // 2)
+    def _prompts_of(self, rollout: Rollout) -> dict[Side, list[int]]:
+        """The prompt of each request that the rollout is."""
+        theta, t = rollout.prompt_token_ids, rollout.t_prompt_token_ids
+        if t is None:
+            return {"alone": theta}
+        if theta == t and (self._two_models or rollout.model == rollout.t_model):
+            return {"both": theta}
+        return {"theta": theta, "t": t}
+
+    def _max_requests(self) -> int:
+        return self._engine.vllm_config.scheduler_config.max_num_seqs
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -403,8 +432,8 @@ def _differ(records: list[bytes]) -> bool:
     return any(not np.array_equal(tokens[0], other, equal_nan=True) for other in tokens[1:])
 
 
-def _request_id(pair: str, side: str) -> str:
-    return f"dual-rollout-{pair}-{side}"
+def _request_id(name: str, side: str) -> str:
+    return f"dual-rollout-{name}-{side}"
 
 
 def _check_tokens(name: str, tokens: Any, vocab_size: int, *, may_be_empty: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from dual_rollout.native.rule import PairMember
+from dual_rollout.native.wire import Member
 
 
 class _PairsTogether(Scheduler):
@@ -25,13 +25,13 @@ class _PairsTogether(Scheduler):
 
     def add_request(self, request: Any) -> None:
         params = request.sampling_params
-        member = None if params is None else PairMember.from_extra_args(params.extra_args)
-        if member is None or member.side == "both":
+        member = None if params is None else Member.from_extra_args(params.extra_args)
+        if member is None or member.side in ("both", "alone"):
             super().add_request(request)
-        elif member.pair not in self._held:
-            self._held[member.pair] = request
+        elif member.rollout not in self._held:
+            self._held[member.rollout] = request
         else:
-            pair = (self._held.pop(member.pair), request)
+            pair = (self._held.pop(member.rollout), request)
             for side in sorted(pair, key=lambda one: one.num_prompt_tokens, reverse=True):
                 super().add_request(side)
 

@@ -5,15 +5,10 @@ The mathematics is that of `dual_rollout.functional.kl_symmetry`, which is the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo import maybe_mark_dynamic
-
-from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, SCALES
 
 _ITERATIONS = 4
 _LOG_ZERO = -1e4  # stands for log 0: its weight underflows, and differences of it are finite
@@ -21,62 +16,57 @@ _ROUNDING = 1e-5
 _SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
 
 
-@dataclass(frozen=True)
-class AlphaRule:
-    """How α is chosen per row: the one of equal divergence, or `fixed`; then clipped to `[minimum, maximum]`."""
+class Choice(NamedTuple):
+    """How α is chosen in each of n rows, and at what temperature; `(n, 1)` float32 each.
 
-    fixed: float | None = None
-    minimum: float = 0.0
-    maximum: float = 1.0
+    Attributes:
+        temperature: divides both models' logits.
+        alpha: NaN where the two divergences are to be equal.
+        alpha_min, alpha_max: bounds.
+    """
 
-    @property
-    def asks_for_an_end(self) -> bool:
-        """Whether α is 0 or 1 by the user's choice: then q is that model itself, whatever the other can say."""
-        return self.maximum == 0.0 or self.minimum == 1.0 or self.fixed in (0.0, 1.0)
+    temperature: Tensor
+    alpha: Tensor
+    alpha_min: Tensor
+    alpha_max: Tensor
 
 
 class QStar(NamedTuple):
-    """q* of B positions, float32, nats.
+    """q* of n rows over the V tokens that both models have, float32, nats.
 
     Attributes:
-        logprobs: `(B, V)` log q*.
-        alpha: `(B, 1)`, the very α that `logprobs` was made with.
-        kl_theta, kl_t: `(B, 1)` KL(q‖π_θ) and KL(q‖π_t). With ψ = log Σ π_θ^(1−α) π_t^α they are αψ′ − ψ and
+        logprobs: `(n, V)` log q*.
+        weights: `(n, V)` what q* is in proportion to; the largest of each row is 1.
+        alpha: `(n, 1)`, the very α that `logprobs` was made with.
+        logp_theta, logp_t: `(n, V)`, each of its model's whole vocabulary.
+        kl_theta, kl_t: `(n, 1)` KL(q‖π_θ) and KL(q‖π_t). With ψ = log Σ π_θ^(1−α) π_t^α they are αψ′ − ψ and
             (α−1)ψ′ − ψ.
     """
 
     logprobs: Tensor
+    weights: Tensor
     alpha: Tensor
+    logp_theta: Tensor
+    logp_t: Tensor
     kl_theta: Tensor
     kl_t: Tensor
 
 
-def q_star(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> QStar:
-    """q* of the pair at `temperature`, over the whole vocabulary.
+def q_star(logits_theta: Tensor, logits_t: Tensor, choice: Choice) -> QStar:
+    """q* of n pairs of rows.
 
     Args:
-        logits_theta, logits_t: `(B, V_θ)` and `(B, V_t)`, any floating type. A token beyond the shorter vocabulary has
+        logits_theta, logits_t: `(n, V_θ)` and `(n, V_t)`, any floating type. A token beyond the shorter vocabulary has
             probability zero there, and so under q*.
 
     A solved α of 0 or 1 stands for the limit from inside (0, 1): q is on the tokens that both can say. Where they have
     none in common, q is π_θ, with α = 0.
     """
-    vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
-    logp_theta = log_softmax(logits_theta, temperature)[:, :vocab_size]
-    logp_t = log_softmax(logits_t, temperature)[:, :vocab_size]
-    if rule.fixed is None:
-        alpha = balanced_alpha(*on_common(logp_theta, logp_t)).clamp(rule.minimum, rule.maximum)
-    else:
-        alpha = torch.full_like(logp_theta[:, :1], min(max(rule.fixed, rule.minimum), rule.maximum))
-    alpha = (alpha / ALPHA_STEP).round() * ALPHA_STEP
-    return on_path(logp_theta, logp_t, alpha, torch.full_like(alpha, rule.asks_for_an_end, dtype=torch.bool))[0]
-
-
-def on_path(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor, at_an_end: Tensor) -> tuple[QStar, Tensor]:
-    """q at a given α, `(B, 1)`, and the weights `(B, V)` that it is in proportion to, whose largest is 1.
-
-    Where `at_an_end`, `(B, 1)` bool, q is one model itself; elsewhere it is on the tokens that both can say.
-    """
+    logp_theta, logp_t = common_logprobs(logits_theta, logits_t, choice.temperature)
+    solved = balanced_alpha(*on_common(logp_theta, logp_t))
+    alpha = torch.where(choice.alpha.isnan(), solved, choice.alpha).clamp(choice.alpha_min, choice.alpha_max)
+    # α is 0 or 1 by the user's choice: then q is that model itself, whatever the other can say.
+    at_an_end = (choice.alpha == 0.0) | (choice.alpha == 1.0) | (choice.alpha_max == 0.0) | (choice.alpha_min == 1.0)
     slope = logp_t - logp_theta
     common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
     disjoint = ~(common.any(dim=1, keepdim=True) | at_an_end)
@@ -84,40 +74,24 @@ def on_path(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor, at_an_end: Tensor
     path = (1.0 - alpha) * logp_theta + alpha * logp_t  # exact at both ends
     path = path.where(common | disjoint | at_an_end, _LOG_ZERO)
     peak = path.amax(dim=1, keepdim=True)
-    weight = (path - peak).exp()
-    total = weight.sum(dim=1, keepdim=True)
-    psi, rate = peak + total.log(), (weight * slope).sum(dim=1, keepdim=True) / total
+    weights = (path - peak).exp()
+    total = weights.sum(dim=1, keepdim=True)
+    psi, rate = peak + total.log(), (weights * slope).sum(dim=1, keepdim=True) / total
     kl_theta, kl_t = alpha * rate - psi, (alpha - 1.0) * rate - psi
-    return QStar(path - psi, alpha, kl_theta.clamp(min=0.0), kl_t.clamp(min=0.0)), weight
+    return QStar(path - psi, weights, alpha, logp_theta, logp_t, kl_theta.clamp(min=0.0), kl_t.clamp(min=0.0))
+
+
+def common_logprobs(logits_theta: Tensor, logits_t: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """log π_θ and log π_t of the tokens that both have, `(n, V)`; the mass of the others is not given to these."""
+    vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
+    logp_theta, logp_t = (log_softmax(logits, temperature)[:, :vocab_size] for logits in (logits_theta, logits_t))
+    return logp_theta, logp_t
 
 
 def on_common(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
     """log π_θ and log π_t − log π_θ where neither model excludes the token, log 0 and 0 elsewhere."""
     common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
     return logp_theta.where(common, _LOG_ZERO), (logp_t - logp_theta).where(common, 0.0)
-
-
-def q_star_logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
-    """What is served, `(B, V + 5)`: τ log q* of the pair at temperature τ, which vLLM divides by τ, and the numbers."""
-    q = q_star(logits_theta, logits_t, rule, temperature)
-    tau = torch.full_like(q.alpha, temperature)
-    numbers = zip(SCALES, (torch.zeros_like(tau), q.alpha, q.kl_theta, q.kl_t, tau), strict=True)
-    return torch.cat((temperature * q.logprobs, *(FLOOR - scale * value for scale, value in numbers)), dim=1)
-
-
-def compiled_logits(backend: str = "inductor") -> Callable[[Tensor, Tensor, AlphaRule, float], Tensor]:
-    """`q_star_logits` compiled for the vocabulary that it meets and any number of rows.
-
-    Compiled for vocabularies of any size, the kernels of a CPU take twice as long.
-    """
-    compiled = torch.compile(q_star_logits, backend=backend)
-
-    def logits(logits_theta: Tensor, logits_t: Tensor, rule: AlphaRule, temperature: float) -> Tensor:
-        for rows in (logits_theta, logits_t):
-            maybe_mark_dynamic(rows, 0)
-        return compiled(logits_theta, logits_t, rule, temperature)
-
-    return logits
 
 
 def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:

@@ -53,8 +53,7 @@ class Dispatcher:
         name, known = request.target, [name for name in self._samplers if name is not None]
         if name not in self._samplers:
             near = did_you_mean(name, known) if isinstance(name, str) else ""
-            valid = f"one of {', '.join(known)}" if known else 'left out: engine "native" holds its one target'
-            raise ValueError(f"unknown target {name!r}: it must be None or {valid}{near}")
+            raise ValueError(f"unknown target {name!r}: it must be None or one of {', '.join(known)}{near}")
         self._samplers[name].check_request(request)
         return self._samplers[name]
 

@@ -9,6 +9,7 @@ from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
+from dual_rollout.native.client import NativeEngine
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.samplers.policy_alone import PolicyAloneSampler
@@ -40,7 +41,7 @@ def choose_samplers(
     """The samplers of a config, with their clients."""
     traffic = {"theta": HttpStats(), "t": HttpStats(), **{name: HttpStats() for name in config.targets or {}}}
     if config.engine == "native":
-        native = clients.native(url_list(config.theta_url)[0], config.theta_model, traffic["theta"])
+        native = NativeEngine(clients.transport(url_list(config.theta_url)[0], traffic["theta"]), config.theta_model)
         alone = NativeSampler(native, weights, stats, without_target=True)
         return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic)
 

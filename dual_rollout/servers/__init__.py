@@ -6,7 +6,6 @@ are, and a name for it in `from_config`. The small server for machines without a
 
 from dual_rollout.engine import Capabilities, Drafts, Engine, EngineInfo
 from dual_rollout.servers.http import HttpStats, HttpTransport
-from dual_rollout.servers.native import NativeEngine
 from dual_rollout.servers.replicas import Replicas
 from dual_rollout.servers.sglang import SGLangEngine
 from dual_rollout.servers.vllm import VLLMEngine
@@ -18,7 +17,6 @@ __all__ = [
     "EngineInfo",
     "HttpStats",
     "HttpTransport",
-    "NativeEngine",
     "Replicas",
     "SGLangEngine",
     "VLLMEngine",

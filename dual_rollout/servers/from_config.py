@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.engine import Engine
 from dual_rollout.servers.http import HttpStats, HttpTransport
-from dual_rollout.servers.native import NativeEngine
 from dual_rollout.servers.replicas import Replicas
 from dual_rollout.servers.sglang import SGLangEngine
 from dual_rollout.servers.vllm import VLLMEngine
@@ -25,24 +24,21 @@ class Clients:
     def client(self, kind: str, urls: str | list[str], model: str | None, stats: HttpStats) -> Engine:
         """Of one server, or of several replicas, of `kind` "vllm" or "sglang"."""
         if isinstance(urls, str):
-            return _CLIENTS[kind](self._transport(urls, stats), model)
+            return _CLIENTS[kind](self.transport(urls, stats), model)
         # There are others to ask, so that few repeats will do.
         retries = min(self._config.max_retries, 1)
-        engines = [_CLIENTS[kind](self._transport(url, stats, retries), model) for url in urls]
+        engines = [_CLIENTS[kind](self.transport(url, stats, retries), model) for url in urls]
         replicas = Replicas(engines, self._config.max_retries)
         self._open.insert(0, replicas)
         return replicas
-
-    def native(self, url: str, model: str | None, stats: HttpStats) -> NativeEngine:
-        """Of a server that samples from q* itself."""
-        return NativeEngine(self._transport(url, stats), model)
 
     async def aclose(self) -> None:
         """Close all connections."""
         for connection in self._open:
             await connection.aclose()
 
-    def _transport(self, url: str, stats: HttpStats, max_retries: int | None = None) -> HttpTransport:
+    def transport(self, url: str, stats: HttpStats, max_retries: int | None = None) -> HttpTransport:
+        """The connection to a server, for a client of another kind."""
         config = self._config
         transport = HttpTransport(
             url,

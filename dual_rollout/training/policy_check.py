@@ -57,16 +57,15 @@ class PolicyCheck:
     Args:
         owner: the version that this run gave the server's weights; None where it did not name them.
         bound: nats; by the number formats (`BOUNDS`) when None.
-        at_temperature: of the server's log π_θ.
     """
 
-    def __init__(self, trainer: Any, tokenizer: Any, *, owner: str | None, bound: float | None, at_temperature: float):
+    def __init__(self, trainer: Any, tokenizer: Any, *, owner: str | None, bound: float | None):
         self.difference, started = math.nan, time.perf_counter()
         self._is_main = trainer.accelerator.is_main_process
         self._owner, self._bound = owner, bound
         self._texts = fixed_texts(tokenizer, trainer.model)
         self._dtype = number_format(trainer)
-        self._ours = trainer_logprobs(trainer.model, self._texts, at_temperature)
+        self._ours = trainer_logprobs(trainer.model, self._texts)
         self.seconds = time.perf_counter() - started
 
     def run(self, ask_all: Callable[[Callable[[Engine], Awaitable[Answer]]], list[Answer]], when: str) -> None:
@@ -145,7 +144,7 @@ def _trained_tokens(model: Any) -> list[int]:
     return sorted(found)
 
 
-def trainer_logprobs(model: Any, texts: Sequence[Sequence[int]], temperature: float) -> list[np.ndarray]:
+def trainer_logprobs(model: Any, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """log π of each text's tokens but the first, in evaluation mode; of a sharded model in all processes at once."""
     device = next(model.parameters()).device
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
@@ -154,7 +153,7 @@ def trainer_logprobs(model: Any, texts: Sequence[Sequence[int]], temperature: fl
     )
     with torch.no_grad(), evaluating(model):
         logits = model(input_ids=ids, attention_mask=mask.to(device), use_cache=False).logits
-    logps = (logits[:, :-1].float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    logps = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
     return [row[: len(text) - 1].double().cpu().numpy() for row, text in zip(logps, texts, strict=True)]
 
 

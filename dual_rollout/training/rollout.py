@@ -53,7 +53,7 @@ class DualRollout:
     resumed run goes on with the same ones, and evaluation does not change them.
 
     A trainer that evaluates (its model is not in training mode) gets completions of π_θ alone, α = 0 and weight 1, for
-    it is the policy that is evaluated. A native server of two models has q* alone: then they are of q*, with a warning.
+    it is the policy that is evaluated.
 
     Args:
         config: the servers and how q* is defined. Under a trainer, `temperature` and `max_completion_length` are the
@@ -319,11 +319,6 @@ class DualRollout:
         return self._open().t is not None
 
     @property
-    def can_draw_from_policy(self) -> bool:
-        """Whether π_θ can be asked alone."""
-        return not self._run(self._open().is_drawn_whole())
-
-    @property
     def weight_version(self) -> int | None:
         """The version of π_θ's weights that the next outputs record."""
         return self._open().weight_version
@@ -391,18 +386,12 @@ class DualRollout:
             self._tokenizer_under(trainer),
             owner=None if trainer.use_vllm else self._given_version,
             bound=self.policy_check_bound,
-            at_temperature=1.0 if self.can_draw_from_policy else trainer.temperature,
         )
         check.run(self.ask_policy_servers, "before the rollout")
         return check
 
     def _warn_of_settings(self, trainer: Any) -> None:
         config = self.config
-        if mode_of(trainer) == "eval" and not self.can_draw_from_policy:
-            self._warn_once(
-                "evaluation measures q*, not the policy: a native server of two models samples from q* alone. Evaluate "
-                "checkpoints on a server of their own"
-            )
         named = config.support == "tail" or config.missing == "exact"
         if named and self.has_target_server and trainer.accelerator.num_processes > 1:
             self._warn_once(

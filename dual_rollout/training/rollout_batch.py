@@ -21,7 +21,7 @@ class RolloutBatch:
         weight_version: `(B,)` long, the version of π_θ's weights each row was sampled under; -1 where none is known.
         columns: the numbers of the record, `(B, T)` float32 each, 0 at padding; they are attributes too. `alpha`;
             `importance_weights`, π_θ(y)/q*(y), untruncated; `logprobs_q`, `logprobs_theta`, `logprobs_t` in nats, log
-            π_t NaN at tokens without a target. All but α and log q* are NaN where `policy_logprobs` is False.
+            π_t NaN at tokens without a target.
     """
 
     prompt_ids: torch.Tensor

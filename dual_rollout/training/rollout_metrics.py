@@ -23,7 +23,6 @@ def log_rollout(trainer: Any, outputs: Sequence[GenerationOutput], retries: int,
     mass = [np.minimum(output.diagnostics["coverage_theta"], output.diagnostics["coverage_t"]) for output in outputs]
     residual = [output.diagnostics["kl_diff"] for output in outputs]
     kl = [output.diagnostics["kl_theta"] for output in outputs]
-    weights = weights[~np.isnan(weights)]  # without policy_logprobs the trainer has them
     alpha = np.concatenate([output.alpha_history for output in outputs])
     log_over_processes(trainer, "sampling/rollout_weight", weights)
     log_over_processes(trainer, "sampling/alpha", alpha)

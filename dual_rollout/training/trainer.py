@@ -31,11 +31,10 @@ class DualTrainerMixin(RolloutTrainerMixin):
     keys `vllm_importance_sampling_*`, and no weight is applied here; one is, again, where that correction is switched
     off.
 
-    The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update (by TRL for
-    `num_iterations > 1` or steps that share a rollout; here where `policy_logprobs` is False), and else with the
-    server's, which has the same weights. `sampling/policy_drift` logs how far the two are apart: the numerics of two
-    implementations, or weights that did not arrive. It is without dropout: where the model has some, it is measured on
-    two rows of each rollout in evaluation mode. Without the server's it is not logged.
+    The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update (by TRL for `num_iterations >
+    1` or steps that share a rollout), and else with the server's, which has the same weights. `sampling/policy_drift`
+    logs how far the two are apart: the numerics of two implementations, or weights that did not arrive. It is without
+    dropout: where the model has some, it is measured on two rows of each rollout in evaluation mode.
 
     A `rollout_func` of your own may call `trainer.rollout(prompts, trainer)`, as often as it likes, and return what it
     has drawn with the columns that come with it, and with TRL's `env_mask`, 0 at tokens that were not drawn.
@@ -107,8 +106,6 @@ class DualTrainerMixin(RolloutTrainerMixin):
 
     def _correct(self, output: dict[str, Any]) -> None:
         old_logps = self._old_per_token_logps(output)
-        if old_logps is None and not self.rollout.config.policy_logprobs:
-            old_logps = output["old_per_token_logps"] = self._policy_logps(output)
         if "importance_sampling_ratio" not in output:  # TRL's own, which its loss applies
             policy = output["logprobs_theta"] if old_logps is None else old_logps
             weights = self._weights(policy - output["sampling_per_token_logps"], drawn_mask(output))
@@ -164,11 +161,10 @@ class DualTrainerMixin(RolloutTrainerMixin):
 
     def _log_drift_without_dropout(self, output: dict[str, Any]) -> None:
         """Of a few rows of this process's rollout, for it takes a forward pass of its own."""
-        if self.rollout.config.policy_logprobs:
-            rows = {name: output[name][:_DRIFT_ROWS] for name in _DRIFT_TENSORS if name in output}
-            with evaluating(self.model):
-                logps = self._policy_logps(rows)
-            self._log_drift(logps, rows)
+        rows = {name: output[name][:_DRIFT_ROWS] for name in _DRIFT_TENSORS if name in output}
+        with evaluating(self.model):
+            logps = self._policy_logps(rows)
+        self._log_drift(logps, rows)
 
     def _log_drift(self, policy_logps: torch.Tensor, batch: dict[str, Any]) -> None:
         """|log π_θ of the trainer − log π_θ of the server|, nats."""

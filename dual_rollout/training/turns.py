@@ -52,8 +52,8 @@ class RolloutSession:
         self._stats = rollout.stats
         self._counts = token_counts(self._stats.decoding)
         self._seconds = 0.0
-        self.of_policy = mode_of(trainer) == "eval" and rollout.can_draw_from_policy
-        """Whether it is drawn from π_θ alone, as an evaluation is where that can be asked."""
+        self.of_policy = mode_of(trainer) == "eval"
+        """Whether it is drawn from π_θ alone, as an evaluation is."""
 
     def draw(
         self, prompts: Sequence[Prompt], contexts: TargetContexts, max_tokens: Sequence[int] | None = None

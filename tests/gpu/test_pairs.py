@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dual_rollout.config import AlphaRule
 from dual_rollout.native.draw import FORCED, draw, pack, unpack
-from dual_rollout.native.rule import NUMBERS, PairRule
+from dual_rollout.native.wire import NUMBERS, Member
 from tests.chi_square import chi_square_p_value
 from tests.tiny_model import make_tiny_model
 from tests.vllm.pairs import Pairs, largest_errors, law_p_value, prompts_of
 from tests.vllm.servers import NativeServer
 
 RULES = (
-    PairRule(),
-    PairRule(temperature=0.7),
-    PairRule(alpha_max=0.2),
-    PairRule(alpha_method="fixed", fixed_alpha=0.3),
-    PairRule(alpha_method="fixed", fixed_alpha=1.0),
+    (AlphaRule(), 1.0),
+    (AlphaRule(), 0.7),
+    (AlphaRule(alpha_max=0.2), 1.0),
+    (AlphaRule(alpha_method="fixed", fixed_alpha=0.3), 1.0),
+    (AlphaRule(alpha_method="fixed", fixed_alpha=1.0), 1.0),
 )
+
+
+def members(count: int, rules: Any = RULES) -> list[Member]:
+    chosen = [rules[i % len(rules)] for i in range(count)]
+    return [
+        Member(rollout="a", side="theta", seed=i + (i << 40), start=0, mark=0, rule=rule, temperature=temperature)
+        for i, (rule, temperature) in enumerate(chosen)
+    ]
 
 
 def rows_of(pairs: int, vocab: int) -> torch.Tensor:
@@ -36,20 +46,22 @@ def rows_of(pairs: int, vocab: int) -> torch.Tensor:
 
 
 def packed(pairs: int) -> torch.Tensor:
-    rules = [RULES[i % len(RULES)] for i in range(pairs)]
-    rows, seeds = [(2 * i, 2 * i + 1) for i in range(pairs)], [i + (i << 40) for i in range(pairs)]
-    return torch.from_numpy(pack(rows, seeds, [5] * pairs, range(pairs), rules)).cuda()
+    rows = [(2 * i, 2 * i + 1) for i in range(pairs)]
+    return torch.from_numpy(pack(rows, members(pairs), [5] * pairs, range(pairs))).cuda()
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 64])
 @pytest.mark.parametrize("vocab", [1000, 49152, 151936])
-def test_the_kernel_draws_what_torch_does(pairs: int, vocab: int) -> None:
+@pytest.mark.parametrize("two_models", [False, True], ids=["one model", "two models"])
+def test_the_kernel_draws_what_torch_does(pairs: int, vocab: int, two_models: bool) -> None:
+    """Of two models, π_t's logits are in a tensor of their own, and its vocabulary is shorter."""
     from dual_rollout.native.kernel import draw_in_place
 
     logits, columns, record = rows_of(pairs, vocab), packed(pairs), torch.zeros(pairs, len(NUMBERS), device="cuda")
-    _, numbers = draw(logits, unpack(columns))
     forced = logits.clone()
-    draw_in_place(forced, columns, record)
+    logits_t = (0.9 * logits)[:, : vocab - 100].contiguous() if two_models else forced
+    _, numbers = draw(logits, logits_t, unpack(columns))
+    draw_in_place(forced, logits_t, columns, record)
     same = record[:, 0] == numbers[:, 0]  # else two clocks rang within a rounding of each other
     assert same.float().mean() >= 0.98
     torch.testing.assert_close(record[same], numbers[same], atol=2e-5, rtol=1e-5)
@@ -65,9 +77,9 @@ def test_the_kernels_draws_follow_the_distribution() -> None:
     count, vocab = 20_000, 300
     logits = rows_of(2, vocab)[2:]
     rows = [(2 * i, 2 * i + 1) for i in range(count)]
-    columns = torch.from_numpy(pack(rows, range(count), [0] * count, range(count), [PairRule()] * count)).cuda()
-    record = torch.zeros(count, len(NUMBERS), device="cuda")
-    draw_in_place(logits.repeat(count, 1), columns, record)
+    columns = torch.from_numpy(pack(rows, members(count, RULES[:1]), [0] * count, range(count))).cuda()
+    record, many = torch.zeros(count, len(NUMBERS), device="cuda"), logits.repeat(count, 1)
+    draw_in_place(many, many, columns, record)
     alpha, logp = record[0, 1].double(), logits.double().log_softmax(1)
     expected = ((1 - alpha) * logp[0] + alpha * logp[1]).softmax(0).cpu().numpy()
     drawn = np.bincount(record[:, 0].long().cpu().numpy(), minlength=vocab)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dual_rollout.native.solver import AlphaRule, QStar, q_star, q_star_logits
-from tests.unit.test_native_solver import alpha_error, kl_difference, pair
-
-BALANCED = AlphaRule()
+from dual_rollout.native.ordinary import q_star_logits
+from dual_rollout.native.solver import QStar
+from tests.unit.test_native_solver import BALANCED, alpha_error, choice, kl_difference, pair, q_star
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,14 +27,15 @@ def test_a_cuda_graph_replays_it() -> None:
     """Capture fails at any synchronisation with the host."""
     logits = [pair(32, 5000, 3.0, 0.9, seed=seed) for seed in (0, 1)]
     theta, t = (part.cuda() for part in logits[0])
-    q_star_logits(theta, t, BALANCED, 1.0)  # kernels are loaded outside the capture
+    chosen = choice(32, BALANCED, 1.0, "cuda")
+    q_star_logits(theta, t, chosen)  # kernels are loaded outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        served = q_star_logits(theta, t, BALANCED, 1.0)
+        served = q_star_logits(theta, t, chosen)
     for new_theta, new_t in logits:
         theta.copy_(new_theta)
         t.copy_(new_t)
         graph.replay()
-        expected = q_star_logits(theta, t, BALANCED, 1.0)
+        expected = q_star_logits(theta, t, chosen)
         assert torch.equal(served, expected)

@@ -429,25 +429,19 @@ def test_generate_has_a_stream_for_each_process_and_call(monkeypatch: pytest.Mon
     assert len(set(seeds)) == 4
 
 
-def test_what_several_processes_should_know_is_said_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_several_processes_should_know_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     trainer = Looked(None)
     trainer.model, trainer.accelerator = torch.nn.Linear(1, 1), SimpleNamespace(num_processes=2)
     for config, named in (
         (CoordinatorConfig(support="tail"), "garble"),
         (CoordinatorConfig(missing="exact"), "garble"),
-        (CoordinatorConfig(engine="native"), "evaluation measures q"),
     ):
         caplog.clear()
-        trainer.model.train(config.engine != "native")
         rollout = DualRollout(config)
-        monkeypatch.setattr(DualRollout, "can_draw_from_policy", config.engine != "native")
         for _ in range(2):
             rollout._warn_of_settings(trainer)
         assert [named in record.message for record in caplog.records] == [True]
     caplog.clear()
-    trainer.model.train()
     DualRollout(CoordinatorConfig())._warn_of_settings(trainer)
     trainer.accelerator.num_processes = 1
     DualRollout(CoordinatorConfig(support="tail"))._warn_of_settings(trainer)

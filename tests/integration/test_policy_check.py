@@ -196,11 +196,11 @@ def test_what_the_trainer_computes_is_its_model_in_evaluation_mode(tiny_models: 
     model.train()
     model.model.norm.eval()
     assert has_dropout(model) and not has_dropout(AutoModelForCausalLM.from_pretrained(tiny_models[0]))
-    found = trainer_logprobs(model, texts, 0.7)
+    found = trainer_logprobs(model, texts)
     assert model.training and not model.model.norm.training, "each module is in the mode that it was in"
     with torch.no_grad(), evaluating(model):
         for text, logprobs in zip(texts, found, strict=True):
-            logps = (model(torch.tensor([text])).logits[0, :-1] / 0.7).log_softmax(-1)
+            logps = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
             expected = [logps[i, token].item() for i, token in enumerate(text[1:])]
             np.testing.assert_allclose(logprobs, expected, atol=1e-4)
 

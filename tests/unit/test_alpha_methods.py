@@ -194,7 +194,7 @@ def test_a_solved_alpha_never_leaves_the_common_support(method, seed, certain):
     if certain:  # a model of no entropy, and another of too little for float64
         theta[0], theta[1, 1:] = np.eye(theta.shape[1])[0], 1e-300
         theta[1] /= theta[1].sum()
-    law = next_token_distribution(candidates(theta, t), AlphaRule(method=method, **SOLVED[method]))
+    law = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **SOLVED[method]))
     q, common = by_token(law), (theta > 0) & (t > 0)
     policy = (law.alpha == 0) & (method == "kl_budget")
     assert np.all(q[~policy][~common[~policy]] == 0)
@@ -208,7 +208,7 @@ def test_an_end_that_is_asked_for_is_the_model_itself(end):
     """As `fixed_alpha` or as a bound: 0 is the policy and 1 the target, also where their supports differ."""
     theta, t = np.array([[0.5, 0.3, 0.2, 0.0]]), np.array([[0.0, 0.3, 0.3, 0.4]])
     for options in (
-        {"method": "fixed", "fixed_alpha": end},
+        {"alpha_method": "fixed", "fixed_alpha": end},
         {"alpha_max": 0.0} if end == 0 else {"alpha_min": 1.0},
     ):
         law = next_token_distribution(candidates(theta, t), AlphaRule(**options))
@@ -248,7 +248,7 @@ def candidates(theta: np.ndarray, t: np.ndarray):
 
 def test_the_law_follows_the_method_and_then_the_bounds():
     theta, t = laws(7, batch=8)
-    options = {"fixed_alpha": 0.3, "kl_budget": 0.05}
+    numbers = {"fixed": {"fixed_alpha": 0.3}, "kl_budget": {"kl_budget": 0.05}}
     expected = {
         "ess_balance": ess_balance_alpha(*logs(theta, t)),
         "entropy": entropy_alpha(*logs(theta, t)),
@@ -256,26 +256,40 @@ def test_the_law_follows_the_method_and_then_the_bounds():
         "fixed": np.full(8, 0.3),
     }
     for method, alpha in expected.items():
-        free = next_token_distribution(candidates(theta, t), AlphaRule(method=method, **options))
+        options = {"alpha_method": method, **numbers.get(method, {})}
+        free = next_token_distribution(candidates(theta, t), AlphaRule(**options))
         np.testing.assert_allclose(free.alpha, alpha, atol=1e-9)
         low, high = np.quantile(alpha, [0.3, 0.6])
-        bound = next_token_distribution(
-            candidates(theta, t), AlphaRule(method=method, alpha_min=low, alpha_max=high, **options)
-        )
+        bound = next_token_distribution(candidates(theta, t), AlphaRule(alpha_min=low, alpha_max=high, **options))
         np.testing.assert_allclose(bound.alpha, np.clip(alpha, low, high), atol=1e-9)
         np.testing.assert_allclose(np.exp(bound.log_q).sum(axis=1), 1.0)
 
 
-@pytest.mark.parametrize("method", ["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"])
+@pytest.mark.parametrize("method", [*SOLVED, "fixed"])
 def test_disjoint_rows_are_left_to_the_policy(method):
     theta, t = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0], [0.9, 0.1]])
-    law = next_token_distribution(candidates(theta, t), AlphaRule(method=method, fixed_alpha=0.4, kl_budget=0.01))
+    options = {"fixed_alpha": 0.4} if method == "fixed" else SOLVED[method]
+    law = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **options))
     assert law.disjoint.tolist() == [True, False]
     assert law.alpha[0] == 0 and 0 < law.alpha[1] < 1
     assert np.exp(law.log_q[0]).max() == 1.0
 
 
-@pytest.mark.parametrize(("method", "needs"), [("fixed", "fixed_alpha"), ("kl_budget", "kl_budget")])
-def test_a_method_without_its_number_is_refused(method, needs):
-    with pytest.raises(ValueError, match=f"needs {needs}"):
-        next_token_distribution(candidates(*laws(1)), AlphaRule(method=method))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha_method": "half"}, "alpha_method must be one of"),
+        ({"fixed_alpha": 0.5}, "fixed_alpha is set, but"),
+        ({"kl_budget": 0.5}, "kl_budget is set, but"),
+        ({"alpha_method": "fixed"}, "fixed_alpha must be set"),
+        ({"alpha_method": "kl_budget"}, "kl_budget must be set"),
+        ({"alpha_method": "fixed", "fixed_alpha": 1.5}, "fixed_alpha must be a number"),
+        ({"alpha_method": "kl_budget", "kl_budget": -1.0}, "kl_budget must be a finite number"),
+        ({"alpha_method": "kl_budget", "kl_budget": float("nan")}, "kl_budget must be a finite number"),
+        ({"alpha_min": 0.6, "alpha_max": 0.5}, "must not exceed"),
+        ({"alpha_max": "1"}, "alpha_max must be a number"),
+    ],
+)
+def test_rules_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        AlphaRule(**values)

@@ -83,7 +83,7 @@ def laws(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("support", ["union", "tail"])
 @pytest.mark.parametrize("kind", ["random", "identical", "far", "ties", "impossible tokens"])
 @pytest.mark.parametrize(
-    "method", [{}, {"method": "fixed", "fixed_alpha": 0.3}, {"method": "fixed", "fixed_alpha": 1.0}]
+    "method", [{}, {"alpha_method": "fixed", "fixed_alpha": 0.3}, {"alpha_method": "fixed", "fixed_alpha": 1.0}]
 )
 def test_kept_and_redrawn_tokens_have_the_law_q_star(kind, support, method):
     rng = np.random.default_rng(0)

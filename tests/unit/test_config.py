@@ -36,7 +36,6 @@ INVALID = {
     "alpha_max": [-0.1, 1.5, math.nan, True],
     "temperature": [0, -1.0, math.inf, math.nan, "1"],
     "seed": [-1, 1.5, True],
-    "policy_logprobs": ["no", None, False],  # False without engine "native"
     "ignore_eos": ["false", 1, None],
     "max_concurrency": [0, 1.5],
     "max_retries": [-1, 0.5, True],

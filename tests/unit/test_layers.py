@@ -58,19 +58,25 @@ class Import:
 def names_in(cell: str) -> tuple[frozenset[str], frozenset[str]]:
     """The names in a cell, and those of them in parentheses, apart."""
     late = re.findall(r"\(`?(\w+)`?\)", cell)
-    return frozenset(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", cell))), frozenset(late)
+    return frozenset(re.findall(r"[\w.]+", re.sub(r"\([^)]*\)", "", cell))), frozenset(late)
 
 
 def read_table() -> list[Row]:
     lines = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Layers\n")[2].partition("\n## ")[0].splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [cell.split()[0] for cell in cells[0]] == ["modules", "import", "libraries", "what"]
-    return [Row(tuple(re.findall(r"\w+", row[0])), *names_in(row[1]), *names_in(row[2])) for row in cells[2:]]
+    return [Row(tuple(re.findall(r"[\w.]+", row[0])), *names_in(row[1]), *names_in(row[2])) for row in cells[2:]]
+
+
+ROWS = read_table()
+NAMED = {name for row in ROWS for name in row.modules}
 
 
 def layer_of(module: str) -> str:
+    """The name in the table: the module's own, where it stands there, else that of the top of what it is in."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
+    own = ".".join(parts[1:3])
+    return own if own in NAMED else parts[1] if len(parts) > 1 else ""
 
 
 def imports_of(path: Path) -> list[Import]:
@@ -96,7 +102,6 @@ def imports_of(path: Path) -> list[Import]:
     return found
 
 
-ROWS = read_table()
 IMPORTS = [found for path in FILES for found in imports_of(path) if found.layer != "__init__"]
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.modules[0])

@@ -1,8 +1,9 @@
-"""The native engine's client and decoder against answers that a server gives, and some that none should."""
+"""The client of a native server against answers that it gives, and some that none should."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,228 +12,198 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig
+from dual_rollout.config import AlphaRule
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
-from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, EngineUnavailableError
-from dual_rollout.functional.pseudo_tokens import FLOOR, NUM_PSEUDO_TOKENS, POLICY_ROW, SCALES
+from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.native.client import NativeEngine, NativeSample, NativeServerInfo
+from dual_rollout.native.places import Places
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats
-from dual_rollout.servers.native import NativeEngine, NativeSample
 from dual_rollout.servers.retry import RetryPolicy
 
-VOCAB_SIZE = 20
-ALPHA, KL_THETA, KL_T = 0.25, 0.5, 0.75
-LOG_Q, LOGP_THETA = -1.0, -1.5
+COLUMNS = ["alpha", "log_q", "log_theta", "log_t", "kl_theta", "kl_t"]
+SERVER = {"vocab_size": 20, "common_vocab_size": 18, "max_model_len": 64, "max_requests": 5}
+NUMBERS = [0.25, -1.0, -1.5, -0.5, 0.125, 0.0]
 
-Spoil = Callable[[dict[str, Any]], None]
+Change = Callable[[dict[str, Any]], Any]
 
 
 class Server:
-    """In place of the transport: draws the tokens 1, 2, 3, ...; `spoils` are done to one answer each, in turn."""
+    """In place of the transport: draws the tokens 1, 2, 3, ...; each of `changes` is made to one answer, in turn."""
 
-    url = "http://native"
+    url = "http://pairs"
     discontinuities = 0
     answered = math.inf
 
-    def __init__(self) -> None:
+    def __init__(self, *changes: Change, native: bool = True, target: str | None = None) -> None:
         self.stats = HttpStats()
         self.retries = RetryPolicy(self.url, max_retries=2, total_timeout=60.0, count=self.count_retry)
         self.payloads: list[dict[str, Any]] = []
-        self.spoils: list[Spoil] = []
+        self._changes = list(changes)
+        self._native, self._target = native, target
+        self.asked = self.most_asked = 0
 
     def count_retry(self) -> None:
         self.stats.retries += 1
 
     async def get(self, path: str) -> Any:
-        assert path == "/v1/models"
-        return {"data": [{"id": "model", "max_model_len": 64}]}
+        if path == "/v1/models":
+            return {"data": [{"id": "model", "max_model_len": 64}]}
+        assert path == "/v1/dual_rollout"
+        if not self._native:
+            raise EngineRejectedError("Not Found", url=self.url, status=404)
+        return {"target": self._target, **SERVER, "rollouts": 0}
 
     async def get_text(self, path: str) -> str:
-        assert path == "/metrics"
         return "process_start_time_seconds 1.5\n"
 
     async def post(self, path: str, payload: dict[str, Any], *, max_bytes: int) -> Any:
-        names = payload.get("logprob_token_ids", [])
-        if any(name >= VOCAB_SIZE + NUM_PSEUDO_TOKENS for name in names):
-            raise EngineRejectedError(f"Vocabulary size: {VOCAB_SIZE + NUM_PSEUDO_TOKENS}", url=self.url, status=400)
+        assert path == "/v1/dual_rollout/generate"
         self.payloads.append(payload)
-        choice = self.prompt_rows(payload) if "prompt_logprobs" in payload else self.sample(payload, names)
-        if self.spoils:
-            self.spoils.pop(0)(choice)
-        return {"choices": [{"index": 0, **choice}]}
-
-    def sample(self, payload: dict[str, Any], names: list[int]) -> dict[str, Any]:
-        numbers = (0.0, ALPHA, KL_THETA, KL_T, 1.0)
-        carried = {f"token_id:{name}": FLOOR - SCALES[name - VOCAB_SIZE] * numbers[name - VOCAB_SIZE] for name in names}
-        tokens = [f"token_id:{1 + i}" for i in range(payload["max_tokens"])]
-        rows = [{token: LOG_Q, **carried} for token in tokens]
-        return {"finish_reason": "length", "logprobs": {"tokens": tokens, "top_logprobs": rows}}
-
-    def prompt_rows(self, payload: dict[str, Any]) -> dict[str, Any]:
-        (text,) = payload["prompt"]
-        values = [POLICY_ROW if token >= VOCAB_SIZE else LOGP_THETA for token in text]
-        rows = [{str(token): {"logprob": value}} for token, value in zip(text, values, strict=True)]
-        return {"finish_reason": "length", "prompt_logprobs": [None, *rows[1:]]}
-
-
-def change_row(name: int, value: Any) -> Spoil:
-    return lambda choice: choice["logprobs"]["top_logprobs"][1].update({f"token_id:{name}": value})
+        two = payload["t_prompt_token_ids"] is not None and payload["t_prompt_token_ids"] != payload["prompt_token_ids"]
+        self.asked += 1 + two
+        self.most_asked = max(self.most_asked, self.asked)
+        await asyncio.sleep(0)
+        self.asked -= 1 + two
+        count = payload["max_tokens"]
+        answer = {
+            "request_id": payload["request_id"],
+            "model": payload["model"],
+            "token_ids": list(range(1, 1 + count)),
+            "finish_reason": "length",
+            "restarts": 2,
+            "columns": COLUMNS,
+            "numbers": packed([NUMBERS] * count),
+        }
+        if self._changes:
+            self._changes.pop(0)(answer)
+        return answer
 
 
-def other_list(choice: dict[str, Any]) -> None:
-    choice["logprobs"]["top_logprobs"][0] = {f"token_id:{i}": -3.0 for i in range(5)}
+def packed(rows: list[list[float]]) -> str:
+    return base64.b64encode(np.array(rows, "<f4").tobytes()).decode()
 
 
-def lose_a_row(choice: dict[str, Any]) -> None:
-    choice["logprobs"]["top_logprobs"].pop()
+def numbers(**changed: float) -> Change:
+    row = [changed.get(name, value) for name, value in zip(COLUMNS, NUMBERS, strict=True)]
+    return lambda answer: answer.update(numbers=packed([NUMBERS, row, NUMBERS]))
 
 
-def lose_a_token(choice: dict[str, Any]) -> None:
-    for column in choice["logprobs"].values():
-        column.pop()
-
-
-def draw_a_pseudo_token(choice: dict[str, Any]) -> None:
-    choice["logprobs"]["tokens"][0] = f"token_id:{VOCAB_SIZE}"
-
-
-SPOILT_SAMPLES = {
-    "another client's list": other_list,
-    "fewer rows than tokens": lose_a_row,
-    "ended early without a stop": lose_a_token,
-    "a token beyond the vocabulary": draw_a_pseudo_token,
-    "null": change_row(VOCAB_SIZE + 1, None),
-    "no α": change_row(VOCAB_SIZE + 1, -9999.0),
-    "α beyond 1": change_row(VOCAB_SIZE + 1, FLOOR - 1.5 * SCALES[1]),
-    "a negative divergence": change_row(VOCAB_SIZE + 2, FLOOR + 1.0),
-    "a positive log-probability": change_row(2, 0.5),
-    "an impossible token": change_row(2, -9999.0),
-    "no log-probabilities": lambda choice: choice.update(logprobs=None),
+INVALID: dict[str, Change] = {
+    "too many tokens": lambda answer: answer["token_ids"].append(7),
+    "too few": lambda answer: answer.update(token_ids=[1, 2], numbers=packed([NUMBERS] * 2)),
+    "none": lambda answer: answer.update(token_ids=[], numbers=""),
+    "a stop that is none": lambda answer: answer.update(finish_reason="stop"),
+    "fewer numbers": lambda answer: answer.update(numbers=packed([NUMBERS] * 2)),
+    "no numbers": lambda answer: answer.pop("numbers"),
+    "other columns": lambda answer: answer.update(columns=COLUMNS[1:]),
+    "α beyond 1": numbers(alpha=1.5),
+    "NaN": numbers(log_t=math.nan),
+    "a positive log-probability": numbers(log_q=0.5),
+    "a negative divergence": numbers(kl_theta=-0.1),
+    "another request's": lambda answer: answer.update(request_id=answer["request_id"] + "1"),
+    "another model's": lambda answer: answer.update(model="other"),
 }
 
 
-def sample(server: Server, *spoils: Spoil) -> NativeSample:
+def drawn(server: Server, t_prompt: list[int] | None = None) -> NativeSample:
     async def run() -> NativeSample:
         engine = NativeEngine(server)  # type: ignore[arg-type]
-        await engine.attach(1.0)
-        server.spoils += spoils
-        return await engine.generate([4, 5], max_tokens=3, temperature=1.0)
+        rule = AlphaRule(alpha_method="kl_budget", kl_budget=0.5)
+        return await engine.draw([4, 5], t_prompt, max_tokens=3, temperature=0.7, rule=rule, seed=3)
 
     return asyncio.run(run())
 
 
-def test_what_is_carried_is_read() -> None:
-    found = sample(Server())
-    assert found.token_ids == [1, 2, 3] and found.finish_reason == "length"
-    assert found.log_q.tolist() == [LOG_Q] * 3
-    assert [column.tolist() for column in (found.alpha, found.kl_theta, found.kl_t)] == [
-        [ALPHA] * 3,
-        [KL_THETA] * 3,
-        [KL_T] * 3,
-    ]
-
-
-@pytest.mark.parametrize("spoil", SPOILT_SAMPLES.values(), ids=SPOILT_SAMPLES.keys())
-def test_an_invalid_sample_is_drawn_again(spoil: Spoil) -> None:
+def test_what_is_asked_and_what_is_read() -> None:
     server = Server()
-    assert sample(server, spoil).log_q.tolist() == [LOG_Q] * 3
-    assert server.stats.retries == 1
-    with pytest.raises(EngineProtocolError):
-        sample(Server(), spoil, spoil, spoil)
+    sample = drawn(server, [6])
+    (payload,) = server.payloads
+    assert payload["prompt_token_ids"] == [4, 5] and payload["t_prompt_token_ids"] == [6]
+    assert (payload["alpha_method"], payload["kl_budget"], payload["temperature"]) == ("kl_budget", 0.5, 0.7)
+    assert sample.token_ids == [1, 2, 3] and sample.finish_reason == "length" and sample.restarts == 2
+    assert [getattr(sample, name)[1] for name in COLUMNS] == NUMBERS
 
 
-def test_a_divergence_that_vllm_cut_off_is_not_a_number() -> None:
-    server = Server()
-    found = sample(server, change_row(VOCAB_SIZE + 3, -9999.0))
-    assert server.stats.retries == 0
-    assert np.isnan(found.kl_t).tolist() == [False, True, False] and found.alpha.tolist() == [ALPHA] * 3
+@pytest.mark.parametrize("change", INVALID.values(), ids=INVALID.keys())
+def test_an_invalid_answer_is_asked_for_again(change: Change) -> None:
+    server = Server(change)
+    assert drawn(server).token_ids == [1, 2, 3]
+    assert len(server.payloads) == 2 and server.stats.retries == 1
 
 
-@pytest.mark.parametrize("value", [None, math.nan, 0.5, "gone"])
-def test_invalid_policy_rows_are_asked_for_again(value: Any) -> None:
-    def spoil(choice: dict[str, Any]) -> None:
-        row = choice["prompt_logprobs"][2]
-        row.clear() if value == "gone" else row.update({"1": {"logprob": value}})
-
-    async def run() -> np.ndarray:
-        engine = NativeEngine(server)  # type: ignore[arg-type]
-        await engine.attach(1.0)
-        server.spoils.append(spoil)
-        return await engine.policy_logprobs([4, 5, 1, 2], 2)
-
-    server = Server()
-    assert asyncio.run(run()).tolist() == [LOGP_THETA] * 2
-    assert server.stats.retries == 1
+def sequence(prompt: list[int], t_prompt: list[int]) -> DecodingSequence:
+    return DecodingSequence(prompt, t_prompt, max_tokens=3, stop_ids=(), key=(1, 2))
 
 
-def test_no_sequence_is_begun_once_the_server_is_gone() -> None:
-    class Gone(Server):
-        asked = 0
-
-        async def post(self, path: str, payload: dict[str, Any], *, max_bytes: int) -> Any:
-            if "seed" not in payload:
-                return await super().post(path, payload, max_bytes=max_bytes)
-            self.asked += 1
-            if payload["prompt"][0] == [4, 1]:
-                raise EngineUnavailableError("gone", url=self.url)
-            await asyncio.sleep(0)
-            return await super().post(path, payload, max_bytes=max_bytes)
-
-    all_of_them = [DecodingSequence([4, i], [4, i], max_tokens=3, stop_ids=(), key=(0, i)) for i in range(20)]
-    server, finished = Gone(), []
-
-    async def note(sequence: DecodingSequence) -> None:
-        finished.append(sequence)
-
+def sampled(
+    server: Server, sequences: list[DecodingSequence], *, without_target: bool = False
+) -> list[DecodingSequence]:
     async def run() -> None:
         engine = NativeEngine(server)  # type: ignore[arg-type]
-        await engine.attach(1.0)
-        config = CoordinatorConfig(engine="native", policy_logprobs=False, max_concurrency=2, seed=0)
-        sampler = NativeSampler(engine, PolicyWeights(), DecodingStats())
-        await sampler.sample(all_of_them, CallSettings(config, on_finished=note))
+        sampler = NativeSampler(engine, PolicyWeights(), DecodingStats(), without_target=without_target)
+        config = CoordinatorConfig(engine="native")
+        await (await sampler.ready(sequences, config)).sample(sequences, CallSettings(config))
 
     asyncio.run(run())
-    assert server.asked == 2
-    assert len(finished) == 20 and all_of_them[0].tokens == [1, 2, 3]
-    assert sum(isinstance(sequence.failure, EngineUnavailableError) for sequence in all_of_them) == 19
+    return sequences
 
 
-def test_tokens_that_one_model_lacks_are_refused_in_prompts() -> None:
+def test_the_server_says_what_it_is() -> None:
+    async def found(server: Server) -> NativeServerInfo:
+        return await NativeEngine(server).native_server()  # type: ignore[arg-type]
+
+    assert asyncio.run(found(Server(target="/t"))) == NativeServerInfo(target="/t", **SERVER)
+    with pytest.raises(PreflightError, match="start it with dual-rollout serve-native"):
+        asyncio.run(found(Server(native=False)))
+
+
+def test_every_number_is_in_the_record() -> None:
+    (drawn,) = sampled(Server(), [sequence([4], [7])])
+    assert drawn.record.alpha[0] == 0.25 and drawn.record.logprobs_q[0] == -1.0
+    assert (drawn.record.logprobs_theta[0], drawn.record.logprobs_t[0]) == (-1.5, -0.5)
+    assert drawn.record.importance_weights[0] == pytest.approx(math.exp(-0.5))
+    (alone,) = sampled(Server(), [sequence([4], [7])], without_target=True)
+    assert alone.record.importance_weights[0] == 1.0 and math.isnan(alone.record.logprobs_t[0])
+
+
+@pytest.mark.parametrize(
+    ("t_prompt", "without_target", "most"),
+    [([7], False, 4), ([4], False, 5), ([7], True, 5)],
+)
+def test_no_more_are_asked_for_than_the_server_has_places(t_prompt: list[int], without_target: bool, most: int) -> None:
+    """Five: for two rollouts of two requests, or five of one."""
+    server = Server()
+    sequences = sampled(server, [sequence([4], t_prompt) for _ in range(12)], without_target=without_target)
+    assert [each.done and each.failure is None for each in sequences] == [True] * 12
+    assert server.most_asked == most
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_places_are_given_in_turn(count: int) -> None:
+    """Those that are cancelled while they wait, or while they have them, give theirs back."""
+    taken: list[int] = []
+    most = 0
+
     async def run() -> None:
-        engine = NativeEngine(Server())  # type: ignore[arg-type]
-        await engine.attach(1.0)
-        await engine.generate([4, VOCAB_SIZE], max_tokens=3, temperature=1.0)
+        places = Places(5)
 
-    with pytest.raises(EngineRejectedError, match=f"token {VOCAB_SIZE}"):
-        asyncio.run(run())
+        async def work(i: int) -> None:
+            nonlocal most
+            async with places.taken(1 + i % 3 if i else count):
+                taken.append(i)
+                most = max(most, 5 - places._free)
+                await asyncio.sleep(0.0 if i % 2 else 0.001)
 
+        tasks = [asyncio.create_task(work(i)) for i in range(40)]
+        await asyncio.sleep(0)
+        for task in tasks[3:40:4]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert places._free == 5
 
-@pytest.mark.parametrize("policy_logprobs", [True, False])
-def test_log_policy_costs_a_request_only_where_it_is_wanted(policy_logprobs: bool) -> None:
-    sequence = DecodingSequence([4, 5], [4, 5], max_tokens=3, stop_ids=(), key=(0, 0))
-    stats, server = DecodingStats(), Server()
-
-    async def run() -> int:
-        engine = NativeEngine(server)  # type: ignore[arg-type]
-        await engine.attach(1.0)
-        asked = len(server.payloads)
-        config = CoordinatorConfig(engine="native", policy_logprobs=policy_logprobs)
-        sampler = NativeSampler(engine, PolicyWeights(), stats)
-        await sampler.sample([sequence], CallSettings(config, with_diagnostics=True))
-        return len(server.payloads) - asked
-
-    assert asyncio.run(run()) == 1 + policy_logprobs
-    assert sequence.failure is None and sequence.tokens == [1, 2, 3]
-    record = sequence.record
-    assert record.logprobs_q == [LOG_Q] * 3 and record.alpha == [ALPHA] * 3
-    assert record.diagnostics["kl_diff"] == [KL_T - KL_THETA] * 3
-    assert stats.scored_tokens == 3 * policy_logprobs
-    psi = -(1 - ALPHA) * KL_THETA - ALPHA * KL_T
-    logp_t = (LOG_Q + psi - (1 - ALPHA) * LOGP_THETA) / ALPHA
-    weight = math.exp(LOGP_THETA - LOG_Q)
-    expected = [LOGP_THETA, logp_t, weight] if policy_logprobs else [math.nan] * 3
-    columns = (record.logprobs_theta, record.logprobs_t, record.importance_weights)
-    for column, value in zip(columns, expected, strict=True):
-        assert column == pytest.approx([value] * 3, nan_ok=True)
+    asyncio.run(run())
+    assert taken == sorted(taken) and most <= 5 and len(taken) >= 30

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dual_rollout.cli import main
-from dual_rollout.functional.pseudo_tokens import NUM_PSEUDO_TOKENS
+from dual_rollout.config import AlphaRule
 from dual_rollout.native import ARCHITECTURE
 from dual_rollout.native.refusals import refuse_config
 from tests.tiny_model import make_tiny_model, make_tokenizer
@@ -35,22 +35,22 @@ def printed_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list
 
 
 def test_dry_run_prints_vllms_command(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = printed_command(capsys, str(theta), str(t), "--alpha-max", "0.6", "--port", "8123", "--enforce-eager")
+    command = printed_command(capsys, str(theta), str(t), "--port", "8123", "--enforce-eager")
     assert command[command.index("--model") + 1] == str(theta)
     assert command[-3:] == ["--port", "8123", "--enforce-eager"]
-    assert command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
-    vocab_size = json.loads((theta / "config.json").read_text())["vocab_size"]
-    assert overrides["architectures"] == [ARCHITECTURE] and overrides["vocab_size"] == vocab_size + NUM_PSEUDO_TOKENS
-    assert overrides["dual_rollout"] == {
-        "t": str(t),
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size_theta": vocab_size,
-        "fixed_alpha": None,
-        "alpha_min": 0.0,
-        "alpha_max": 0.6,
-        "temperature": 1.0,
-    }
+    vocab_size = json.loads((t / "config.json").read_text())["vocab_size"]
+    settings = {"t": str(t), "architectures": ["LlamaForCausalLM"], "vocab_size_t": vocab_size}
+    assert overrides == {"architectures": [ARCHITECTURE], "dual_rollout": {**settings, "ordinary_requests": None}}
+    assert "--logits-processors" in command and "--logprobs-mode" not in command
+
+
+def test_ordinary_requests_may_be_drawn_from_q_star(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ordinary-requests", "q_star", "--alpha-method", "kl_budget", "--kl-budget", "0.1"]
+    command = printed_command(capsys, str(theta), str(t), *flags)
+    rule = json.loads(command[command.index("--hf-overrides") + 1])["dual_rollout"]["ordinary_requests"]
+    assert AlphaRule(**rule) == AlphaRule(alpha_method="kl_budget", kl_budget=0.1)
+    assert command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
 
 
 def test_relative_folders_are_made_absolute(
@@ -62,21 +62,25 @@ def test_relative_folders_are_made_absolute(
 
 
 def test_vllms_own_flags_win(theta: Path, t: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = printed_command(capsys, str(theta), str(t), "--logprobs-mode", "raw_logprobs")
+    flags = ["--ordinary-requests", "q_star", "--logprobs-mode", "raw_logprobs"]
+    command = printed_command(capsys, str(theta), str(t), *flags)
     assert command.count("--logprobs-mode") == 1 and "raw_logprobs" in command
+
+
+Q_STAR = ["--ordinary-requests", "q_star"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--alpha-min", "0.7", "--alpha-max", "0.3"], "--alpha-min"),
-        (["--alpha-method", "fixed"], "--fixed-alpha"),
-        (["--fixed-alpha", "0.3"], "--alpha-method"),
-        (["--alpha-method", "fixed", "--fixed-alpha", "1.3"], "--fixed-alpha"),
-        (["--temperature", "0"], "--temperature"),
+        ([*Q_STAR, "--alpha-min", "0.7", "--alpha-max", "0.3"], "alpha_min"),
+        ([*Q_STAR, "--alpha-method", "fixed"], "fixed_alpha"),
+        ([*Q_STAR, "--fixed-alpha", "0.3"], "alpha_method"),
+        (["--alpha-max", "0.5"], "--alpha-max belong to --ordinary-requests q_star"),
         (["--hf-overrides", "{}"], "--hf-overrides"),
         (["--hf_overrides.vocab_size=7"], "--hf-overrides"),
         (["--model=other"], "--model"),
+        (["--logits-processors", "mine"], "--logits-processors"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -116,10 +120,10 @@ def test_a_model_without_a_plain_configuration_is_refused(
 
 
 def test_one_model_serves_in_both_roles(theta: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = printed_command(capsys, str(theta), "--port", "8000", "--enable-lora")
+    command = printed_command(capsys, str(theta), "--port", "8000", "--enable-lora", "--model-impl", "vllm")
     flags = dict(itertools.pairwise(command))
     assert flags["--model"] == str(theta) and flags["--port"] == "8000"
-    assert flags["--logits-processors"] == "dual_rollout.native.processor:PairProcessor"
+    assert flags["--logits-processors"] == "dual_rollout.native.processor:Processor"
     assert flags["--max-loras"] == "2" and "--hf-overrides" not in command
     assert "--max-loras 3" in shlex.join(printed_command(capsys, str(theta), "--enable-lora", "--max-loras", "3"))
 
@@ -130,9 +134,9 @@ def test_one_model_serves_in_both_roles(theta: Path, capsys: pytest.CaptureFixtu
         (["--data-parallel-size=2"], "one server per engine"),
         (["-dp", "2"], "one server per engine"),
         (["--data_parallel_rank", "1"], "one server per engine"),
-        (["--api_server_count", "2"], "one process counts the pairs"),
+        (["--api_server_count", "2"], "one process counts the rollouts"),
         (["--speculative-config.method", "ngram"], "no logits processors"),
-        (["--alpha-max", "0.5"], "--alpha-max belong to two models"),
+        (["--ordinary-requests", "q_star"], "needs T"),
     ],
 )
 def test_flags_that_pairs_do_not_work_with_are_refused(

@@ -1,4 +1,4 @@
-"""The native engine's α and q* in torch against the numpy reference, and what the pseudo-tokens carry."""
+"""A native server's α and q* in torch against the numpy reference."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from dual_rollout.config import AlphaRule
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
-from dual_rollout.functional.pseudo_tokens import ALPHA_STEP, FLOOR, NUM_PSEUDO_TOKENS, decode
-from dual_rollout.native.solver import AlphaRule, QStar, q_star, q_star_logits
+from dual_rollout.native import solver
+from dual_rollout.native.ordinary import q_star_logits
+from dual_rollout.native.solver import Choice, QStar
 
 BALANCED = AlphaRule()
+
+
+def choice(rows: int, rule: AlphaRule, temperature: float, device: str = "cpu") -> Choice:
+    alpha = np.nan if rule.fixed_alpha is None else rule.fixed_alpha
+    numbers = (temperature, alpha, rule.alpha_min, rule.alpha_max)
+    return Choice(*(torch.full((rows, 1), number, device=device) for number in numbers))
+
+
+def q_star(theta: torch.Tensor, t: torch.Tensor, rule: AlphaRule = BALANCED, temperature: float = 1.0) -> QStar:
+    return solver.q_star(theta, t, choice(len(theta), rule, temperature, str(theta.device)))
 
 
 def pair(rows: int, vocab: int, scale: float, correlation: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +67,7 @@ def test_alpha_balances_the_divergences(vocab: int, scale: float, correlation: f
 
 def test_peaked_rows_like_those_of_a_language_model() -> None:
     """One token with almost all mass in both, or one in each, over a wide tail. In the latter rows both divergences are
-    some ten nats, and the grid of α leaves up to 2e-4 between them."""
+    some ten nats."""
     theta, t = pair(400, 5000, 3.0, 0.95)
     theta[::2, 7] += 20.0
     t[::4, 7] += 20.0
@@ -83,10 +95,10 @@ def test_equal_models_meet_in_the_middle() -> None:
 def test_rule_bounds_and_fixed_alpha() -> None:
     theta, t = pair(50, 100, 3.0, 0.5)
     free = q_star(theta, t, BALANCED, 1.0).alpha
-    bounded = q_star(theta, t, AlphaRule(minimum=0.45, maximum=0.5), 1.0).alpha
-    assert torch.equal(bounded, free.clamp(0.45, 0.5).div(ALPHA_STEP).round().mul(ALPHA_STEP)) and bounded.std() > 0
+    bounded = q_star(theta, t, AlphaRule(alpha_min=0.45, alpha_max=0.5), 1.0).alpha
+    assert torch.equal(bounded, free.clamp(0.45, 0.5)) and bounded.std() > 0
     for alpha, same in ((0.0, theta), (1.0, t)):
-        q = q_star(theta, t, AlphaRule(fixed=alpha), 1.0)
+        q = q_star(theta, t, AlphaRule(alpha_method="fixed", fixed_alpha=alpha), 1.0)
         assert set(q.alpha[:, 0].tolist()) == {alpha}
         assert (q.logprobs - exact(same)).abs().max() < 1e-4
         assert (q.kl_theta if alpha == 0.0 else q.kl_t).max() < 1e-5
@@ -116,7 +128,7 @@ def test_without_a_root_q_is_the_limit_from_inside() -> None:
 
 
 def test_supports_that_overlap_in_part() -> None:
-    """At every α inside (0, 1), also at one that the grid rounds to an end, only common tokens are possible."""
+    """At every α inside (0, 1) only common tokens are possible."""
     theta, t = pair(200, 30, 2.0, 0.5)
     generator = torch.Generator().manual_seed(2)
     for logits, common in ((theta, 0), (t, 1)):
@@ -130,7 +142,7 @@ def test_supports_that_overlap_in_part() -> None:
     log_q, _ = log_q_star(exact(theta).numpy(), exact(t).numpy(), solve_alpha(exact(theta).numpy(), exact(t).numpy()))
     assert np.abs(q.logprobs.exp().numpy() - np.exp(log_q)).max() < 1e-4
     for logits, bound in ((theta, 0.0), (t, 1.0)):  # an end that is asked for is the model itself
-        end = q_star(theta, t, AlphaRule(minimum=bound, maximum=bound), 1.0)
+        end = q_star(theta, t, AlphaRule(alpha_min=bound, alpha_max=bound), 1.0)
         assert (end.logprobs.exp() - exact(logits).exp()).abs().max() < 1e-5
 
 
@@ -152,37 +164,12 @@ def test_a_longer_vocabulary_is_cut_to_the_common_tokens() -> None:
     assert (q.logprobs - path.log_softmax(1)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("solved_at", [1.0, 0.7, 1.5])
-@pytest.mark.parametrize("asked", [0.1, 0.7, 1.0, 1.5, 2.0])
-def test_the_client_reads_what_was_used(solved_at: float, asked: float) -> None:
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+def test_what_vllm_samples_an_ordinary_request_from_is_q_star(temperature: float) -> None:
+    """It divides what is served by the temperature. Tokens that π_t lacks are impossible."""
     theta, t = pair(300, 500, 4.0, 0.9)
-    q = q_star(theta, t, BALANCED, solved_at)
-    served = (q_star_logits(theta, t, BALANCED, solved_at) / asked).log_softmax(1)  # as vLLM does
-    read = np.array([decode(row, asked) for row in served[:, -NUM_PSEUDO_TOKENS:].tolist()])
-    assert read[:, 0].tolist() == q.alpha[:, 0].tolist(), "the very α"
-    assert read[:, 1] == pytest.approx(q.kl_theta[:, 0].numpy(), abs=1e-5)
-    assert read[:, 2] == pytest.approx(q.kl_t[:, 0].numpy(), abs=1e-5)
-    assert read[:, 3] == pytest.approx(solved_at, abs=1e-5)
-    if asked == solved_at:
-        assert (served[:, :-NUM_PSEUDO_TOKENS] - q.logprobs).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("asked", [0.1, 1.0, 2.0])
-def test_pseudo_tokens_are_never_sampled(asked: float) -> None:
-    theta, t = pair(300, 500, 4.0, 0.5)
-    served = (q_star_logits(theta, t, BALANCED, 1.0).double() / asked).log_softmax(1)
-    assert served[:, -NUM_PSEUDO_TOKENS:].exp().max() < 1e-20
-    assert np.log(1e-20) > FLOOR / 2.0
-
-
-def test_another_temperature_stays_on_the_same_path() -> None:
-    """q*^(1/T), which vLLM samples from when asked for T, is on the path between the tempered models."""
-    theta, t = pair(20, 100, 3.0, 0.8)
-    alpha = q_star(theta, t, BALANCED, 1.0).alpha
-    served = (q_star_logits(theta, t, BALANCED, 1.0)[:, :100] / 0.6).log_softmax(1)
-    path = (1 - alpha) * exact(theta, 0.6) + alpha * exact(t, 0.6)
-    assert (served - path.log_softmax(1)).abs().max() < 1e-4
-
-
-def test_numbers_that_vllm_cut_off_are_not_a_number() -> None:
-    assert np.isnan(decode([-1000.0, -1080.0, -9999.0, -1010.0], 0.1)[1])
+    t = t[:, :450]
+    served = q_star_logits(theta, t, choice(300, BALANCED, temperature))
+    assert served.shape == (300, 500) and (served[:, 450:] == -torch.inf).all()
+    q = q_star(theta, t, BALANCED, temperature)
+    assert ((served / temperature).log_softmax(1)[:, :450].exp() - q.logprobs.exp()).abs().max() < 1e-5

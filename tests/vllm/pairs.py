@@ -12,7 +12,7 @@ import aiohttp
 import numpy as np
 import torch
 
-from dual_rollout.native.rule import NUMBERS
+from dual_rollout.native.wire import NUMBERS
 from tests.chi_square import chi_square_p_value
 from tests.hang import HANG
 from tests.vllm.servers import NativeServer

@@ -85,11 +85,18 @@ def test_a_native_server_leaves_log_pi_theta_its_whole_vocabulary(servers: Serve
     async def run():
         config = CoordinatorConfig(engine="native", theta_url=servers.turned.url, seed=1, ignore_eos=True)
         async with DualVLLMCoordinator(config) as coordinator:
-            return await coordinator.generate_batch([[7, 8, 9], [20, 21]], max_tokens=12, stop_token_ids=[MANY - 1])
+            prompts = [[7, 8, 9], [20, 21], [20, FEW]]
+            outputs = await coordinator.generate_batch(prompts, max_tokens=12, stop_token_ids=[MANY - 1])
+            alone = await coordinator.generate_batch(prompts[2:] * 8, targets=["none"] * 8, max_tokens=12)
+            return outputs, alone
 
+    outputs, alone = asyncio.run(asyncio.wait_for(run(), HANG))
+    assert f"token id outside [0, {FEW})" in str(outputs.pop().error)
+    assert [output.error for output in alone] == [None] * 8
+    assert max(max(output.generated_tokens) for output in alone) >= FEW, "without a target the policy has all its own"
     folders = servers.turned.model, servers.turned.target
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
-    for output in asyncio.run(asyncio.wait_for(run(), HANG)):
+    for output in outputs:
         assert output.error is None and max(output.generated_tokens) < FEW
         text = torch.tensor([[*output.prompt_token_ids, *output.generated_tokens]])
         start = len(output.prompt_token_ids)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.error
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,14 @@ def test_first_tokens_follow_the_law(ample: Pairs) -> None:
 
 def test_every_method_in_one_batch(ample: Pairs) -> None:
     prompts, names = prompts_of(len(METHODS), seed=9), list(METHODS)
-    bodies = [{"max_tokens": 20, **{k: v for k, v in vars(METHODS[name]).items() if v is not None}} for name in names]
+    bodies = [{"max_tokens": 20, "temperature": METHODS[name][1], **asdict(METHODS[name][0])} for name in names]
     for name, rollout in zip(names, ample.rollouts(prompts, bodies), strict=True):
-        method = METHODS[name]
+        rule, temperature = METHODS[name]
         logps = [
-            np.log(np.exp(logp / method.temperature) / np.exp(logp / method.temperature).sum(1, keepdims=True))
+            np.log(np.exp(logp / temperature) / np.exp(logp / temperature).sum(1, keepdims=True))
             for logp in laws_of(rollout, ample.model, ample.model)[:2]
         ]
-        assert rollout["alpha"] == pytest.approx(expected_alpha(method, *logps), abs=1e-3), name
+        assert rollout["alpha"] == pytest.approx(expected_alpha(rule, *logps), abs=1e-3), name
         chosen = np.arange(20), rollout["token_ids"]
         assert rollout["log_theta"] == pytest.approx(logps[0][chosen], abs=TOLERANCE), name
         path = (1 - rollout["alpha"][:, None]) * logps[0] + rollout["alpha"][:, None] * logps[1]
@@ -322,7 +323,7 @@ def test_a_trainer_distils_the_policy_from_itself(ample: Pairs, tmp_path: Path) 
 
 def test_doctor_compares_values(ample: Pairs, tight: Pairs) -> None:
     found = report(ample.server.url, None)
-    assert found["ok"] and found["servers"]["native"]["max_pairs"] == 8
+    assert found["ok"] and found["servers"]["native"]["max_requests"] == 16
     (values,) = [check["detail"] for check in found["checks"] if check["name"] == "values"]
     assert "within" in values
 
@@ -337,7 +338,8 @@ def test_doctor_compares_values(ample: Pairs, tight: Pairs) -> None:
         ({"max_tokens": 510}, "--max-model-len"),
         ({"seed": -1}, "seed must be"),
         ({"alpha_method": "mean"}, "alpha_method must be one of"),
-        ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min <= alpha_max"),
+        ({"alpha_min": 0.9, "alpha_max": 0.1}, "must not exceed"),
+        ({"temperature": 0}, "temperature must be"),
         ({"top_k": 5}, "unknown field 'top_k'"),
     ],
 )
@@ -356,18 +358,14 @@ def test_a_model_that_is_not_served_is_not_found(ample: Pairs) -> None:
     assert refused.value.code == 404 and "served are" in json.load(refused.value)["error"]["message"]
 
 
-def test_places_are_for_two(ample: Pairs, tight: Pairs) -> None:
-    assert [pairs.describe()["max_pairs"] for pairs in (tight, ample)] == [4, 8]
-
-
 FAKE_SERVER = """
 import asyncio
 from types import SimpleNamespace as Namespace
 import numpy as np
-from dual_rollout.native.route import Limits, PairServer, Rollout
+from dual_rollout.native.route import Limits, Rollout, RolloutServer
 
 class Engine:
-    model_config = Namespace(get_vocab_size=lambda: 100, max_model_len=1000)
+    model_config = Namespace(get_vocab_size=lambda: 100, max_model_len=1000, hf_config=Namespace())
     def __init__(self, prefix_caching=True, budget=2000):
         self.vllm_config = Namespace(
             scheduler_config=Namespace(max_num_seqs=10, max_num_batched_tokens=budget),
@@ -375,10 +373,10 @@ class Engine:
         self.asked = []
 
 def serve(engine):
-    return PairServer(Namespace(engine_client=engine, openai_serving_models=Namespace(lora_requests={})))
+    return RolloutServer(Namespace(engine_client=engine, openai_serving_models=Namespace(lora_requests={})))
 
 def rollout(**fields):
-    limits = Limits(100, 1000, frozenset(), frozenset())
+    limits = Limits(100, 100, 1000, frozenset(), frozenset())
     return Rollout.from_json({"prompt_token_ids": [1] * 300, "t_prompt_token_ids": [2] * 400, **fields}, limits)
 """
 
@@ -449,7 +447,7 @@ else:
 def test_a_server_of_several_engines_does_not_start() -> None:
     """As uvicorn starts it, without the engines."""
     program = """
-from dual_rollout.native.route import PairsMiddleware
+from dual_rollout.native.route import RolloutMiddleware
 sent = []
 async def start(data_parallel_size):
     async def send(message): sent.append(message)
@@ -459,7 +457,7 @@ async def start(data_parallel_size):
     from fastapi import FastAPI
     served = FastAPI()
     served.state.engine_client = Namespace(vllm_config=config)
-    await PairsMiddleware(app)({"type": "lifespan", "app": served}, None, send)
+    await RolloutMiddleware(app)({"type": "lifespan", "app": served}, None, send)
 asyncio.run(start(1))
 asyncio.run(start(2))
 assert sent[0] == "started" and sent[1]["type"] == "lifespan.startup.failed" and len(sent) == 2, sent

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_rollout import CoordinatorConfig, generate_with_optimal_sampling
-from dual_rollout.functional.pseudo_tokens import ALPHA_STEP
-from dual_rollout.native.solver import AlphaRule, q_star
+from tests.unit.test_native_solver import BALANCED, q_star
 from tests.vllm.servers import REPOSITORY, VllmServer, running
 
 MODEL = REPOSITORY / "outputs/models/SmolLM2-135M-Instruct"
@@ -72,7 +71,7 @@ def test_alpha_balances_the_divergences_of_real_text(
     real_text: tuple[torch.Tensor, torch.Tensor], temperature: float
 ) -> None:
     """Both divergences of the served q*, of the α reported, from its definition in float64."""
-    q = q_star(*real_text, AlphaRule(), temperature)
+    q = q_star(*real_text, BALANCED, temperature)
     logp_theta, logp_t = ((logits.double() / temperature).log_softmax(1) for logits in real_text)
     log_q = ((1 - q.alpha.double()) * logp_theta + q.alpha.double() * logp_t).log_softmax(1)
     kl_theta, kl_t = ((log_q.exp() * (log_q - logp)).sum(1) for logp in (logp_theta, logp_t))
@@ -81,4 +80,3 @@ def test_alpha_balances_the_divergences_of_real_text(
     assert (q.logprobs - log_q).abs().max() < 5e-5
     for found, expected in ((q.kl_theta, kl_theta), (q.kl_t, kl_t)):
         assert (found[:, 0] - expected).abs().max() < 1e-4
-    assert torch.equal(q.alpha, (q.alpha / ALPHA_STEP).round() * ALPHA_STEP)

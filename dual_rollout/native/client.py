@@ -1,44 +1,47 @@
-"""The client of a vLLM server that draws whole rollouts from pairs of prompts (`dual-rollout serve-native MODEL`)."""
+"""The client of a vLLM server that draws whole rollouts from q* (`dual-rollout serve-native`). Needs no vLLM."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.engine import TokenIds
-from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.native.wire import NUMBERS, PATH
 from dual_rollout.servers.http import USUAL_RESPONSE_BYTES
 from dual_rollout.servers.parsing import read_as
 from dual_rollout.servers.vllm import VLLMEngine
 from dual_rollout.types import FinishReason
 
-_PATH = "/v1/dual_rollout"
-_COLUMNS = ("alpha", "log_q", "log_theta", "log_t", "kl_theta", "kl_t")
 _ROUNDING = 1e-4  # of float32, in a divergence that is 0 or a log-probability
 
 
 @dataclass(frozen=True, slots=True)
-class PairServerInfo:
-    """What a server of pairs is.
+class NativeServerInfo:
+    """What a native server is.
 
     Attributes:
-        vocab_size: its model's.
+        target: folder or hub name of π_t; None where one model is π_θ and π_t, each with a prompt of its own.
+        vocab_size: π_θ's.
+        common_vocab_size: tokens that both models have; prompts have no others.
         max_model_len: longest prompt and completion together, on either side.
-        max_pairs: that it draws at once; more wait.
+        max_requests: that it works on at once; more wait. A rollout with two prompts is two, any other one.
     """
 
+    target: str | None
     vocab_size: int
+    common_vocab_size: int
     max_model_len: int
-    max_pairs: int
+    max_requests: int
 
 
 @dataclass(frozen=True, slots=True)
-class PairSample:
+class NativeSample:
     """T tokens drawn from q*.
 
     Attributes:
@@ -59,30 +62,38 @@ class PairSample:
     restarts: int
 
 
-class PairEngine(VLLMEngine):
-    """A vLLM server that may be one of pairs. As an `Engine` it is π_θ."""
+class NativeEngine(VLLMEngine):
+    """A vLLM server that draws rollouts from q*. As an `Engine` it is π_θ."""
 
-    _pairs: PairServerInfo | None = None
-    _asked_for_pairs = False
+    _server: NativeServerInfo | None = None
 
-    async def pair_server(self) -> PairServerInfo | None:
-        """What it is; None where it draws no pairs. Asked once."""
-        if not self._asked_for_pairs:
+    async def native_server(self) -> NativeServerInfo:
+        """What it is. Asked once.
+
+        Raises:
+            PreflightError: a server that draws no rollouts.
+        """
+        if self._server is None:
             try:
-                answer = await self._http.get(_PATH)
+                answer = await self._http.get(PATH)
             except EngineRejectedError as error:
                 if error.status != 404:
                     raise
-            else:
-                self._pairs = read_as(_info, answer, self.url)
-            self._asked_for_pairs = True
-        return self._pairs
+                raise PreflightError(
+                    f"{self.url} draws no rollouts from q*: start it with dual-rollout serve-native (docs/native.md)"
+                ) from error
+            self._server = read_as(_info, answer, self.url)
+        return self._server
 
     async def _describe_again(self) -> None:
         await super()._describe_again()
-        self._asked_for_pairs = False
+        self._server = None
 
-    async def draw_pair(
+    async def reloads_weights(self) -> bool:
+        """Whether it takes new weights of π_θ from disk, and can forget the prefixes it has cached."""
+        return {"/collective_rpc", "/reset_prefix_cache"} <= set((await self._told("/openapi.json")).get("paths", ()))
+
+    async def draw(
         self,
         prompt: TokenIds,
         t_prompt: TokenIds | None,
@@ -93,7 +104,7 @@ class PairEngine(VLLMEngine):
         seed: int,
         start: int = 0,
         stop_token_ids: Collection[int] = (),
-    ) -> PairSample:
+    ) -> NativeSample:
         """Draw up to `max_tokens` tokens after both prompts.
 
         Args:
@@ -110,16 +121,12 @@ class PairEngine(VLLMEngine):
             "seed": seed,
             "start": start,
             "temperature": temperature,
-            "alpha_method": rule.method,
-            "fixed_alpha": rule.fixed_alpha,
-            "kl_budget": rule.kl_budget,
-            "alpha_min": rule.alpha_min,
-            "alpha_max": rule.alpha_max,
+            **asdict(rule),
         }
         return await self._requests.ask(
-            f"{_PATH}/generate",
+            f"{PATH}/generate",
             payload,
-            lambda answer: self._pair_sample(answer, max_tokens, stop_token_ids),
+            lambda answer: self._sample(answer, max_tokens, stop_token_ids),
             model=self._asked_for,
             models=self._answering,
             prompt_tokens=0,  # it does not count them
@@ -127,15 +134,17 @@ class PairEngine(VLLMEngine):
         )
 
     async def compare_values(self) -> float:
-        """The largest difference, nats, of both sides' log-probabilities of a few tokens from the same server's own."""
+        """The largest difference, nats, of log-probabilities of a few tokens from those of the same server for their
+        text: of both sides, and where a second model is π_t, which it does not score, of π_θ's alone."""
         prompts, worst = ((1, 2, 3), (4, 5, 6, 7, 8)), 0.0
-        sample = await self.draw_pair(*prompts, max_tokens=8, temperature=1.0, rule=AlphaRule(), seed=0)
-        for prompt, drawn in zip(prompts, (sample.log_theta, sample.log_t), strict=True):
+        sample = await self.draw(*prompts, max_tokens=8, temperature=1.0, rule=AlphaRule(), seed=0)
+        sides = ((prompts[0], sample.log_theta), (prompts[1], sample.log_t))
+        for prompt, drawn in sides[: 1 if (await self.native_server()).target else 2]:
             own, _ = await self.score([*prompt, *sample.token_ids], len(prompt))
             worst = max(worst, float(np.abs(own - drawn).max()))
         return worst
 
-    def _pair_sample(self, answer: dict[str, Any], max_tokens: int, stop_token_ids: Collection[int]) -> PairSample:
+    def _sample(self, answer: dict[str, Any], max_tokens: int, stop_token_ids: Collection[int]) -> NativeSample:
         token_ids, finish_reason = answer["token_ids"], answer["finish_reason"]
         if not isinstance(token_ids, list) or not 1 <= len(token_ids) <= max_tokens:
             raise self._parser.invalid(f"not 1 to {max_tokens} tokens")
@@ -145,7 +154,7 @@ class PairEngine(VLLMEngine):
             raise self._parser.invalid(f"{len(token_ids)} tokens of {max_tokens}, and no stop")
         numbers = np.frombuffer(base64.b64decode(answer["numbers"]), "<f4").reshape(len(token_ids), -1)
         found = dict(zip(answer["columns"], numbers.T.astype(np.float64), strict=True))
-        columns = [found[name] for name in _COLUMNS]
+        columns = [found[name] for name in NUMBERS[1:]]
         alpha, logprobs, divergences = columns[0], np.array(columns[1:4]), np.array(columns[4:])
         if not np.isfinite(numbers).all() or (logprobs > _ROUNDING).any() or (divergences < -_ROUNDING).any():
             raise self._parser.invalid("numbers that are no log-probabilities or divergences")
@@ -155,8 +164,9 @@ class PairEngine(VLLMEngine):
         log_q, log_theta, log_t = np.minimum(logprobs, 0.0)
         kl_theta, kl_t = np.maximum(divergences, 0.0)
         restarts = int(answer["restarts"])
-        return PairSample(ids, alpha, log_q, log_theta, log_t, kl_theta, kl_t, finish_reason, restarts)
+        return NativeSample(ids, alpha, log_q, log_theta, log_t, kl_theta, kl_t, finish_reason, restarts)
 
 
-def _info(answer: dict[str, Any]) -> PairServerInfo:
-    return PairServerInfo(*(int(answer[name]) for name in PairServerInfo.__slots__))
+def _info(answer: dict[str, Any]) -> NativeServerInfo:
+    target, *numbers = (answer[name] for name in NativeServerInfo.__slots__)
+    return NativeServerInfo(None if target is None else str(target), *map(int, numbers))
