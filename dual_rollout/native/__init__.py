@@ -4,9 +4,9 @@ What the client needs, without torch and vLLM: `wire.py` (what both sides tell e
 
 In the API server: `route.py` (the HTTP route), `refusals.py`. In the engine: `scheduler.py` (both requests of a rollout
 come at once), `processor.py` and `table.py` (which rows are drawn together), `draw.py`, `solver.py`, `alpha.py` and
-`kernel.py` (α, q* and the draw), `ordinary.py` (other requests, where these are drawn from q* too), `model.py` (the class
-that holds two models, which vLLM finds by `register`, through the entry point `vllm.general_plugins`). `serving.py` starts
-it all.
+`kernel.py` (α, q* and the draw), `ordinary.py` (other requests, where these are drawn from q* too), `model.py` (the
+class that holds two models, which vLLM finds by `register`, through the entry point `vllm.general_plugins`).
+`serving.py` starts it all.
 """
 
 from __future__ import annotations
