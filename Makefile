@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 MODEL := outputs/models/SmolLM2-135M-Instruct
 RECIPE ?= recipes/quickstart/grpo_cpu.yaml
 STEPS ?= 20
+# Held-out questions on which the demo evaluates the policy before and after
+EVAL_ROWS ?= 32
 # Processes that share the tests, each with servers of its own
 WORKERS ?= 2
 
@@ -37,7 +39,7 @@ test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM serv
 demo: install $(MODEL)/config.json  ## GRPO on a real model with rollouts from q* (STEPS=100 makes it longer)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/one_cpu.yaml \
 		--num_cpu_threads_per_process 2 -m dual_rollout.training.script --config $(RECIPE) --max_steps $(STEPS) \
-		--dual_overwrite_output_dir true
+		--dual_eval_rows $(EVAL_ROWS) --dual_overwrite_output_dir true
 
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)

@@ -75,7 +75,7 @@ let colour = colours[0];
 
 function background(place) {
   const clipped = Math.max(-1, Math.min(1, place));
-  return `rgb(var(--${clipped < 0 ? "low" : "high"}) / ${(0.6 * Math.abs(clipped)).toFixed(3)})`;
+  return `rgb(var(--${clipped < 0 ? "low" : "high"}) / calc(${Math.abs(clipped).toFixed(3)} * var(--strength)))`;
 }
 
 function paint(span, i) {

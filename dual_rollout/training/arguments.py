@@ -103,6 +103,13 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
         default="{}", metadata={"help": 'Options of the task as JSON, for example {"max_terms": 3}.'}
     )
     dual_task_size: int = field(default=500, metadata={"help": "Number of questions made from the task."})
+    dual_eval_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out rows on which the policy alone is evaluated before and after training: of dual_task, "
+            "questions that it does not train on; of a dataset, the first ones of dataset_test_split. 0 for none."
+        },
+    )
     dual_t_prompt_template: str | None = field(
         default=None,
         metadata={
@@ -174,8 +181,11 @@ def _check_rollouts(dual: DualArguments, training: GRPOConfig) -> None:
     except ValueError as error:
         raise ValueError(f"{PREFIX}{str(error).removeprefix(PREFIX)}") from error
     dataclasses.replace(config, temperature=training.temperature)
-    if dual.dual_kept_rollouts < 0:
-        raise ValueError(f"dual_kept_rollouts must be at least 0, got {dual.dual_kept_rollouts}")
+    for name in ("dual_kept_rollouts", "dual_eval_rows"):
+        if getattr(dual, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(dual, name)}")
+    if dual.dual_task is not None and training.eval_strategy != "no" and dual.dual_eval_rows == 0:
+        raise ValueError("eval_strategy needs held-out rows: set dual_eval_rows to how many of dual_task")
     if training.max_completion_length is None or training.max_completion_length < 1:
         raise ValueError(f"max_completion_length must be at least 1, got {training.max_completion_length}")
 

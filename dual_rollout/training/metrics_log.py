@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dual_rollout.training.evaluation import before_and_after
+
 _ROWS = (
     ("reward of q*", "reward", "{:.3f}"),
     ("reward of the policy", "eval_reward", "{:.3f}"),  # in the evaluations
@@ -69,6 +71,14 @@ class MetricsLog(TrainerCallback):
             with contextlib.suppress(ValueError):  # the last line, cut off
                 entries.append(json.loads(line))
         return [entry for entry in entries if entry["step"] <= step]
+
+    def evaluated_at(self, step: int) -> bool:
+        """Whether the policy was evaluated after that step, on rows that are counted."""
+        return any(entry["step"] == step and "eval_reward_rows" in entry for entry in self._entries)
+
+    def before_and_after(self) -> str:
+        """The policy's own reward before and after the run, with its rows and intervals, where it was evaluated."""
+        return before_and_after(self._entries)
 
     def table(self, unlogged: dict[str, float] | None = None) -> str:
         """First entry, last entry and mean over the entries of each figure, in 54 columns; nothing where there is none.

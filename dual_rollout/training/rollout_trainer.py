@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from dual_rollout.prompts import check_prompt_is_text, without_nulls
 from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
+from dual_rollout.training.evaluation import interval
 from dual_rollout.training.kept_rollouts import PER_TOKEN, KeptRollouts
 from dual_rollout.training.metrics_log import MetricsLog
 from dual_rollout.training.model_card import add_to_card, rollout_section
@@ -86,6 +88,7 @@ class RolloutTrainerMixin(_Trainer):
         **kwargs: Any,
     ):
         self._synced_step: int | None = None
+        self._evaluated: list[float] = []  # rewards of the evaluation that is going on
         self.contexts = TargetContexts()
         self.policy_check_bound = policy_check_bound
         self._kept = KeptRollouts(kept_rollouts)
@@ -166,6 +169,16 @@ class RolloutTrainerMixin(_Trainer):
         super()._set_signature_columns_if_needed()  # what `remove_unused_columns` leaves of a dataset
         columns: list[str] = self._signature_columns
         columns += [name for name in CONTEXT_COLUMNS if name not in columns]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which also counts the completions that were rewarded, and bounds their mean (`interval`)."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated:
+            low, high = interval(self._evaluated)
+            for name, value in (("rows", len(self._evaluated)), ("low", low), ("high", high)):
+                self._metrics["eval"][f"reward_{name}"].append(value)
+        return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with a section on the rollouts."""
@@ -254,6 +267,8 @@ class RolloutTrainerMixin(_Trainer):
         for name in FLOAT_COLUMNS:
             rows = self._rollout_columns[name]
             output[_BATCH_NAMES.get(name, name)] = pad_rows(rows, 0.0, width=width).to(device)
+        if not self.model.training and (rewards := self._total_rewards()) is not None:
+            self._evaluated += [reward for reward in rewards.tolist() if not math.isnan(reward)]
         if self.model.training:
             self._trackers.add(self._rollout_columns["alpha"], self._log_weights_of_tokens())
         if self.model.training and self._kept.wants(self.state.global_step + 1):
@@ -288,12 +303,19 @@ class RolloutTrainerMixin(_Trainer):
         return rows
 
     def _own_rewards(self) -> list[float] | None:
-        """The reward of each row of this process's rollout, as TRL adds it up; NaN where no function gave one."""
+        """The reward of each row of this process's rollout, as TRL adds them up; NaN where no function gave one."""
+        total = self._total_rewards()
+        if total is None:
+            return None
+        return list(total.chunk(self.accelerator.num_processes)[self.accelerator.process_index].tolist())
+
+    def _total_rewards(self) -> torch.Tensor | None:
+        """Of the rows of all processes."""
         if self._rewards is None:
             return None
         total = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(dim=1)
         total[self._rewards.isnan().all(dim=1)] = torch.nan
-        return list(total.chunk(self.accelerator.num_processes)[self.accelerator.process_index].tolist())
+        return total
 
     def _tokenizer_name(self) -> str:
         processing: Any = self.processing_class

@@ -23,13 +23,14 @@ from trl import get_peft_config, get_quantization_config
 from dual_rollout.config import CoordinatorConfig, server_fields
 from dual_rollout.exceptions import DualRolloutError
 from dual_rollout.exit_status import exit_status
+from dual_rollout.report.page import write_report
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import with_t_prompts
 from dual_rollout.training.output_dir import check_output_dir, checkpoint_to_resume, what_is_kept
 from dual_rollout.training.processes import fail_together
-from dual_rollout.training.tasks import load_rows, load_task, task_options
+from dual_rollout.training.tasks import hold_out, load_rows, load_task, task_options
 from dual_rollout.training.trainer import DualGRPOTrainer
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()  # one for every file that is read or saved; the console has its own
     disable_progress_bars()  # of datasets
     dataset, reward_funcs = load_data(recipe)
+    recipe.training.eval_on_start |= recipe.dual.dual_eval_rows > 0
     model_init_kwargs: Any = recipe.training.model_init_kwargs or {}
     recipe.training.model_init_kwargs = {
         "revision": recipe.model.model_revision,
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             reward_funcs=reward_funcs,
             args=recipe.training,
             train_dataset=dataset[recipe.script.dataset_train_split],
-            eval_dataset=(dataset[recipe.script.dataset_test_split] if recipe.training.eval_strategy != "no" else None),
+            eval_dataset=dataset[recipe.script.dataset_test_split] if evaluates(recipe) else None,
             quantization_config=get_quantization_config(recipe.model),
             peft_config=get_peft_config(recipe.model),
             dual_config=recipe.dual.coordinator_config(theta_url, t_url),
@@ -75,18 +77,31 @@ def main(argv: list[str] | None = None) -> None:
         with trainer.rollout:
             with _told_when_it_stops(trainer, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
+                if recipe.dual.dual_eval_rows and not trainer.report.evaluated_at(trainer.state.global_step):
+                    trainer.evaluate()
             trainer.save_model(str(output_dir))
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
             trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
         print(trainer.report.table())
         logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
+        print(trainer.report.before_and_after())
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
-        print(f"To see its rollouts: dual-rollout report {output_dir} -o {output_dir}/report.html")
+        print(f"Its rollouts, token by token: {_write_report(output_dir)}")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
     PartialState().wait_for_everyone()  # none leaves while another still needs it
     PartialState().destroy_process_group()
+
+
+def _write_report(output_dir: Path) -> str:
+    """The page's path, or what is in its way: a run that is done does not fail for it."""
+    page = output_dir / "report.html"
+    try:
+        write_report([output_dir], page)
+    except (ValueError, OSError) as error:
+        return f"there is no report: {error}"
+    return str(page)
 
 
 @contextlib.contextmanager
@@ -144,17 +159,15 @@ def load_data(recipe: Recipe) -> tuple[dict[str, Any], list[str | Callable[..., 
     if script.reward_model_name_or_path is not None:
         reward_funcs.append(script.reward_model_name_or_path)
     if dual.dual_task is not None:
-        options = task_options(dual.dual_task_options)
-        rows, task_reward = load_task(
-            dual.dual_task, size=dual.dual_task_size, seed=recipe.training.seed, options=options
-        )
-        dataset: dict[str, Any] = {script.dataset_train_split: rows, script.dataset_test_split: rows}
+        dataset, task_reward = load_task_splits(recipe)
         reward_funcs.append(task_reward)
     else:
         splits = [script.dataset_train_split]
-        if recipe.training.eval_strategy != "no":
+        if evaluates(recipe):
             splits.append(script.dataset_test_split)
         dataset = load_rows(str(script.dataset_name), script.dataset_config, splits, streaming=script.dataset_streaming)
+        if dual.dual_eval_rows:
+            dataset[script.dataset_test_split] = dataset[script.dataset_test_split].take(dual.dual_eval_rows)
     if not reward_funcs:
         raise ValueError("no reward: set reward_funcs or reward_model_name_or_path")
     turns = {"template": dual.dual_t_prompt_template, "system_prompt": dual.dual_t_system_prompt}
@@ -162,6 +175,32 @@ def load_data(recipe: Recipe) -> tuple[dict[str, Any], list[str | Callable[..., 
     for rows in dataset.values():
         next(iter(rows))  # a stream tries a template when it is read, which is late for the first row
     return dataset, reward_funcs
+
+
+def load_task_splits(recipe: Recipe) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """The rows of `dual_task` to train on, those that are held out, if any, and the reward of both.
+
+    Raises:
+        ValueError: as `load_task`, or the task has too few questions.
+    """
+    dual, script = recipe.dual, recipe.script
+    size, held_out = dual.dual_task_size, dual.dual_eval_rows
+    rows, reward = load_task(
+        str(dual.dual_task),
+        size=size + _DRAWN_FOR_ONE * held_out,
+        seed=recipe.training.seed,
+        options=task_options(dual.dual_task_options),
+    )
+    train, test = hold_out(rows, size, held_out)
+    return {script.dataset_train_split: train, **({script.dataset_test_split: test} if held_out else {})}, reward
+
+
+_DRAWN_FOR_ONE = 10  # questions, of which one at least should be new
+
+
+def evaluates(recipe: Recipe) -> bool:
+    """Whether the policy is evaluated, during the training or only before and after it."""
+    return recipe.training.eval_strategy != "no" or recipe.dual.dual_eval_rows > 0
 
 
 @contextlib.contextmanager

@@ -57,6 +57,26 @@ def load_task(name: str, *, size: int, seed: int, options: dict[str, Any]) -> tu
     return Dataset.from_list(rows), TaskReward(task)
 
 
+def hold_out(rows: Dataset, size: int, held_out: int) -> tuple[Dataset, Dataset]:
+    """The first `size` rows to train on, and of the others the first `held_out` whose questions are new.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    seen: set[str] = set(rows["question"][:size])
+    kept: list[int] = []
+    for index, question in enumerate(rows["question"]):
+        if index >= size and question not in seen and len(kept) < held_out:
+            seen.add(question)
+            kept.append(index)
+    if len(kept) < held_out:
+        raise ValueError(
+            f"dual_eval_rows={held_out}: the task has {len(kept)} questions beside those of dual_task_size={size} that "
+            "it trains on: make one of them smaller, or let dual_task_options make more questions"
+        )
+    return rows.select(range(size)), rows.select(kept)
+
+
 def task_options(text: str) -> dict[str, Any]:
     """`dual_task_options` parsed.
 

@@ -15,7 +15,8 @@ T_PROMPT = [{"role": "user", "content": f"{QUESTION} (The correct answer is 42.)
 PLOT = Path("outputs/examples/alpha.png")
 
 
-async def run(theta_url: str, t_url: str, max_tokens: int) -> GenerationOutput:
+async def run(theta_url: str, t_url: str, max_tokens: int) -> tuple[GenerationOutput, list[str]]:
+    """A sequence, and the text of each of its tokens."""
     config = CoordinatorConfig(theta_url=theta_url, t_url=t_url, top_k=100, support="tail", seed=1)
     async with DualVLLMCoordinator(config) as coordinator:
         print("streamed: ", end="")
@@ -26,24 +27,24 @@ async def run(theta_url: str, t_url: str, max_tokens: int) -> GenerationOutput:
             [PROMPT], t_prompts=[T_PROMPT], max_tokens=max_tokens, return_diagnostics=True
         )
         print(f"{coordinator.stats.tokens_per_second:.1f} tokens/s, {coordinator.stats.decoding}")
-    return output
+        return output, [coordinator.tokenizer.decode([token]) for token in output.generated_tokens]
 
 
 def main() -> None:
     args = parse_args(__doc__)
     with two_servers(args) as servers:
-        output = asyncio.run(run(*servers, args.max_tokens))
-    print(f"{'position':>8} {'token':>7} {'α':>6} {'KL':>8} {'weight':>8} {'ESS θ/t':>8}")
+        output, texts = asyncio.run(run(*servers, args.max_tokens))
+    print(f"{'position':>8} {'token':>14} {'α':>6} {'KL':>8} {'weight':>8} {'ESS θ/t':>8}")
     rows = zip(
-        output.generated_tokens,
+        texts,
         output.alpha_history,
         output.diagnostics["kl_theta"],
         output.importance_weights,
         output.diagnostics["ess_ratio"],
         strict=True,
     )
-    for position, (token, alpha, kl, weight, ess) in enumerate(rows):
-        print(f"{position:>8} {token:>7} {alpha:>6.3f} {kl:>8.4f} {weight:>8.3f} {ess:>8.3f}")
+    for position, (text, alpha, kl, weight, ess) in enumerate(rows):
+        print(f"{position:>8} {text!r:>14} {alpha:>6.3f} {kl:>8.4f} {weight:>8.3f} {ess:>8.3f}")
     print(f"largest |KL(q‖π_θ) − KL(q‖π_t)|: {output.diagnostics['kl_diff_max']:.1e} nats")
     plot(output)
 

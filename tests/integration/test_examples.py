@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ from tests.warm_servers import WarmServer
 EXAMPLES = Path(__file__).parents[2] / "recipes/examples"
 SHOWN = {
     "basic.py": ["α 0.50", "weight"],  # one model on both sides
-    "advanced_diagnostics.py": ["streamed:", "tokens/s", "largest |KL"],
+    "advanced_diagnostics.py": ["streamed:", "tokens/s", "   token ", "largest |KL"],
+    "between_two_prompts.py": ["α 0.", "policy", "target", "the product of their weights is"],
     "batch_to_disk.py": ["num_rows: 12"],
     "error_handling.py": ["one prompt fails alone", "a server is down", "--max-logprobs", "did you mean 'top_k'"],
 }
@@ -43,6 +46,16 @@ def test_an_example_runs(name: str, tiny_models: tuple[Path, Path], server_flags
     assert done.returncode == 0, done.stderr[-2000:]
     for text in SHOWN[name]:
         assert text in done.stdout
+
+
+def test_the_sequence_by_hand_is_weighted_by_what_it_prints(
+    tiny_models: tuple[Path, Path], server_flags: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, str(EXAMPLES / "between_two_prompts.py"), *server_flags, "--max-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=tmp_path)
+    weights = [float(found) for found in re.findall(r"weight π_θ/q\* ([\d.]+)", done.stdout)]
+    product = float(re.findall(r"product of their weights is (\S+)", done.stdout)[0])
+    assert len(weights) in range(1, 5) and math.prod(weights) == pytest.approx(product, rel=0.05)  # three digits each
 
 
 def test_every_example_is_run() -> None:

@@ -25,6 +25,7 @@ from dual_rollout.training.tasks import final_answer
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.qwen_pair import check_rollouts, make_qwen_pair
+from tests.report_page import read_page
 from tests.warm_servers import WarmServer
 
 ROOT = Path(__file__).parents[2]
@@ -259,17 +260,25 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) ->
             per_device_train_batch_size=4,
             num_generations=2,
             max_completion_length=5,
+            dual_eval_rows=3,
+            per_device_eval_batch_size=3,
         )
         done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=HANG, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [entry["step"] for entry in entries] == [1, 2]
-        rewards[name] = [entry[key] for entry in entries for key in ("reward", "sampling/alpha/mean", "loss")]
+        assert [entry["step"] for entry in entries] == [0, 1, 2, 2], "evaluated before and after"
+        assert [entry["eval_reward_rows"] for entry in entries if "eval_reward" in entry] == [3, 3]
+        rewards[name] = [entry[key] for entry in entries[1:3] for key in ("reward", "sampling/alpha/mean", "loss")]
         tables[name] = done.stdout
         assert (folder / "model.safetensors").exists()
     assert rewards["train"] == pytest.approx(rewards["accelerate"], abs=1e-4)
     for label in ("reward", "α mean", "weight π_θ/q* mean", "ESS ratio", "tokens/s", "rollout, s", "update, s"):
         assert label in tables["train"]
+    for words in ("on 3 completions of held-out rows", "after    0 steps  reward", "show no difference"):
+        assert words in tables["train"]
+    page = read_page(tmp_path / "train/report.html")
+    assert f"Its rollouts, token by token: {tmp_path / 'train/report.html'}" in tables["train"]
+    assert page.data["found"] == 8 and len(page.data["steps"]) == 4
 
 
 @pytest.mark.parametrize(
