@@ -113,11 +113,13 @@ def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
+    from dual_rollout.server.access import Access
     from dual_rollout.server.app import EmbeddedApp
     from dual_rollout.server.model_runner import ModelRunner
     from dual_rollout.server.prefix_cache import PrefixCache
     from dual_rollout.server.protocol import Limits
     from dual_rollout.server.scheduler import Scheduler
+    from dual_rollout.server.served_models import ServedModels
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -152,18 +154,9 @@ def _build(config: ServeConfig, api_key: str | None) -> tuple[Any, Any]:
         max_logprobs=config.max_logprobs,
         max_num_seqs=config.max_num_seqs,
     )
-    names = list(config.served_model_name) or [config.model]
-    app = EmbeddedApp(
-        scheduler,
-        runner,
-        tokenizer,
-        limits,
-        model_path=config.model,
-        model_names=names,
-        enable_lora=config.enable_lora,
-        api_key=api_key,
-        weights_dir=config.weights_dir,
-    )
+    models = ServedModels(scheduler, runner, path=config.model, names=list(config.served_model_name) or [config.model])
+    access = Access(api_key, config.weights_dir)
+    app = EmbeddedApp(scheduler, models, tokenizer, limits, access, lora=config.enable_lora)
     logger.info(
         "loaded %s (%s) in %.1f s; room for %.3g sequences of %d tokens",
         config.model,

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from dual_rollout.cli import main
 from dual_rollout.exceptions import DualRolloutError
-from dual_rollout.server.app import MAX_BODY_BYTES, _is_local
+from dual_rollout.server.access import is_local
+from dual_rollout.server.app import MAX_BODY_BYTES
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.server.model_runner import ModelRunner
 from dual_rollout.server.serve import ServeConfig
@@ -199,7 +200,7 @@ def test_the_server_binds_to_loopback_unless_told_otherwise() -> None:
     ],
 )
 def test_who_counts_as_local(address: str | None, local: bool) -> None:
-    assert _is_local(address) is local
+    assert is_local(address) is local
 
 
 @pytest.mark.parametrize("path", CHANGING)
