@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
-from tests.exact_law import position_law
+from tests.exact_distribution import position_distribution
 from tests.tiny_model import make_tokenizer
 
 SHORT, LONG = 151_936, 152_064
@@ -121,7 +121,7 @@ async def _rollouts(urls: tuple[str, ...], options: dict[str, Any]) -> list[Gene
 def _expected(p: np.ndarray, r: np.ndarray, token: int, alpha: float, options: dict[str, Any]) -> tuple[float, float]:
     """α and log q* of a token; on a native server the q* of the recorded α."""
     if options:
-        alpha, q = position_law(p, r, options)
+        alpha, q = position_distribution(p, r, options)
         return alpha, math.log(q[token])
     log_p, log_r = np.log(p[:SHORT]), np.log(r[:SHORT])
     path = (1 - alpha) * log_p + alpha * log_r

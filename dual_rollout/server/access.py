@@ -23,7 +23,8 @@ OPEN_ROUTES = {"/health"}
 
 class Access:
     """With an `api_key` every request but `/health` must bring it. Without one, the routes that change what is served
-    answer to programs of this machine alone, and never to a web page. With `weights_dir`, new weights come from inside it.
+    answer to programs of this machine alone, and never to a web page. With `weights_dir`, new weights come from inside
+    it alone.
     """
 
     def __init__(self, api_key: str | None, weights_dir: str | None):
