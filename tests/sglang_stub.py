@@ -4,11 +4,13 @@ What it pins: `[log-probability, token id, text]` triples with null texts; a nul
 whatever that is; top lists that never hold a sampled token beyond the k most likely; log-probabilities of the next
 token that follow the temperature (unless `original_logprobs`, for SGLANG_RETURN_ORIGINAL_LOGPROB=1) and logit_bias,
 those of the prompt that do neither; seeds that count only with --enable-deterministic-inference; log 0 as the least
-finite float32; the last id of the vocabulary written as 0 in `input_token_logprobs`; refusals and aborts.
+finite float32; the last id of the vocabulary written as 0 in `input_token_logprobs`; lists as base64; refusals and
+aborts.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -51,6 +53,8 @@ class SGLangStub:
         original_logprobs, deterministic, enable_lora: as the server's settings of these names.
         eos: ends a generation that does not ignore it.
         old_routes: an older version, with /get_model_info and /get_server_info alone.
+        binary_lists: a newer version, which sends lists as base64 where it is asked to. All its log-probabilities are
+            of float32, as a real server's, so that both forms say the same.
         load: the model in a folder, for weight updates and adapters; raises OSError where there is none.
 
     For tests: `requests` keeps every /generate payload, `calls` every other (path, payload); `alter` may change the
@@ -67,6 +71,7 @@ class SGLangStub:
         enable_lora: bool = False,
         eos: int | None = None,
         old_routes: bool = False,
+        binary_lists: bool = False,
         load: Callable[[str], NextTokenDistribution] | None = None,
     ):
         self.law = law
@@ -84,6 +89,7 @@ class SGLangStub:
         self._vocabulary = len(law([0]))
         self._eos = eos
         self._old_routes = old_routes
+        self._binary_lists = binary_lists
         self._load = load or _no_folder
         self._rng = np.random.default_rng(0)
 
@@ -252,9 +258,11 @@ class SGLangStub:
             meta["output_token_logprobs"] = [_triple(row, token) for token, row in own]
             if top:
                 start = self._start(prompt, payload)
-                laws = [_log(law(prompt[:i])) for i in range(start + 1, len(prompt))]
+                laws = [self._reported(_log(law(prompt[:i]))) for i in range(start + 1, len(prompt))]
                 meta["input_top_logprobs"] = [None, *(_top_triples(row, top) for row in laws)]
                 meta["output_top_logprobs"] = [_top_triples(row, top) for row in output_rows]
+                if self._binary_lists:
+                    _make_binary(meta, payload)
             if named is not None:
                 meta["input_token_ids_logprobs"] = [None]
                 meta["output_token_ids_logprobs"] = [[_triple(row, i) for i in named] for row in output_rows]
@@ -287,10 +295,13 @@ class SGLangStub:
             p = np.exp(scaled - scaled.max())
             p /= p.sum()
             tokens.append(int(np.argmax(p)) if greedy else int(rng.choice(len(p), p=p)))
-            rows.append(_normalised(logits) if self.original_logprobs else _normalised(scaled))
+            rows.append(self._reported(_normalised(logits if self.original_logprobs else scaled)))
             if tokens[-1] in self._ends(sampling):
                 break
         return tokens, rows
+
+    def _reported(self, logprobs: np.ndarray) -> np.ndarray:
+        return logprobs.astype(np.float32).astype(np.float64) if self._binary_lists else logprobs
 
     def _ends(self, sampling: dict[str, Any]) -> set[int | None]:
         """Tokens that end a generation; as in SGLang, `ignore_eos` is about all of them."""
@@ -307,7 +318,7 @@ class SGLangStub:
         vocabulary = len(law(prompt))
         rows: list[Any] = [[None, prompt[start], None]]
         for i in range(start + 1, len(prompt)):
-            rows.append(_triple(_log(law(prompt[:i])), prompt[i]))
+            rows.append(_triple(self._reported(_log(law(prompt[:i]))), prompt[i]))
         return [[value, token if token < vocabulary - 1 else 0, text] for value, token, text in rows]
 
 
@@ -342,6 +353,25 @@ def _top_triples(logprobs: np.ndarray, k: int) -> list[list[Any]]:
     if k > len(logprobs):
         raise RuntimeError("selected index k out of range")  # this ends a real server's scheduler
     return [_triple(logprobs, token) for token in np.argsort(-logprobs, kind="stable")[:k]]
+
+
+def _make_binary(meta: dict[str, Any], payload: dict[str, Any]) -> None:
+    """Lists as the arrays that were asked for; `null_prefix` positions before them have none."""
+    for side, asked in (("input", "return_flat_raw_top_logprobs"), ("output", "return_flat_raw_output_top_logprobs")):
+        if not payload.get(asked):
+            continue
+        rows = meta.pop(f"{side}_top_logprobs")
+        lists = [row for row in rows if row is not None]
+        shape = [len(lists), payload["top_logprobs_num"]]
+        field = f"{side}_top_logprobs"
+        meta |= {f"{field}_shape": shape, f"{field}_null_prefix": len(rows) - len(lists)}
+        for name, column, dtype in (("val", 0, "float32"), ("idx", 1, "int32")):
+            values = np.array([[triple[column] for triple in row] for row in lists], dtype=dtype).reshape(shape)
+            if payload.get("return_flat_raw_top_logprobs_b64"):
+                meta[f"{field}_{name}_flat_b64"] = base64.b64encode(values.tobytes()).decode()
+                meta[f"{field}_{name}_flat_b64_dtype"] = dtype
+            else:
+                meta[f"{field}_{name}_flat"] = values.ravel().tolist()
 
 
 def _no_folder(path: str) -> NextTokenDistribution:

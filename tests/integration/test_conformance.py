@@ -47,6 +47,7 @@ def sglang_target(tiny_models: tuple[Path, Path]) -> Iterator[Target]:
         max_req_input_len=MAX_MODEL_LEN + 1,
         original_logprobs=True,
         enable_lora=True,
+        binary_lists=True,
         load=lambda folder: model_law(Path(folder)),
     )
     with served(stub) as url:

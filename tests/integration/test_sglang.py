@@ -611,6 +611,95 @@ TOO_LONG = {"error": {"message": "The input (12 tokens) is longer than the model
 BAD_FIELD = {"object": "error", "message": "input_ids must be ints", "type": "Bad Request", "param": None, "code": 400}
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_lists_as_base64_are_those_of_the_nested_form(original: bool) -> None:
+    """Of next tokens, of drafts, of scored drafts and of a text."""
+
+    async def use(engine: SGLangEngine, binary: bool) -> list[Any]:
+        assert (await engine.probe([1, 2])).refused == ()
+        engine._binary &= binary
+        drafts = await engine.draft(PROMPTS, [3, 1, 4], 3, 1.0, [5, 6, 7])
+        lists = [
+            await engine.next_top_k(PROMPTS, V),
+            await engine.next_top_k(PROMPTS, 3, 1.5),
+            drafts.lists,
+            await engine.score_drafts(PROMPTS, drafts.token_ids, 3, 1.0, "token_ids"),
+        ]
+        own, top = await engine.score([1, 2, 3, 4], 1)
+        return [[tokens.tolist() for tokens in drafts.token_ids], own.tolist(), top.tolist(), lists]
+
+    stubs = [theta_stub(original_logprobs=original, binary_lists=True) for _ in range(2)]
+    nested, binary = (
+        with_engine(stub, functools.partial(use, binary=form)) for stub, form in zip(stubs, (False, True), strict=True)
+    )
+    assert nested[:3] == binary[:3]
+    for one, other in zip(nested[3], binary[3], strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.logprobs.tolist() == other.logprobs.tolist()
+        assert one.complete.tolist() == other.complete.tolist()
+    assert ["return_flat_raw_top_logprobs_b64" in stub.requests[-1] for stub in stubs] == [False, True]
+
+
+def test_an_older_version_is_asked_for_base64_once() -> None:
+    stub = theta_stub()
+
+    async def use(engine: SGLangEngine) -> Any:
+        found = await engine.probe([1, 2])
+        await engine.next_top_k(PROMPTS, 3)
+        return found
+
+    assert with_engine(stub, use).refused == ()
+    assert sum("return_flat_raw_top_logprobs_b64" in request for request in stub.requests) == 1
+
+
+def spoilt(change: Callable[[dict[str, Any]], None]) -> Callable[[list[dict[str, Any]]], Any]:
+    """Answers whose lists in base64 are changed."""
+
+    def alter(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for answer in answers:
+            if "output_top_logprobs_shape" in answer["meta_info"]:
+                change(answer["meta_info"])
+        return answers
+
+    return alter
+
+
+SPOILT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "cut off": lambda meta: meta.update(output_top_logprobs_val_flat_b64=meta["output_top_logprobs_val_flat_b64"][:-8]),
+    "no base64": lambda meta: meta.update(output_top_logprobs_idx_flat_b64="not base64!"),
+    "float64": lambda meta: meta.update(output_top_logprobs_val_flat_b64_dtype="float64"),
+    "another shape": lambda meta: meta.update(output_top_logprobs_shape=[2, 2]),
+    "no shape": lambda meta: meta.update(output_top_logprobs_shape=7),
+    "without ids": lambda meta: meta.pop("output_top_logprobs_idx_flat_b64"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_spoilt_base64_is_a_protocol_error(how: str) -> None:
+    stub = theta_stub(binary_lists=True)
+
+    async def use(engine: SGLangEngine) -> None:
+        await engine.probe([1, 2])
+        stub.alter = spoilt(SPOILT[how])
+        await engine.next_top_k(PROMPTS, 3)
+
+    with pytest.raises(EngineProtocolError):
+        with_engine(stub, use)
+
+
+def test_a_server_whose_base64_is_wrong_is_asked_for_nested_lists(caplog: pytest.LogCaptureFixture) -> None:
+    stub = theta_stub(binary_lists=True)
+    stub.alter = spoilt(SPOILT["float64"])
+
+    async def use(engine: SGLangEngine) -> Any:
+        return await engine.probe([1, 2]), await engine.next_top_k(PROMPTS, 3)
+
+    found, top = with_engine(stub, use)
+    assert len(found.refused) == 1 and "float64" in found.refused[0] and "float64" in caplog.text
+    assert "return_flat_raw_top_logprobs_b64" not in stub.requests[-1]
+    assert top.token_ids.shape == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "error", "says"),
     [
