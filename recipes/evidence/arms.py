@@ -25,7 +25,7 @@ class Arm:
             the mean weighted by the sequences' weights.
         t_prompt: what the target sees; "{answer}" makes the untrained policy, shown the answer, the target.
         imitation: share of the steps that imitate the teacher's correct samples before GRPO begins.
-        distillation: on-policy distillation instead of GRPO.
+        distillation: distillation on the rollouts instead of GRPO.
         learning_rate: tuned, see README.md.
         rate_factor: what the rates to choose from are multiplied by.
         rate_of: the arm whose learning rate it takes; none: its own is tuned.
@@ -57,16 +57,21 @@ class Arm:
 _SYMMETRY = {"alpha_method": "kl_symmetry"}
 _FIXED = {"alpha_method": "fixed", "fixed_alpha": 0.5}
 _TO_POLICY = AlphaSchedule(shape="linear", fixed_alpha_end=0.0)
+_BUDGET = {"alpha_method": "kl_budget", "kl_budget": 0.5}
+_BUDGET_TO_POLICY = AlphaSchedule(shape="linear", kl_budget_end=0.0)
 
 ARMS = {
     "grpo": Arm(),
     "kl_symmetry": Arm(_SYMMETRY),
-    "kl_budget": Arm({"alpha_method": "kl_budget", "kl_budget": 0.5}, AlphaSchedule(shape="linear", kl_budget_end=0.0)),
+    "kl_budget": Arm(_BUDGET, _BUDGET_TO_POLICY),
     "fixed": Arm(_FIXED, _TO_POLICY),
     "fixed_unweighted": Arm(_FIXED, _TO_POLICY, correction="none"),
     "sft_grpo": Arm(imitation=0.2),
     "teacher": Arm({"alpha_method": "fixed", "fixed_alpha": 1.0}, seeds=3),
     "distillation": Arm(distillation=True, rate_factor=SUPERVISED, seeds=3),
+    "distillation_from_q": Arm(
+        _BUDGET, _BUDGET_TO_POLICY, correction="none", distillation=True, rate_factor=SUPERVISED, seeds=3
+    ),
     "answer_in_prompt": Arm(_SYMMETRY, t_prompt="{question} (The correct answer is {answer}.)", seeds=3),
     "kl_symmetry_token_mask": Arm(_SYMMETRY, correction="token_mask", rate_of="kl_symmetry", seeds=3),
     "kl_symmetry_sequence_mask": Arm(_SYMMETRY, correction="sequence_mask", rate_of="kl_symmetry", seeds=3),
@@ -133,21 +138,21 @@ SCALES = {
         tasks=("products", "short_sums"),
     ),
     "cpu": Scale(
-        steps=60,
-        prompts=4,
+        steps=100,
+        prompts=8,
         generations=8,
         micro=32,
-        evaluate_every=30,
-        held_out=128,
+        evaluate_every=25,
+        held_out=256,
         seeds=3,
-        tuning_steps=20,
-        learning_rates=(1e-4, 3e-4),
+        tuning_steps=30,
+        learning_rates=(1e-4, 3e-5),
         teacher_steps=3000,
         teacher_batch=32,
         teacher_rate=3e-3,
         teacher_check=50,
         from_scratch=True,
-        tasks=("sums",),
+        tasks=("sums", "easier_sums"),
     ),
 }
 TUNING_SEED = 100

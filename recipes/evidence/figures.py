@@ -20,7 +20,18 @@ from recipes.evidence.arms import ARMS
 from recipes.evidence.run import RESULTS, read
 
 _RESAMPLES = 10_000
-_CURVES = ("grpo", "kl_symmetry", "kl_budget", "fixed", "fixed_unweighted", "sft_grpo", "teacher", "distillation")
+_CURVES = (
+    "grpo",
+    "kl_symmetry",
+    "kl_budget",
+    "fixed",
+    "fixed_unweighted",
+    "sft_grpo",
+    "teacher",
+    "distillation",
+    "distillation_from_q",
+    "answer_in_prompt",
+)
 _OVER_TIME = (
     ("groups_without_signal", "groups without signal"),
     ("alpha", "α"),
@@ -70,17 +81,22 @@ def mean_and_band(values: Sequence[float]) -> tuple[float, float, float]:
 
 def success_table(results: dict[str, list[Result]]) -> str:
     """One row per arm, with 95% intervals over its seeds."""
-    rows = ["| arm | seeds | sampled | greedy | any of 4 | tokens sampled | KL to the start, nats a sequence |"]
-    rows.append("|---|---|---|---|---|---|---|")
+    rows = [
+        "| arm | learning rate | seeds | sampled | greedy | any of 4 | tokens sampled | s per update "
+        "| KL to the start, nats a sequence |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
     for arm, runs in results.items():
         cells = [
             _interval([run.final["sampled"] for run in runs], _percent),
             _interval([run.final["greedy"] for run in runs], _percent),
             _interval([run.final["ever"] for run in runs], _percent),
             f"{np.mean([run.evaluations[-1]['tokens'] for run in runs]) / 1000:.0f}k",
+            f"{np.mean([step['seconds'] for run in runs for step in run.steps]):.2f}",
             _interval([run.moved["kl_per_sequence"] for run in runs], "{:.1f}".format),
         ]
-        rows.append(f"| `{arm}` | {len(runs)} | {' | '.join(cells)} |")
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
+        rows.append(f"| `{arm}` | {rates} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -213,11 +229,12 @@ def main() -> None:
         tables[f"{folder.name} timing"] = timing_table(folder / "timing")
         abandoned = results_of(folder / "rate-too-high")
         if abandoned:
-            tables[f"{folder.name} first updates"] = first_updates_table(abandoned)
             tables[f"{folder.name} rates"] = rates_table(abandoned)
         if results:
             tables[f"{folder.name} success"] = success_table(results)
             tables[f"{folder.name} rollouts"] = sampling_table(results)
+            tables[f"{folder.name} first updates"] = first_updates_table(results)
+            tables[f"{folder.name} tuning"] = rates_table(results_of(folder / "tuning"))
             for path in draw(
                 results, f"{folder.name}: mean and 95% band over seeds", options.docs.parent / f"evidence-{folder.name}"
             ):

@@ -13,12 +13,13 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
+from dual_rollout.training.schedules import training_progress
 from recipes.evidence.arms import SUPERVISED, Arm, Scale
 from recipes.evidence.models import Examiner, chat_ids, load_model, load_tokenizer
-from recipes.evidence.sampler import PairSampler, Samples
+from recipes.evidence.sampler import Method, PairSampler, Samples
 from recipes.evidence.supervised import Optimiser, distil, imitate
 from recipes.evidence.tasks import Task
-from recipes.evidence.trainer import EvidenceTrainer
+from recipes.evidence.trainer import EvidenceTrainer, alpha_rule
 
 Record = Callable[..., None]
 _FINAL_DRAWS = 4
@@ -193,23 +194,32 @@ class _RunningArm:
             self.after_step(time.perf_counter() - started, tokens, loss=loss, reward=sum(right) / len(right))
 
     def distil(self, steps: int) -> None:
-        """On-policy distillation: the policy's own samples, and the teacher's distribution at every position."""
+        """Distillation: rollouts of the policy, or of q*, and the teacher's distribution at every position."""
         optimiser = Optimiser(self._policy, self._arm.learning_rate)
         order = random.Random(self._seed)
         self._policy.train()
         for step in range(steps):
             started = time.perf_counter()
-            _, samples = self._draw(self._sampler, order, step)
+            _, samples = self._draw(self._sampler, order, step, *self._rule(step, steps))
             pairs = _pairs(samples.batch)
             loss = distil(self._policy, self._bench.teacher, optimiser, pairs, micro=self._scale.micro)
             tokens = sum(len(completion) for _, completion in pairs)
             self.after_step(time.perf_counter() - started, tokens, loss=loss)
 
-    def _draw(self, sampler: PairSampler, order: random.Random, step: int) -> tuple[Any, Samples]:
+    def _rule(self, step: int, steps: int) -> tuple[Method, float]:
+        """How the arm's rollouts are drawn at `step`."""
+        if not self._arm.samples_from_q:
+            return "policy", 0.0
+        return alpha_rule(self._arm.schedule.at(self._arm.config(), training_progress(step, steps)))
+
+    def _draw(
+        self, sampler: PairSampler, order: random.Random, step: int, method: Method = "policy", value: float = 0.0
+    ) -> tuple[Any, Samples]:
         """As many different training rows as a step of GRPO has completions, and a sample for each."""
         rows = self._bench.rows.select(order.sample(range(len(self._bench.rows)), self._scale.rows))
         seed = 1_000_003 * self._seed + step
-        return rows, sampler.generate(chat_ids(self._tokenizer, rows["prompt"]), method="policy", seed=seed)
+        prompts = chat_ids(self._tokenizer, rows["prompt"])
+        return rows, sampler.generate(prompts, method=method, value=value, seed=seed)
 
 
 class _StepRecorder(TrainerCallback):

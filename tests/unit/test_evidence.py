@@ -140,7 +140,8 @@ def bench(folders: tuple[Path, Path]) -> Workbench:
 
 
 @pytest.mark.parametrize(
-    "arm", ["kl_budget", "sft_grpo", "distillation", "answer_in_prompt", "kl_symmetry_policy_baseline"]
+    "arm",
+    ["kl_budget", "sft_grpo", "distillation", "distillation_from_q", "answer_in_prompt", "kl_symmetry_policy_baseline"],
 )
 def test_a_run_leaves_a_result_that_figures_reads(bench: Workbench, arm: str, tmp_path: Path) -> None:
     run = Run("short_sums", arm, seed=3, learning_rate=1e-3, steps=2, path=tmp_path / f"{arm}-3.jsonl")
