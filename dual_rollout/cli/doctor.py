@@ -8,12 +8,15 @@ import contextlib
 import json
 import logging
 import math
+import os
 import platform
 import sys
+import tempfile
 import textwrap
 from collections.abc import Awaitable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
 REQUEST_SHARE = 0.7  # of it at most for one request
 
 _REFUSED = "speed: a rollout works without it; the server's own words say what it lacks"
+NEEDED_TO_TRAIN = {"disk": "weight reload", "lora": "LoRA loading"}
+"""By the way in which a run sends weights, the row that must be there."""
+_NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
 _WRONG_ROWS = 1.5  # nats; two kernels in bfloat16 differ by up to 0.4
 
 
@@ -57,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "doctor",
         help="check the servers before a rollout",
         description="Ask both servers, or the native one, what they are and can do. Exits with 1 when a rollout would "
-        "fail.",
+        "fail, or with --train a training run.",
     )
     parser.add_argument("--engine", choices=["dual", "native"], default="dual", help="two servers, or one native one")
     parser.add_argument("--theta-url", required=True, help="URL of the policy's server (π_θ), or of the native one")
@@ -65,6 +71,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--theta-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_θ")
     parser.add_argument("--t-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_t")
     parser.add_argument("--top-k", type=int, default=100, help="candidates the rollout will ask for")
+    parser.add_argument(
+        "--train",
+        nargs="?",
+        const="disk",
+        choices=[*NEEDED_TO_TRAIN],
+        help="check for a training run, which sends the policy's server new weights: all of them (disk, when no value "
+        "is given) or an adapter alone (lora)",
+    )
+    parser.add_argument(
+        "--weights-dir",
+        type=Path,
+        help="with --train: the folder through which they go, dual_weight_sync_dir or else output_dir; writes an empty "
+        "file there and asks the server whether it sees it",
+    )
     parser.add_argument(
         "--timeout",
         type=float,
@@ -94,15 +114,22 @@ def run(args: argparse.Namespace) -> int:
         request_timeout=REQUEST_SHARE * args.timeout,
         total_timeout=args.timeout,
     )
+    if args.weights_dir is not None and not (args.train == "disk" and args.weights_dir.is_dir()):
+        raise ValueError("--weights-dir goes with --train disk, and must be there: make the folder first")
     with _errors_only():  # the report says it all
         checks, servers = asyncio.run((examine_native if args.t_url is None else examine)(config))
+        if args.train:
+            checks = for_training(checks, args.train)
+        if args.weights_dir is not None and all(check.status != "failed" for check in checks):
+            checks.append(asyncio.run(weights_dir_check(config, args.weights_dir)))
     healthy = all(check.status != "failed" for check in checks)
     if args.json:
         report = {"ok": healthy, "versions": versions(), "servers": servers, "checks": [asdict(c) for c in checks]}
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         print(render(checks, servers))
-        print("\nA rollout would work." if healthy else "\nA rollout would fail: see the rows with ✗.")
+        what = "A training run" if args.train else "A rollout"
+        print(f"\n{what} would {'work.' if healthy else 'fail: see the rows with ✗.'}")
     return 0 if healthy else 1
 
 
@@ -129,6 +156,35 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
             checks += pair_checks(config, theta, t, compared)
     names = ("theta", "t")
     return checks, {name: asdict(c) if c is not None else None for name, c in zip(names, capabilities, strict=True)}
+
+
+def for_training(checks: list[Check], method: str) -> list[Check]:
+    """The rows, with a fault where the policy's server lacks what a training run cannot do without.
+
+    Args:
+        method: how the weights are sent, of `NEEDED_TO_TRAIN`.
+    """
+    needed = NEEDED_TO_TRAIN[method]
+    return [
+        replace(check, status="failed") if (check.name, check.status) == (needed, "optional") else check
+        for check in checks
+    ]
+
+
+async def weights_dir_check(config: CoordinatorConfig, folder: Path) -> Check:
+    """Whether the policy's server sees what is written to the folder. Its weights stay as they are."""
+    from dual_rollout.coordinator import DualVLLMCoordinator
+
+    name = "π_θ" if config.engine == "dual" else "q*"
+    with tempfile.TemporaryDirectory(dir=folder) as written:
+        os.chmod(written, 0o755)
+        Path(written, "model.safetensors").write_bytes(_NO_TENSORS)
+        async with DualVLLMCoordinator(config) as coordinator:
+            deadline = asyncio.get_running_loop().time() + config.total_timeout
+            answer = await _by(deadline, coordinator.theta.check_sees(str(Path(written).resolve())))
+    if isinstance(answer, Exception):
+        return Check(name, "weights folder", "failed", str(answer), "share the folder under one path (docs/serving.md)")
+    return Check(name, "weights folder", "ok", f"sees {folder}")
 
 
 async def weights_of(engine: Engine) -> tuple[str | None, float | None]:
@@ -167,6 +223,9 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
             return [_native_fault(server)], {"native": None}
         info, difference = await _by(deadline, engine.describe()), await _by(deadline, engine.compare_values())
         reloads, weights = await _by(deadline, engine.reloads_weights()), await _by(deadline, weights_of(engine))
+        lora = Check("q*", "LoRA loading", "ok", "yes")
+        if await _by(deadline, engine.loads_lora()) is not True:
+            lora = Check("q*", "LoRA loading", "optional", "no", _LORA)
     finally:
         await engine.aclose()
     for found in (info, difference):
@@ -192,6 +251,7 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
         ),
         values,
         reload,
+        lora,
         weights_check("q*", info.model, weights),
     ]
     return checks, {"native": asdict(server)}
@@ -263,12 +323,11 @@ def _sync_checks(name: str, found: Capabilities) -> list[Check]:
     reloads = found.reloads_weights and found.resets_prefix_cache
     return [
         optional("weight reload", reloads, "training with dual_weight_sync=disk needs VLLM_SERVER_DEV_MODE=1"),
-        optional(
-            "LoRA loading",
-            found.loads_lora,
-            "training with dual_weight_sync=lora needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
-        ),
+        optional("LoRA loading", found.loads_lora, _LORA),
     ]
+
+
+_LORA = "training with dual_weight_sync=lora needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
 
 def pair_checks(

@@ -253,6 +253,35 @@ def test_servers_that_offer_little():
     assert all(token < 8 for request in requests for token in request["prompt"] if isinstance(token, int))
 
 
+def test_what_a_training_run_needs_besides(tiny_models, small_urls, tmp_path):
+    """Servers with which a rollout would work, and a training run would not."""
+
+    async def without_reload() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with MarkovServer(CHAIN).running() as theta, MarkovServer(CHAIN).running() as t:
+            plain = await asyncio.to_thread(report, theta.url, t.url)
+            return plain, await asyncio.to_thread(report, theta.url, t.url, "--train")
+
+    plain, training = asyncio.run(without_reload())
+    assert plain["ok"] and failed(training) == [("π_θ", "weight reload")]
+    assert "VLLM_SERVER_DEV_MODE=1" in next(c["fix"] for c in training["checks"] if c["name"] == "weight reload")
+
+    status, printed = doctor(*small_urls, "--top-k", "20", "--train", "--weights-dir", str(tmp_path))
+    assert status == 0 and "A training run would work." in printed and f"sees {tmp_path}" in in_one_line(printed)
+    assert list(tmp_path.iterdir()) == [], "nothing is left there"
+    assert failed(report(*small_urls, "--top-k", "20", "--train", "lora")) == [("π_θ", "LoRA loading")]
+    assert report(*small_urls[::-1], "--top-k", "20", "--train", "lora")["ok"], "π_t's server need not load any"
+
+    elsewhere = ["--max-logprobs", "20", "--threads", "1", "--weights-dir", str(tiny_models[0])]
+    with WarmServer(tiny_models[0], elsewhere) as server:
+        found = report(server.url, small_urls[1], "--top-k", "20", "--train", "--weights-dir", str(tmp_path))
+    assert failed(found) == [("π_θ", "weights folder")]
+
+
+def test_a_weights_folder_is_there_and_for_training(small_urls, tmp_path):
+    for flags in (["--weights-dir", str(tmp_path)], ["--train", "--weights-dir", str(tmp_path / "not")]):
+        assert doctor(*small_urls, *flags)[0] == 2
+
+
 def test_mistyped_addresses_are_the_users_mistake():
     status, _ = doctor("localhost:8000", DEAD)
     assert status == 2

@@ -42,6 +42,7 @@ def test_misconfigured_and_dead_servers(bare_url: str, vllm_pair: ServerPair) ->
     rows = {check["name"]: check["status"] for check in found["checks"] if check["server"] == "π_θ"}
     missing = ("weight reload", "LoRA loading", "prefix caching")
     assert [rows[name] for name in missing] == ["optional"] * 3
+    assert failed(report(bare_url, vllm_pair.t.url, "--top-k", "20", "--train")) == [("π_θ", "weight reload")]
 
 
 def test_a_plain_server_is_no_native_one(vllm_pair: ServerPair) -> None:
