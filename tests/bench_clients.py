@@ -2,8 +2,9 @@
 
     python -m tests.bench_clients --model outputs/models/SmolLM2-135M-Instruct --clients 200
 
-Every client asks for the log-probabilities of a prompt and of a few tokens, again and again, until the server is told to
-stop. Prints the answers by status, the longest silence of `/health`, resident memory, and the seconds until it is gone.
+Every client asks for the log-probabilities of a prompt and of a few tokens, without a pause, until the server is told
+to stop. Prints the answers by status, the longest silence of `/health`, resident memory, and the seconds until it is
+gone.
 """
 
 from __future__ import annotations
