@@ -31,6 +31,7 @@ class NativeServerInfo:
         common_vocab_size: tokens that both models have; prompts have no others.
         max_model_len: longest prompt and completion together, on either side.
         max_requests: that it works on at once; more wait. A rollout with two prompts is two, any other one.
+        cache_blocks, block_size: of its KV cache; tokens in a block.
     """
 
     target: str | None
@@ -38,6 +39,8 @@ class NativeServerInfo:
     common_vocab_size: int
     max_model_len: int
     max_requests: int
+    cache_blocks: int
+    block_size: int
 
 
 @dataclass(frozen=True, slots=True)

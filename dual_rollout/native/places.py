@@ -1,10 +1,11 @@
-"""Places of a server, of which a rollout takes one or two: for whoever has to wait until there are enough."""
+"""What a server has a limited number of: requests at once, blocks of its KV cache. Whoever needs some waits here."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 
@@ -42,3 +43,29 @@ class Places:
             if not turn.cancelled():
                 self._free -= count
                 turn.set_result(None)
+
+
+class CacheRoom:
+    """Blocks of a KV cache for rollouts of two requests, which fall apart where one of them is preempted.
+
+    How long a rollout gets is not known when it begins: at most its `max_tokens`, and once some have ended, no more is
+    counted than twice the mean of these. Those that get longer may still be preempted.
+    """
+
+    def __init__(self, blocks: int, block_size: int):
+        self._blocks = Places(blocks)
+        self._block_size = block_size
+        self._mean: float | None = None
+
+    @asynccontextmanager
+    async def taken(self, prompt_lengths: Sequence[int], max_tokens: int) -> AsyncGenerator[None]:
+        """The blocks of a rollout's requests, for the time of the block, once they are there."""
+        expected = max_tokens if self._mean is None else min(max_tokens, math.ceil(2.0 * self._mean))
+        # One token more, since vLLM makes room for the next before it knows that there is none.
+        blocks = [-(-(length + expected + 1) // self._block_size) for length in prompt_lengths]
+        async with self._blocks.taken(sum(blocks)):
+            yield
+
+    def note(self, length: int) -> None:
+        """A rollout has ended with so many tokens."""
+        self._mean = float(length) if self._mean is None else 0.9 * self._mean + 0.1 * length

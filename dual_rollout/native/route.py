@@ -214,6 +214,8 @@ class RolloutServer:
             "max_model_len": limits.max_model_len,
             "adapters": sorted(limits.adapters),
             "max_requests": self._max_requests(),
+            "cache_blocks": self._cache_blocks(),
+            "block_size": self._engine.vllm_config.cache_config.block_size,
             **asdict(self._counts),
         }
 
@@ -395,6 +397,12 @@ class RolloutServer:
         if theta == t and (self._two_models or rollout.model == rollout.t_model):
             return {"both": theta}
         return {"theta": theta, "t": t}
+
+    def _cache_blocks(self) -> int:
+        """Of the KV cache; vLLM keeps one for itself. Models with several kinds of layers take several for a token."""
+        cache = self._engine.vllm_config.cache_config
+        tokens = getattr(cache, "kv_cache_size_tokens", None)
+        return (cache.num_gpu_blocks if tokens is None else tokens // cache.block_size) - 1
 
     def _max_requests(self) -> int:
         return self._engine.vllm_config.scheduler_config.max_num_seqs

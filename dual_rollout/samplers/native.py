@@ -12,7 +12,7 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.native.client import NativeEngine, NativeSample
-from dual_rollout.native.places import Places
+from dual_rollout.native.places import CacheRoom, Places
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.concurrency import STREAMED_BLOCK, draw_concurrently
 from dual_rollout.types import GenerationRequest
@@ -47,22 +47,34 @@ class NativeSampler:
         return self
 
     async def sample(self, sequences: Iterable[DecodingSequence], settings: CallSettings) -> None:
-        """See `Sampler`. No more are asked for at once than the server has places for, since they would wait there."""
-        places = Places((await self._engine.native_server()).max_requests)
+        """See `Sampler`. No more are asked for at once than the server has places for, since they would wait there, nor
+        more of two prompts than its KV cache holds, since they would fall out of step."""
+        server = await self._engine.native_server()
+        places, cache = Places(server.max_requests), CacheRoom(server.cache_blocks, server.block_size)
 
         async def extend(sequence: DecodingSequence, settings: CallSettings) -> None:
-            one_prompt = self._without_target or list(sequence.context_t) == list(sequence.context_theta)
-            async with places.taken(1 if one_prompt else 2):
+            theta, t = list(sequence.context_theta), list(sequence.context_t)
+            if self._without_target or theta == t:
+                async with places.taken(1):
+                    await self._extend(sequence, settings)
+                return
+            async with cache.taken([len(theta), len(t)], self._max_tokens(sequence, settings)), places.taken(2):
                 await self._extend(sequence, settings)
+            if sequence.done:
+                cache.note(len(sequence.tokens))
 
         await draw_concurrently(sequences, settings, self._weights, settings.config.max_concurrency, extend)
+
+    @staticmethod
+    def _max_tokens(sequence: DecodingSequence, settings: CallSettings) -> int:
+        return min(sequence.room, STREAMED_BLOCK) if settings.streams else sequence.room
 
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config = settings.config
         sample = await self._engine.draw(
             list(sequence.context_theta),
             None if self._without_target else list(sequence.context_t),
-            max_tokens=min(sequence.room, STREAMED_BLOCK) if settings.streams else sequence.room,
+            max_tokens=self._max_tokens(sequence, settings),
             temperature=config.temperature,
             rule=config.alpha_rule,
             seed=int(sequence.rewind(0).integers(2**63 - 1)),

@@ -19,13 +19,20 @@ from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
 from dual_rollout.native.client import NativeEngine, NativeSample, NativeServerInfo
-from dual_rollout.native.places import Places
+from dual_rollout.native.places import CacheRoom, Places
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats
 from dual_rollout.servers.retry import RetryPolicy
 
 COLUMNS = ["alpha", "log_q", "log_theta", "log_t", "kl_theta", "kl_t"]
-SERVER = {"vocab_size": 20, "common_vocab_size": 18, "max_model_len": 64, "max_requests": 5}
+SERVER = {
+    "vocab_size": 20,
+    "common_vocab_size": 18,
+    "max_model_len": 64,
+    "max_requests": 5,
+    "cache_blocks": 100,
+    "block_size": 4,
+}
 NUMBERS = [0.25, -1.0, -1.5, -0.5, 0.125, 0.0]
 
 Change = Callable[[dict[str, Any]], Any]
@@ -207,3 +214,30 @@ def test_places_are_given_in_turn(count: int) -> None:
 
     asyncio.run(run())
     assert taken == sorted(taken) and most <= 5 and len(taken) >= 30
+
+
+def test_the_cache_holds_what_is_begun() -> None:
+    """Rollouts of two prompts, 3 and 6 tokens, of at most 10: nine blocks of four tokens until it is known that
+    they are short, then five."""
+    most: list[int] = []
+
+    async def run(lengths: list[int]) -> None:
+        room, begun = CacheRoom(18, block_size=4), 0
+        most.append(0)
+
+        async def work(length: int) -> None:
+            nonlocal begun
+            async with room.taken([3, 6], 10):
+                begun += 1
+                most[-1] = max(most[-1], begun)
+                await asyncio.sleep(0)
+                begun -= 1
+            room.note(length)
+
+        await asyncio.gather(*(work(length) for length in lengths[:2]))
+        await asyncio.gather(*(work(length) for length in lengths[2:]))
+
+    asyncio.run(run([10] * 12))
+    asyncio.run(run([2] * 12))
+    asyncio.run(run([1] * 2))
+    assert most == [2, 3, 2]

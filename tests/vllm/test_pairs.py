@@ -98,6 +98,21 @@ def test_exact_with_too_little_memory(tight: Pairs) -> None:
     assert law_p_value(rollouts, tight.model) > 1e-4
 
 
+def test_the_client_begins_no_more_than_the_cache_holds(tight: Pairs) -> None:
+    """The same load through the coordinator: nothing is preempted, so nothing falls out of step."""
+    before = metric(tight.server, "num_preemptions_total")
+
+    async def work(coordinator: DualVLLMCoordinator) -> Any:
+        thetas, ts = [[i] * 20 for i in range(6)], [[i, i + 1] * 10 for i in range(6)]
+        outputs = await coordinator.generate_batch(thetas, t_prompts=ts, max_tokens=110)
+        return outputs, coordinator.stats.decoding.restarts
+
+    outputs, restarts = coordinated(tight, work)
+    assert [len(output.generated_tokens) for output in outputs] == [110] * 6
+    assert metric(tight.server, "num_preemptions_total") == before
+    assert restarts == sum(output.generated_tokens[:-1].count(VOCAB_SIZE - 1) for output in outputs)
+
+
 def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample: Pairs) -> None:
     """Alone, among others, and with restarts."""
     prompts = prompts_of(8, seed=5)
