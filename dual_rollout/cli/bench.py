@@ -123,9 +123,9 @@ def _ratios(rows: list[Row]) -> str:
     bases = list(rows[0].relative)
     if not bases:
         return ""
-    lines = ["", "mode          conc. context" + "".join(f"{'of ' + base:>13}" for base in bases)]
+    lines = ["", "mode          conc. context" + "".join(f"{'of ' + base:>16}" for base in bases)]
     for row in rows:
-        shown = "".join(f"{row.relative[base]:>13.2f}" for base in bases)
+        shown = "".join(f"{row.relative[base]:>16.2f}" for base in bases)
         lines.append(f"{row.mode:13}{row.concurrency:>6}{row.context:>8}{shown}")
     return "\n".join(lines)
 

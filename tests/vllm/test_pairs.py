@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.cli import main
 from dual_rollout.config import AlphaRule
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.chi_square import chi_square_p_value
@@ -334,6 +335,16 @@ def test_a_trainer_distils_the_policy_from_itself(ample: Pairs, tmp_path: Path) 
         assert evaluated["eval_sampling/alpha/mean"] == 0.0
     finally:
         coordinated(ample, lambda coordinator: coordinator.theta.reload_weights(str(ample.server.model)))
+
+
+def test_bench_compares_pairs_with_plain_generation_of_both_contexts(ample: Pairs, tmp_path: Path) -> None:
+    flags = ["--concurrency", "2", "--context", "16", "--max-tokens", "4", "--output", str(tmp_path)]
+    modes = ["--modes", "pairs_plain", "pairs", "native_plain", "native"]
+    assert main(["bench", "--native-url", ample.server.url, *modes, *flags]) == 0
+    rows = {row["mode"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert set(rows) == set(modes[1:]) and all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert rows["pairs"]["relative"]["pairs_plain"] > 0 and rows["pairs_plain"]["relative"]["pairs_plain"] == 1
+    assert rows["pairs_plain"]["requests_per_token"] == 2 * rows["pairs"]["requests_per_token"] == 2 / 4
 
 
 def test_doctor_compares_values(ample: Pairs, tight: Pairs) -> None:
