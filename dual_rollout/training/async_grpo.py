@@ -11,7 +11,7 @@ environment showed first, and then the text of each turn; π_t sees the row's `t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,14 @@ class DualRolloutLoop(_AsyncRolloutLoop):
         )
         if output.error is not None:
             raise RolloutError(output.error)
+        self._count("sampling/alpha/mean", output.alpha_history)
+        self._count("sampling/importance_sampling_ratio/mean", output.importance_weights)
         return output.generated_tokens, output.logprobs_q
+
+    def _count(self, name: str, values: Sequence[float]) -> None:
+        """For the mean that the trainer logs: TRL sends sums and counts with its own metrics."""
+        self._rates[name][0] += float(np.sum(values))
+        self._rates[name][1] += len(values)
 
     def _next_seed(self) -> int | None:
         """A stream of its own for each turn: those of one group have one prompt."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig
 
 from dual_rollout.training.schedules import training_progress
@@ -174,6 +174,7 @@ class _RunningArm:
                 tokenizer=self._tokenizer,
                 baseline=arm.baseline,
             )
+            trainer.remove_callback(PrinterCallback)  # every step is recorded
             trainer.train()
 
     def imitate(self, steps: int) -> None:

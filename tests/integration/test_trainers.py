@@ -7,6 +7,7 @@ has shuffled, split and reused the rollout. The datasets have a `t_prompt` of th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from dual_rollout import (
     DualGRPOTrainer,
     DualRLOOTrainer,
     DualRollout,
+    GenerationOutput,
     compute_q_star,
     solve_kl_symmetry,
 )
@@ -514,6 +516,14 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
         max_inflight_tasks=4,
         max_tokens=5,
     )
+    outputs, ask = list[GenerationOutput](), loop._coordinator.generate_batch
+
+    async def recorded(*args: Any, **options: Any) -> list[GenerationOutput]:
+        found = await ask(*args, **options)
+        outputs.extend(found)
+        return found
+
+    loop._coordinator.generate_batch = recorded  # type: ignore[method-assign]
     PartialState(cpu=True)  # for its logger, as in TRL's child process
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
@@ -549,6 +559,14 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> Non
     assert seen == {None, "none"}
     same_prompt = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.group_id == b.group_id]
     assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in same_prompt), "turns have their own streams"
+    metrics = [dict(loop._rates)]
+    with contextlib.suppress(queue.Empty):
+        while True:
+            metrics.append(loop._metrics_queue.get_nowait())
+    for name, column in (("alpha", "alpha_history"), ("importance_sampling_ratio", "importance_weights")):
+        sums = np.sum([pushed.get(f"sampling/{name}/mean", (0.0, 0.0)) for pushed in metrics], axis=0)
+        values = np.concatenate([getattr(output, column) for output in outputs])
+        np.testing.assert_allclose(sums, (values.sum(), len(values)))
 
 
 def test_the_asynchronous_worker_refuses_what_q_star_cannot_honour(monkeypatch: pytest.MonkeyPatch) -> None:
