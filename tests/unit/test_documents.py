@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dual_rollout.cli import main
 from dual_rollout.config import CoordinatorConfig
@@ -28,10 +32,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """Its blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def commands(page: Path) -> list[list[str]]:
     """The `dual-rollout` commands in its blocks of code, as words."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line.split(" # ")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.split(" # ")[0] for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     found = [re.search(r"\bdual-rollout (.*)", line) for line in lines if not line.startswith("#")]
     return [shlex.split(re.split(r"\s[&|>;]", match[1])[0]) for match in found if match]
 
@@ -77,6 +85,39 @@ def test_flags_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> None
             with pytest.raises(SystemExit):
                 main([command, "--help"])
             assert flags <= set(re.findall(r"--[\w-]+", capsys.readouterr().out)), f"dual-rollout {command}"
+
+
+@each_page
+def test_snippets_of_python_name_what_is_there(page: Path) -> None:
+    for snippet in blocks(page, "python"):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dual_rollout":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "CoordinatorConfig":
+                names = {keyword.arg for keyword in node.keywords} - {None}
+                assert names <= {spec.name for spec in dataclasses.fields(CoordinatorConfig)}, ast.unparse(node)
+
+
+@each_page
+def test_snippets_of_yaml_are_mappings(page: Path) -> None:
+    assert all(isinstance(yaml.safe_load(snippet), dict) for snippet in blocks(page, "yaml"))
+
+
+@each_page
+def test_commands_can_be_read_by_a_shell_and_name_what_is_there(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for script in blocks(page, "bash"):
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        plain = re.sub(r"(^|\s)#.*", "", script)
+        for name in re.findall(r"(?<![\w/.-])((?:recipes|tests|docs)/[\w./-]+\.(?:py|sh|yaml))", plain):
+            assert (ROOT / name).exists(), name
+        for module in re.findall(r"-m ((?:tests|recipes|dual_rollout)\.[\w.]+)", plain):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists() or (
+                ROOT / module.replace(".", "/")
+            ).is_dir()
+        assert set(re.findall(r"^make ([a-z-]+)", plain, re.MULTILINE)) <= targets
 
 
 def test_the_pages_name_many() -> None:
