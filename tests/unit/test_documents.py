@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import dual_rollout
 from dual_rollout.cli import main
 from dual_rollout.config import CoordinatorConfig
 
@@ -118,6 +120,12 @@ def test_commands_can_be_read_by_a_shell_and_name_what_is_there(page: Path) -> N
                 ROOT / module.replace(".", "/")
             ).is_dir()
         assert set(re.findall(r"^make ([a-z-]+)", plain, re.MULTILINE)) <= targets
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs/api.py"))
+    assert sorted(name for names in made["GROUPS"].values() for name in names) == sorted(dual_rollout.__all__)
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == made["page"](), "run python docs/api.py"
 
 
 def test_the_pages_name_many() -> None:
