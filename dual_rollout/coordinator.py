@@ -21,7 +21,6 @@ from dual_rollout.exceptions import EngineUnavailableError
 from dual_rollout.prompt_encoder import PromptEncoder
 from dual_rollout.samplers.dispatch import Call, Dispatcher
 from dual_rollout.samplers.from_config import choose_samplers
-from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.from_config import Clients
 from dual_rollout.stats import CoordinatorStats
 from dual_rollout.text import IncrementalDecoder, decode_tokens
@@ -63,11 +62,7 @@ class DualVLLMCoordinator:
         samplers = choose_samplers(config, self._clients, self._weights, decoding)
         self.theta, self.t = samplers.theta, samplers.t
         self.stats = CoordinatorStats.of(decoding, samplers.traffic)
-        self.stats.tuners = {
-            name or "t_url": sampler.tuner
-            for name, sampler in samplers.by_target.items()
-            if isinstance(sampler, TwoServerSampler)
-        }
+        self.stats.tuners = samplers.tuners
         self._prompts = PromptEncoder(config, tokenizer, self.stats.prompts)
         self._dispatcher = Dispatcher(samplers.by_target, self._prompts)
         self.targets: Collection[str | None] = samplers.by_target.keys()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
 from dual_rollout.decoding.stats import DecodingStats
+from dual_rollout.decoding.tuner import Tuner
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.engine import Engine
 from dual_rollout.native.client import NativeEngine
@@ -27,12 +28,14 @@ class Samplers:
         t: the server of the target at `t_url`; None where the policy's holds it too.
         by_target: a sampler for each name of a target; None for the one at `t_url`, "none" for π_θ alone.
         traffic: requests and bytes of each server, "theta", "t" or the target's name.
+        tuners: what chooses between lockstep and block, for "t_url" and each further target with a server of its own.
     """
 
     theta: Engine
     t: Engine | None
     by_target: Mapping[str | None, Sampler]
     traffic: Mapping[str, HttpStats]
+    tuners: dict[str, Tuner]
 
 
 def choose_samplers(
@@ -43,13 +46,13 @@ def choose_samplers(
     if config.engine == "native":
         native = NativeEngine(clients.transport(url_list(config.theta_url)[0], traffic["theta"]), config.theta_model)
         alone = NativeSampler(native, weights, stats, without_target=True)
-        return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic)
+        return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic, {})
 
     theta = clients.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
     t = clients.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
-    by_target: dict[str | None, Sampler] = {None: TwoServerSampler(theta, t, "t_url", weights, stats)}
+    between: dict[str | None, TwoServerSampler] = {None: TwoServerSampler(theta, t, "t_url", weights, stats)}
     for name, urls in (config.targets or {}).items():
         target = clients.client(config.t_engine, urls, None, traffic[name])
-        by_target[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
-    by_target[NO_TARGET] = PolicyAloneSampler(theta, weights, stats)
-    return Samplers(theta, t, by_target, traffic)
+        between[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
+    tuners = {name or "t_url": sampler.tuner for name, sampler in between.items()}
+    return Samplers(theta, t, {**between, NO_TARGET: PolicyAloneSampler(theta, weights, stats)}, traffic, tuners)
