@@ -32,10 +32,11 @@ def read_page(path: Path) -> Page:
     def split(text: str, dtype: str) -> list[np.ndarray]:
         return np.split(np.frombuffer(base64.b64decode(text), dtype), ends)
 
+    tokens = split(data["tokens"], f"<u{data['token_bytes']}")
     return Page(
         html,
         data,
-        [[data["texts"][number] for number in row] for row in split(data["tokens"], "<u4")],
-        [row.tolist() for row in split(data["ids"], "<u4")],
+        [[data["texts"][number] for number in row] for row in tokens],
+        [[data["ids"][number] for number in row] for row in tokens],
         {name: split(text, "<f4") for name, text in data["numbers"].items()},
     )

@@ -11,12 +11,12 @@ function decoded(base64, Type) {
   return new Type(bytes.buffer);
 }
 
-const tokens = decoded(data.tokens, Uint32Array), ids = decoded(data.ids, Uint32Array);
+const tokens = decoded(data.tokens, data.token_bytes === 2 ? Uint16Array : Uint32Array);
 const columns = Object.fromEntries(Object.entries(data.numbers).map(([name, text]) => [name, decoded(text, Float32Array)]));
 const unknown = new Float32Array(tokens.length).fill(NaN);
 const column = name => columns[name] ?? unknown;
 const alpha = column("alpha"), logQ = column("logprobs_q"), logTheta = column("logprobs_theta"), logT = column("logprobs_t");
-const kl = column("kl_theta"), coverageTheta = column("coverage_theta"), coverageT = column("coverage_t");
+const kl = column("kl_theta"), coverage = column("coverage");
 
 const logWeight = i => logTheta[i] - logQ[i];
 const logRatio = i => logT[i] - logTheta[i];
@@ -233,7 +233,7 @@ function showToken(span) {
   const table = element("table", {}, rows.map(([name, value]) => element("tr", {}, [
     element("th", { textContent: name }), element("td", { textContent: shown(value, 4) })])));
   const box = byId("token");
-  box.replaceChildren(element("b", { textContent: JSON.stringify(text(i)) }), ` token ${ids[i]}, place ${i - selected.start}`, table);
+  box.replaceChildren(element("b", { textContent: JSON.stringify(text(i)) }), ` token ${data.ids[tokens[i]]}, place ${i - selected.start}`, table);
   box.hidden = false;
   const place = span.getBoundingClientRect(), below = place.bottom + 6 + box.offsetHeight < innerHeight;
   box.style.top = `${Math.max(0, below ? place.bottom + 6 : place.top - 6 - box.offsetHeight)}px`;
@@ -320,7 +320,7 @@ function drawHistograms() {
   byId("plots").replaceChildren(
     ...histogram("α of the tokens listed", 0, 1, i => alpha[i]),
     ...histogram("log weight, nats", -4, 4, logWeight),
-    ...histogram("coverage: mass of the shorter list", 0, 1, i => Math.min(coverageTheta[i], coverageT[i])),
+    ...histogram("coverage: mass of the shorter list", 0, 1, i => coverage[i]),
     ...overSteps);
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from dual_rollout.report.read import NUMBERS, Rollout, Source, finite, read
+from dual_rollout.report.read import SHOWN, Rollout, Source, finite, read
 from dual_rollout.report.token_texts import TokenTexts
 from dual_rollout.text import load_tokenizer
 
@@ -46,8 +46,9 @@ def write_report(
 def page_data(source: Source, texts: TokenTexts | None, title: str) -> dict[str, Any]:
     """What the page's program reads: plain JSON, with the numbers of all tokens in a row as base64.
 
-    `tokens` are uint32 numbers of `texts` and `ids` the tokens' own, `numbers` little-endian float32; a rollout has the
-    `length` that follows the one before it. Prompts, which repeat, are numbers of `prompts`.
+    `tokens` are numbers of `texts` and `ids`, uint16 or uint32 as `token_bytes` says, and `numbers` are float32, all
+    little-endian. A rollout has the `length` that follows the one before it. Prompts, which repeat, are numbers of
+    `prompts`.
     """
     prompts: dict[str, int] = {}
     abouts = []
@@ -58,15 +59,18 @@ def page_data(source: Source, texts: TokenTexts | None, title: str) -> dict[str,
                 about[name] = prompts.setdefault(rollout.about[name], len(prompts))
         abouts.append({**about, "length": len(rollout.token_ids)})
     numbered = [texts.of(rollout.token_ids) for rollout in source.rollouts] if texts is not None else []
+    known = [name for name in SHOWN if any(name in rollout.numbers for rollout in source.rollouts)]
+    token_bytes = 2 if texts is not None and len(texts.texts) <= 2**16 else 4
     return {
         "title": title,
         "found": source.found,
         "rollouts": finite(abouts),
         "prompts": list(prompts),
         "texts": [] if texts is None else texts.texts,
-        "tokens": _base64(numbered, "<u4"),
-        "ids": _base64([rollout.token_ids for rollout in source.rollouts], "<u4"),
-        "numbers": {name: _base64(_column(source.rollouts, name), "<f4") for name in NUMBERS if _known(source, name)},
+        "ids": [] if texts is None else texts.ids,
+        "tokens": _base64(numbered, f"<u{token_bytes}"),
+        "token_bytes": token_bytes,
+        "numbers": {name: _base64(_column(source.rollouts, name), "<f4") for name in known},
         "steps": finite(source.steps),
     }
 
@@ -80,10 +84,6 @@ def render(data: dict[str, Any]) -> str:
 
 
 _FILES = ("page.html", "page.css", "page.js")
-
-
-def _known(source: Source, name: str) -> bool:
-    return any(name in rollout.numbers for rollout in source.rollouts)
 
 
 def _column(rollouts: Sequence[Rollout], name: str) -> list[np.ndarray]:

@@ -23,6 +23,9 @@ NUMBERS = {
 }
 """The numbers of each token, and their columns. Weights are π_θ/q*, which two of them give."""
 
+SHOWN = (*(name for name in NUMBERS if not name.startswith("coverage")), "coverage")
+"""Those that a `Rollout` has: the coverage is that of the list that holds less."""
+
 REQUIRED = ("generated_tokens", *(NUMBERS[name] for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t")))
 _PLAIN = ("step", "index", "generation", "prompt", "t_prompt", "t_target", "reward", "advantage", "error")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -35,7 +38,7 @@ class Rollout:
     Attributes:
         about: `step`, `prompt`, `t_prompt`, `t_target`, `reward`, `advantage`, `error`, of those that are known.
         token_ids: `(T,)` int64.
-        numbers: `NUMBERS` that are known, `(T,)` float32 each; NaN where a token has none.
+        numbers: those of `SHOWN` that are known, `(T,)` float32 each; NaN where a token has none.
     """
 
     about: dict[str, Any]
@@ -182,6 +185,8 @@ def _rollout(row: Mapping[str, Any], path: Path) -> Rollout:
     for name, values in numbers.items():
         if values.shape != ids.shape:
             raise ValueError(f"{path}: a row has {len(ids)} tokens, but {len(values)} values of {NUMBERS[name]}")
+    if "coverage_theta" in numbers and "coverage_t" in numbers:
+        numbers["coverage"] = np.minimum(numbers.pop("coverage_theta"), numbers.pop("coverage_t"))
     about = {name: row[name] for name in _PLAIN if row.get(name) is not None}
     for name in ("prompt", "t_prompt"):
         if name in about:

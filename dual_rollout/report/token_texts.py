@@ -15,26 +15,27 @@ _LONGEST_CHARACTER = 4  # bytes, and so tokens
 
 
 class TokenTexts:
-    """Numbers the texts of tokens, each of which is stored once.
+    """Numbers tokens with their texts, each of which is stored once.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
 
     Attributes:
-        texts: by their numbers.
+        texts, ids: by these numbers. One with a part of a character has several texts, and so several numbers.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self.texts: list[str] = []
-        self._numbers: dict[str, int] = {}
+        self.ids: list[int] = []
+        self._numbers: dict[tuple[int, str], int] = {}
         self._alone: dict[int, str] = {}
         # Some tokenizers drop a space at the beginning, so every token is decoded behind another one.
         self._anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._skip = len(self._decode([]))
 
     def of(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """`(T,)` int64: the number of each token's text. Put together the texts are the text of the whole.
+        """`(T,)` int64: the number of each token. Put together their texts are the text of the whole.
 
         Raises:
             ValueError: an id that the tokenizer refuses.
@@ -44,7 +45,8 @@ class TokenTexts:
         for end in range(len(texts)):
             if _BROKEN in texts[end]:
                 self._complete(ids, texts, end)
-        return np.array([self._number(text.replace(_BROKEN, PART_OF_A_CHARACTER)) for text in texts], dtype=np.int64)
+        numbers = [self._number(*pair) for pair in zip(ids, texts, strict=True)]
+        return np.array(numbers, dtype=np.int64)
 
     def _complete(self, ids: list[int], texts: list[str], end: int) -> None:
         """Give the token at `end` the character that it completes together with those before it, if it does."""
@@ -72,8 +74,9 @@ class TokenTexts:
             ) from error
         return str(text)
 
-    def _number(self, text: str) -> int:
-        if text not in self._numbers:
-            self._numbers[text] = len(self.texts)
-            self.texts.append(text)
-        return self._numbers[text]
+    def _number(self, token: int, text: str) -> int:
+        if (token, text) not in self._numbers:
+            self._numbers[token, text] = len(self.texts)
+            self.texts.append(text.replace(_BROKEN, PART_OF_A_CHARACTER))
+            self.ids.append(token)
+        return self._numbers[token, text]
