@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.draw import FORCED, draw, pack, unpack
 from dual_rollout.native.wire import NUMBERS, Member
 from tests.chi_square import chi_square_p_value
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.vllm.pairs import Pairs, largest_errors, law_p_value, prompts_of
 from tests.vllm.servers import NativeServer
 
@@ -92,8 +92,18 @@ GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'  # CUDA graphs with
 TOLERANCE = 2e-3  # nats; vLLM's kernels against transformers', both in float32
 
 
+def plugin(folder: Path) -> Path:
+    """What vLLM finds the class of two models by, where this project is on the path and not installed."""
+    metadata = folder / "plugin" / "dual_rollout-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dual_rollout\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\ndual_rollout = dual_rollout.native:register\n")
+    return metadata.parent
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_real_server_on_every_rank(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("two_models", [False, True], ids=["one model", "two models"])
+def test_a_real_server_on_every_rank(ranks: int, two_models: bool, tmp_path: Path) -> None:
     """Every number against transformers and the tokens against q*, with tensor parallelism too, where each rank draws
     for itself. Chi-square, false alarm one in 10,000.
 
@@ -103,6 +113,9 @@ def test_a_real_server_on_every_rank(ranks: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{torch.cuda.device_count()} GPU, and this is of {ranks}")
     folder = Path(MODEL) if MODEL else make_tiny_model(tmp_path / "model", hidden_size=128)
+    target = perturbed_copy(folder, tmp_path / "target", noise=0.1) if two_models else None
+    if target is not None and MODEL:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     devices = ",".join(map(str, range(ranks)))
     flags = (
         f"--tensor-parallel-size={ranks}",
@@ -112,16 +125,25 @@ def test_a_real_server_on_every_rank(ranks: int, tmp_path: Path) -> None:
         "--max-num-seqs=64",
         "--gpu-memory-utilization=0.5",
     )
-    environment = {"CUDA_VISIBLE_DEVICES": devices, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **FLOAT32}
-    log = Path(os.environ.get("DUAL_ROLLOUT_GPU_LOGS", tmp_path)) / f"ranks{ranks}.log"
-    with NativeServer(folder, flags=flags, environment=environment, log=log) as server:
+    environment = {
+        "CUDA_VISIBLE_DEVICES": devices,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PYTHONPATH": os.pathsep.join([str(plugin(tmp_path)), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **FLOAT32,
+    }
+    log = Path(os.environ.get("DUAL_ROLLOUT_GPU_LOGS", tmp_path)) / f"ranks{ranks}-models{1 + two_models}.log"
+    with NativeServer(folder, target, flags=flags, environment=environment, log=log) as server:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
+        t = None if target is None else AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval().cuda()
         pairs, prompts = Pairs(server, model), prompts_of(24, seed=1)
+        if two_models:  # half of them of one request
+            prompts[::2] = [(prompt, prompt) for prompt, _ in prompts[::2]]
         rollouts = pairs.rollouts(prompts, [{"max_tokens": 48, "seed": i} for i in range(24)])
-        errors = largest_errors(rollouts, model)
-        print(f"{ranks} ranks: {errors}, {sum(rollout['restarts'] for rollout in rollouts)} restarts")
+        errors = largest_errors(rollouts, model, t)
+        restarts = sum(rollout["restarts"] for rollout in rollouts)
+        print(f"{ranks} ranks, {1 + two_models} models: {errors}, {restarts} restarts")
         assert max(errors.values()) < TOLERANCE, errors
-        assert law_p_value(rollouts, model) > 1e-4
+        assert law_p_value(rollouts, model, t) > 1e-4
         assert sum(map(pairs.fell_apart, rollouts)) <= 2
         again = pairs.rollouts(prompts[:3], [{"max_tokens": 48, "seed": i} for i in range(3)])
         same = [one["token_ids"] == other["token_ids"] for one, other in zip(rollouts, again, strict=False)]
