@@ -175,11 +175,11 @@ async def weights_dir_check(config: CoordinatorConfig, folder: Path) -> Check:
     """Whether the policy's server sees what is written to the folder. Its weights stay as they are."""
     from dual_rollout.coordinator import DualVLLMCoordinator
 
-    name = "π_θ" if config.engine == "dual" else "q*"
     with tempfile.TemporaryDirectory(dir=folder) as written:
         os.chmod(written, 0o755)
         Path(written, "model.safetensors").write_bytes(_NO_TENSORS)
         async with DualVLLMCoordinator(config) as coordinator:
+            name = "q*" if coordinator.t is None else "π_θ"
             deadline = asyncio.get_running_loop().time() + config.total_timeout
             answer = await _by(deadline, coordinator.theta.check_sees(str(Path(written).resolve())))
     if isinstance(answer, Exception):
