@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -28,32 +29,42 @@ def multiply(a: int, b: int) -> int:
     return a * b
 
 
+EXAMPLES = [(17, 23), (45, 61), (38, 74)]
+
+
 def questions(count: int) -> Dataset:
-    """Both prompts begin with two sums that were done with the tool; `t_prompt` says what to call and what comes."""
+    """Both prompts begin with sums that were done with the tool; `t_prompt` says what to call and what comes."""
     numbers, rows = random.Random(0), []
     for _ in range(count):
         a, b = numbers.randint(12, 99), numbers.randint(12, 99)
-        question = f"What is {a} times {b}?"
-        hint = f"{question} (Call multiply with a={a} and b={b}. It gives {a * b}.)"
-        rows.append({"prompt": [*EXAMPLES, _user(question)], "t_prompt": [*EXAMPLES, _user(hint)], "product": a * b})
+        rows.append({"prompt": _prompt(a, b, _question), "t_prompt": _prompt(a, b, _told), "product": a * b})
     return Dataset.from_list(rows)
+
+
+def _prompt(a: int, b: int, ask: Callable[[int, int], str]) -> list[dict[str, Any]]:
+    examples = [message for pair in EXAMPLES for message in [_user(ask(*pair)), *_answer(*pair)]]
+    return [*examples, _user(ask(a, b))]
+
+
+def _question(a: int, b: int) -> str:
+    return f"What is {a} times {b}?"
+
+
+def _told(a: int, b: int) -> str:
+    return f"{_question(a, b)} (Call multiply with a={a} and b={b}. It gives {a * b}.)"
 
 
 def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def _example(a: int, b: int) -> list[dict[str, Any]]:
+def _answer(a: int, b: int) -> list[dict[str, Any]]:
     call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": a, "b": b}}}
     return [
-        _user(f"What is {a} times {b}?"),
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "multiply", "content": str(a * b)},
         {"role": "assistant", "content": f"{a} times {b} is {a * b}."},
     ]
-
-
-EXAMPLES = [*_example(17, 23), *_example(45, 61)]
 
 
 def called_and_answered(completions: list[list[dict[str, Any]]], product: list[int], **_: Any) -> list[float]:

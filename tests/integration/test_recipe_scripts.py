@@ -24,7 +24,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models, names = SCRIPTS[script]
-    model = make_tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    model = make_tiny_model(tmp_path / "model", max_position_embeddings=4096)
     options = [text for name in models for text in (name, str(model))]
     options += ["--max-steps", "1", "--max-completion-length", "8", "--output-dir", str(tmp_path / "run")]
     monkeypatch.setattr(launch, "EmbeddedServer", WarmServer)
