@@ -200,9 +200,12 @@ def test_a_dataset_is_streamed_where_the_recipe_says(tmp_path: Path) -> None:
         (tmp_path / f"data/{split}.jsonl").write_text("".join(lines))
     changes = {"dual_task": None, "dataset_name": str(tmp_path / "data"), "dataset_streaming": True, "max_steps": 2}
     changes |= {"reward_funcs": ["think_format_reward"], "dual_t_prompt_template": "{prompt}: {answer}"}
+    changes |= {"dual_eval_rows": 2}
     dataset, _ = load_data(parse_recipe(["--config", write_recipe(tmp_path, **changes)]))
-    assert list(dataset) == ["train"] and isinstance(dataset["train"], IterableDataset)
-    assert [row["t_prompt"] for row in dataset["train"]] == [f"what train {n}: {n}" for n in range(3)]
+    assert list(dataset) == ["train", "test"]
+    for split, count in (("train", 3), ("test", 2)):
+        assert isinstance(dataset[split], IterableDataset)
+        assert [row["t_prompt"] for row in dataset[split]] == [f"what {split} {n}: {n}" for n in range(count)]
     for more, named in (
         ({"max_steps": -1}, "set max_steps"),
         ({"dual_t_prompt_template": "{solution}"}, "'solution' is none of"),
