@@ -99,6 +99,9 @@ STORED_COLUMNS: dict[str, type] = {
 } | {"importance_weights": float}
 """The columns of shards, and what their entries are."""
 
+KEPT_DIAGNOSTICS = ("kl_theta", "coverage_theta", "coverage_t")
+"""Of the diagnostics, those that files keep where any are wanted: `dual-rollout report` shows them."""
+
 _OUTPUT_NAMES = {
     spec.name: spec.metadata["output"] for spec in fields(SequenceRecord) if spec.metadata.get("output") is not None
 }

@@ -52,6 +52,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument("--rows-per-shard", type=int, default=1000, help="Default: 1000.")
     what.add_argument("--max-tokens", type=int, default=256, help="tokens per sequence at most. Default: 256.")
     what.add_argument("--num-generations", type=int, default=1, help="sequences per row of the input. Default: 1.")
+    what.add_argument(
+        "--diagnostics", action="store_true", help="also KL(q‖π_θ) and the lists' coverage at every token, for a report"
+    )
     what.add_argument("--retry-failed", action="store_true", help="generate rows with an error again")
     what.add_argument("--overwrite", action="store_true", help="remove the run that the folder holds, and begin anew")
 
@@ -116,6 +119,7 @@ async def _produce(args: argparse.Namespace, config: CoordinatorConfig) -> int:
         rows_per_shard=args.rows_per_shard,
         limit=args.limit,
         share=share,
+        diagnostics=args.diagnostics,
         retry_failed=args.retry_failed,
         overwrite=args.overwrite,
     )

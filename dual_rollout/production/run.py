@@ -58,6 +58,7 @@ class Job:
         rows_per_shard: sequences per shard.
         limit: use only the first rows of the input.
         share: the shards of this process.
+        diagnostics: keep `KEPT_DIAGNOSTICS` of each token too.
         retry_failed: generate rows that failed in an earlier run again.
         overwrite: remove the earlier run first.
     """
@@ -73,6 +74,7 @@ class Job:
     rows_per_shard: int = 1000
     limit: int | None = None
     share: Share = field(default_factory=Share)
+    diagnostics: bool = False
     retry_failed: bool = False
     overwrite: bool = False
 
@@ -102,7 +104,7 @@ async def produce(job: Job, config: CoordinatorConfig) -> Summary:
     if config.seed is None:
         raise ValueError("seed must be set: a run that is continued has to draw the same tokens")
     source = open_source(job.inputs, job.columns, config_name=job.input_config, split=job.split, limit=job.limit)
-    schema = output_schema(source.schema, job.columns)
+    schema = output_schema(source.schema, job.columns, diagnostics=job.diagnostics)
     async with DualVLLMCoordinator(dataclasses.replace(config, show_progress=False)) as coordinator:
         versions = await _versions(coordinator)
         settings = _settings(job, config, versions, source)
@@ -147,7 +149,10 @@ class _Run:
         self._progress = Progress(coordinator, total, sum(folder.finished.values()), job.share, show=show_progress)
 
     async def to_end(self) -> None:
-        outputs = self._coordinator.generate_iter(self._requests(), max_tokens=self._job.max_tokens)
+        job = self._job
+        outputs = self._coordinator.generate_iter(
+            self._requests(), max_tokens=job.max_tokens, return_diagnostics=job.diagnostics
+        )
         try:
             async for number, output in outputs:
                 shard = number // self._job.rows_per_shard
@@ -207,7 +212,7 @@ class _Run:
         return {
             "index": index,
             "generation": generation,
-            **output_columns(output, row, columns),
+            **output_columns(output, row, columns, diagnostics=self._job.diagnostics),
             **self._described,
             **{name: row[name] for name in columns.keep},
         }
@@ -249,7 +254,11 @@ def _settings(job: Job, config: CoordinatorConfig, versions: Mapping[str, Any], 
             for name in ("theta", "t")
         },
         "generation": {"max_tokens": job.max_tokens, "num_generations": job.num_generations, **chosen},
-        "output": {"format": job.format, "rows_per_shard": job.rows_per_shard},
+        "output": {
+            "format": job.format,
+            "rows_per_shard": job.rows_per_shard,
+            **({"diagnostics": True} if job.diagnostics else {}),
+        },
     }
 
 

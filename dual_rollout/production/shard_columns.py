@@ -12,14 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dual_rollout.production.rows import Columns, Row
-from dual_rollout.record import STORED_COLUMNS, output_name
+from dual_rollout.record import KEPT_DIAGNOSTICS, STORED_COLUMNS, output_name
 from dual_rollout.types import GenerationOutput
 
 _ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
 
 
-def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
+def output_schema(source: pa.Schema, columns: Columns, *, diagnostics: bool = False) -> pa.Schema:
     """The columns of the output, with the types of those that come from the input.
+
+    Args:
+        diagnostics: whether `KEPT_DIAGNOSTICS` are among them.
 
     Raises:
         ValueError: a column that JSON or Parquet cannot hold, prompts that are none, a column with the name of another.
@@ -40,6 +43,7 @@ def output_schema(source: pa.Schema, columns: Columns) -> pa.Schema:
         ("generated_text", pa.string()),
         ("finish_reason", pa.string()),
         *((output_name(name), pa.list_(_ARROW_TYPES[entry])) for name, entry in STORED_COLUMNS.items()),
+        *((name, pa.list_(pa.float64())) for name in KEPT_DIAGNOSTICS if diagnostics),
         ("error", pa.string()),
         ("versions", pa.string()),
         ("settings", pa.string()),
@@ -67,7 +71,7 @@ def _prompt_type(source: pa.Schema, name: str) -> pa.DataType:
     return kind
 
 
-def output_columns(output: GenerationOutput, row: Row, columns: Columns) -> dict[str, Any]:
+def output_columns(output: GenerationOutput, row: Row, columns: Columns, *, diagnostics: bool) -> dict[str, Any]:
     """What a row of the output holds of a sequence, which was drawn for a row of the input."""
     t_prompt = {"t_prompt": columns.t_prompt_of(row)} if columns.shows_t_prompt else {}
     return {
@@ -77,6 +81,7 @@ def output_columns(output: GenerationOutput, row: Row, columns: Columns) -> dict
         "generated_text": output.generated_text,
         "finish_reason": output.finish_reason,
         **output.record.stored_columns(),
+        **{name: output.record.diagnostics.get(name, []) for name in KEPT_DIAGNOSTICS if diagnostics},
         "error": columns.t_prompt_error(row) or output.error,
     }
 

@@ -100,7 +100,7 @@ function chooseColour(chosen) {
 for (const [number, each] of colours.entries()) {
   const input = element("input", { type: "radio", name: "colour", id: `colour-${each.name}`, disabled: Boolean(each.missing) });
   input.addEventListener("change", () => chooseColour(each));
-  const why = each.missing ? "not in these files: dual-rollout generate does not write it" : `${each.about} (key ${number + 1})`;
+  const why = each.missing ? "not in these files: dual-rollout generate writes it with --diagnostics" : `${each.about} (key ${number + 1})`;
   byId("colours").append(element("label", { title: why }, [input, ` ${each.name}`]));
 }
 

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
 from dual_rollout.prompts import as_text
-from dual_rollout.record import FLOAT_COLUMNS, output_name
-from dual_rollout.training.turns import DIAGNOSTIC_COLUMNS
+from dual_rollout.record import FLOAT_COLUMNS, KEPT_DIAGNOSTICS, output_name
 
 FOLDER = "rollouts"
 
-PER_TOKEN = {output_name(name): name for name in FLOAT_COLUMNS} | {name: name for name in DIAGNOSTIC_COLUMNS}
+PER_TOKEN = {output_name(name): name for name in FLOAT_COLUMNS} | {name: name for name in KEPT_DIAGNOSTICS}
 """The numbers of each token, by their names in the files: those of shards, and a few diagnostics. NaN at tokens that
 were not drawn, as those of tools' results."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dual_rollout.config import NO_TARGET
-from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord, oldest_version
+from dual_rollout.record import FLOAT_COLUMNS, KEPT_DIAGNOSTICS, SequenceRecord, oldest_version
 from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.rollout_metrics import (
     log_completion_columns,
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 ROLLOUT_COLUMNS = (*FLOAT_COLUMNS, "weight_version")
 """What a rollout gives the reward functions, by these names: a float per token of each row, and the version of π_θ's
 weights that the row was drawn from."""
-
-DIAGNOSTIC_COLUMNS = ("kl_theta", "coverage_theta", "coverage_t")
-"""Of the record's diagnostics, those that are kept of a few rollouts per step."""
 
 
 class RolloutSession:
@@ -156,12 +153,12 @@ class Turns:
             completions: the tokens of each row as the trainer has them, drawn or not.
 
         Returns:
-            `ROLLOUT_COLUMNS` and `DIAGNOSTIC_COLUMNS`, one entry per row. Of tokens that were not drawn the floats are
+            `ROLLOUT_COLUMNS` and `KEPT_DIAGNOSTICS`, one entry per row. Of tokens that were not drawn the floats are
             NaN.
         """
         self._session.finish([[turn.output for turn in turns] for turns in self._turns])
         both = list(zip(self._turns, completions, strict=True))
-        return {name: [_column(name, *row) for row in both] for name in (*FLOAT_COLUMNS, *DIAGNOSTIC_COLUMNS)} | {
+        return {name: [_column(name, *row) for row in both] for name in (*FLOAT_COLUMNS, *KEPT_DIAGNOSTICS)} | {
             "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns]
         }
 
@@ -195,5 +192,5 @@ def _column(name: str, turns: list[_Turn], completion: list[int]) -> list[float]
         own = slice(turn.start, turn.start + len(record.token_ids))
         if completion[own] != record.token_ids:
             raise RuntimeError("the trainer's completion is not what was drawn: this version of TRL is not known")
-        column[own] = record.diagnostics[name] if name in DIAGNOSTIC_COLUMNS else getattr(record, name)
+        column[own] = record.diagnostics[name] if name in KEPT_DIAGNOSTICS else getattr(record, name)
     return column

@@ -36,7 +36,7 @@ from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.production.run import Job, Summary, _owned, produce
 from dual_rollout.production.shard_columns import output_schema
 from dual_rollout.production.shards import Journal, OutputFolder, Share
-from dual_rollout.record import output_name
+from dual_rollout.record import KEPT_DIAGNOSTICS, output_name
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.types import GenerationOutput, GenerationRequest
@@ -103,9 +103,9 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
     out = tmp_path / "out"
     generate(
         tiny_pair, "--input", questions, "--output", out, "--format", format, "--rows-per-shard", 5,
-        "--num-generations", 2, "--keep-columns", "answer", "n", "--max-concurrency", 4,
+        "--num-generations", 2, "--keep-columns", "answer", "n", "--max-concurrency", 4, "--diagnostics",
     )  # fmt: skip
-    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)])
+    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)], return_diagnostics=True)
     rows = rows_of(out)
     assert [(row["index"], row["generation"]) for row in rows] == [(i, g) for i in range(12) for g in range(2)]
     for row, output in zip(rows, outputs, strict=True):
@@ -117,6 +117,8 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
         assert (row["answer"], row["n"]) == (str(2 * row["index"] + 1), row["index"])
         for name in LISTS:
             np.testing.assert_allclose(row[name], getattr(output, name), rtol=1e-3, atol=1e-3)
+        for name in KEPT_DIAGNOSTICS:
+            np.testing.assert_allclose(row[name], output.diagnostics[name], rtol=1e-3, atol=1e-3)
         settings, versions = json.loads(row["settings"]), json.loads(row["versions"])
         assert (settings["top_k"], settings["seed"], settings["max_tokens"]) == (20, 0, 6)
         assert versions["theta"]["root"] == str(tiny_pair.theta_model)
@@ -125,7 +127,7 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
     assert main(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0, "which finds the tokenizer by itself"
     page = read_page(tmp_path / "report.html")
     assert page.ids == [row["generated_tokens"] for row in rows]
-    for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t"):
+    for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t", "kl_theta"):
         column = output_name(name)
         for found, row in zip(page.numbers[name], rows, strict=True):
             np.testing.assert_array_equal(found, np.float32(row[column]))
