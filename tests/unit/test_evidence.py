@@ -157,7 +157,7 @@ def test_a_run_leaves_a_result_that_figures_reads(bench: Workbench, arm: str, tm
     if arm == "distillation":  # the tiny model's rewards are all zero, which moves no other arm
         assert result.moved["kl_per_token"] > 1e-6
     table = figures.success_table(figures.results_of(tmp_path))
-    assert f"| `{arm}` | 1 |" in table
+    assert f"| `{arm}` | 0.001 | 1 |" in table
 
 
 def test_a_policy_starts_anew_in_every_run(bench: Workbench) -> None:
