@@ -225,7 +225,8 @@ async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[s
         reloads, weights = await _by(deadline, engine.reloads_weights()), await _by(deadline, weights_of(engine))
         lora = Check("q*", "LoRA loading", "ok", "yes")
         if await _by(deadline, engine.loads_lora()) is not True:
-            lora = Check("q*", "LoRA loading", "optional", "no", _LORA)
+            needed = "two models take no adapters: train with dual_weight_sync=disk" if server.target else _LORA
+            lora = Check("q*", "LoRA loading", "optional", "no", needed)
     finally:
         await engine.aclose()
     for found in (info, difference):

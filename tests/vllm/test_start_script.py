@@ -23,7 +23,12 @@ def test_the_check_waits_while_the_first_requests_compile(tmp_path: Path) -> Non
     output = tmp_path / "output"
     with output.open("w") as file:
         run = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **caches, "PATH": path}
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **caches, "PATH": path},
+            # A shell ignores SIGINT in what it starts in the background, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         while run.poll() is None and "Both servers are ready" not in output.read_text():
