@@ -78,7 +78,7 @@ class Replays(Clients):
         self.transports: list[ReplayTransport] = []
         self._bodies = bodies
 
-    def _transport(self, url: str, stats: HttpStats, max_retries: int | None = None) -> HttpTransport:
+    def transport(self, url: str, stats: HttpStats, max_retries: int | None = None) -> HttpTransport:
         self.transports.append(ReplayTransport(self._bodies[len(self.transports)]))
         return self.transports[-1]
 
