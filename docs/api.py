@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def methods(thing: Any) -> Iterator[tuple[str, Any]]:
     """Of a class, the methods and properties that it defines itself and describes."""
     for name, member in vars(thing).items() if inspect.isclass(thing) else ():
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        if isinstance(member, functools.cached_property):
+            function = property(member.func)
         is_method = inspect.isfunction(function) or isinstance(function, property)
         if is_method and not name.startswith("_") and inspect.getdoc(function):
             yield name, function

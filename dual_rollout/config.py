@@ -195,7 +195,7 @@ class CoordinatorConfig:
         if self.engine == "native" and not low <= self.temperature <= high:
             raise ValueError(f'temperature must be in [{low:g}, {high:g}] with engine "native", got {self.temperature}')
 
-    @property
+    @functools.cached_property  # every round of decoding asks for it
     def alpha_rule(self) -> AlphaRule:
         """How α is chosen for each token."""
         return AlphaRule(**{spec.name: getattr(self, spec.name) for spec in fields(AlphaRule)})
