@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import cycle, islice
@@ -17,6 +18,8 @@ from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.named_rows import requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
 from dual_rollout.servers.parsing import MALFORMED
+
+logger = logging.getLogger(__name__)
 
 _PROMPT_LENGTH = 65  # two blocks of the largest usual size and one token to compute
 _TAIL_LENGTH = 4
@@ -279,6 +282,12 @@ def follow_temperature(at_one: TopK, at_two: TopK) -> bool:
     if distance > _SAME_LOGPROB:
         return bool(at_two_distance < 0.75 * distance)
     return bool(abs(one[0] - two[0]) > _SAME_LOGPROB)
+
+
+def warn_of_refusals(url: str, refused: Sequence[str]) -> None:
+    """Log what a server refused to the probe, `Capabilities.refused`."""
+    for refusal in refused:
+        logger.warning("%s refused what it should offer; slower ways do as well. %s", url, refusal)
 
 
 def summary(capabilities: Capabilities) -> str:

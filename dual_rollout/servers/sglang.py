@@ -27,7 +27,7 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 from dual_rollout.functional.top_k import TopK, at_temperature
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.identity import NextTokens, ServerIdentity, listed
-from dual_rollout.servers.probe import follow_temperature
+from dual_rollout.servers.probe import follow_temperature, warn_of_refusals
 from dual_rollout.servers.sglang_answers import BINARY_LISTS, BINARY_PROMPT_LISTS, SGLangParser
 from dual_rollout.servers.sglang_model_weights import SGLangModelWeights
 from dual_rollout.servers.sglang_requests import SGLangRequests, sampling
@@ -59,7 +59,6 @@ class SGLangEngine(SGLangModelWeights):
         self._requests = SGLangRequests(transport, identity, self._parser)
         self._wanted = model
         self._info: EngineInfo | None = None
-        self._settings: Mapping[str, Any] = {}
         self._capabilities: Capabilities | None = None
         self._probing = asyncio.Lock()
         self._processed: bool | None = None
@@ -100,8 +99,7 @@ class SGLangEngine(SGLangModelWeights):
         refused: list[str] = []
         aligned = await self._rows_are_aligned(text[:-2], text[-2:], refused)
         self._binary = await self._gives_binary_lists(text, refused)
-        for refusal in refused:
-            logger.warning("%s refused what it should offer; slower ways do as well. %s", self.url, refusal)
+        warn_of_refusals(self.url, refused)
         await self._identity.remember_model(text)
         return Capabilities(
             model=info.model,

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.servers.http import HttpTransport, shown
 from dual_rollout.servers.identity import ServerIdentity
+from dual_rollout.servers.model_weights import SHARE_THE_FOLDER, ModelWeights
 from dual_rollout.servers.sglang_settings import MODEL_INFO, SETTINGS, told
 
 
-class SGLangModelWeights:
-    """The weights of one SGLang server; implements `WeightReceiver`.
-
-    Args:
-        identity: knows whether the server still has the weights that it was given.
-    """
+class SGLangModelWeights(ModelWeights):
+    """The weights of one SGLang server; implements `WeightReceiver`."""
 
     def __init__(self, transport: HttpTransport, identity: ServerIdentity):
-        self.url = transport.url
-        self._http = transport
-        self._identity = identity
-        self._lora: str | None = None
+        super().__init__(transport, identity)
+        self._settings: Mapping[str, Any] = {}
 
     async def reset_prefix_cache(self) -> None:
         await self._http.post("/flush_cache")
-
-    async def reload_weights(self, path: str) -> None:
-        await self._identity.took_weights(lambda: self._reload_weights(path))
 
     async def _reload_weights(self, path: str) -> None:
         # SGLang waits for running requests, and drops the prefix cache itself.
@@ -37,8 +31,7 @@ class SGLangModelWeights:
             if "weights iterator" not in str(error):
                 raise
             raise EngineRejectedError(
-                f"does not see the weights in {path}: set dual_weight_sync_dir to a folder that trainer and server "
-                f"share under the same path (it says: {error})",
+                f"does not see the weights in {path}: {SHARE_THE_FOLDER} (it says: {error})",
                 url=self.url,
                 status=error.status,
             ) from error
@@ -46,9 +39,6 @@ class SGLangModelWeights:
             raise EngineProtocolError(
                 f"/update_weights_from_disk did not confirm the update: {shown(answer, 300)}", url=self.url
             )
-
-    async def load_lora(self, name: str, path: str) -> None:
-        await self._identity.took_weights(lambda: self._load_lora(name, path))
 
     async def _load_lora(self, name: str, path: str) -> None:
         # A name that is taken is refused, so the old adapter goes first; there may be none. The prefix cache is keyed
@@ -61,21 +51,12 @@ class SGLangModelWeights:
                 f"/load_lora_adapter did not confirm the load: {shown(answer, 300)}", url=self.url
             )
 
-    def use_lora(self, name: str) -> None:
-        self._lora = name
-
-    def weights_given(self) -> float | None:
-        return self._identity.born
-
-    def adopt_weights(self, given: float | None) -> None:
-        self._identity.adopt(given)
-
     async def weight_version(self) -> str | None:
         version = (await told(self._http, *MODEL_INFO)).get("weight_version")
         return version if isinstance(version, str) else None
 
     async def dtype(self) -> str | None:
-        settings = await told(self._http, *SETTINGS)
+        settings = await self._server_settings()
         dtype = settings.get("quantization") or settings.get("dtype")
         return dtype if isinstance(dtype, str) and dtype != "auto" else None
 
@@ -84,7 +65,13 @@ class SGLangModelWeights:
             await self._http.post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def loads_lora(self) -> bool:
-        return bool((await told(self._http, *SETTINGS)).get("enable_lora"))
+        return bool((await self._server_settings()).get("enable_lora"))
 
     async def check_sees(self, path: str) -> None:
         """Nothing to ask: SGLang refuses a folder it does not see before it touches a weight."""
+
+    async def _server_settings(self) -> Mapping[str, Any]:
+        """Asked once, here or when the server is described."""
+        if not self._settings:
+            self._settings = await told(self._http, *SETTINGS)
+        return self._settings

@@ -27,7 +27,7 @@ from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, 
 from dual_rollout.servers.named_rows import NamesSent, requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
 from dual_rollout.servers.parsing import MALFORMED
-from dual_rollout.servers.probe import Probe, summary
+from dual_rollout.servers.probe import Probe, summary, warn_of_refusals
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
 from dual_rollout.servers.shared_lock import SharedLock
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
@@ -142,8 +142,7 @@ class VLLMEngine(VLLMModelWeights):
                 self._parser.vocab_size = self._capabilities.vocab_size
                 await self._identity.remember_model(probe.prompt)
                 logger.info("%s: %s", self.url, summary(self._capabilities))
-                for refusal in self._capabilities.refused:
-                    logger.warning("%s refused what it should offer; slower ways do as well. %s", self.url, refusal)
+                warn_of_refusals(self.url, self._capabilities.refused)
         return self._capabilities
 
     async def next_top_k(self, prompts: Sequence[TokenIds], k: int, temperature: float = 1.0) -> TopK:
@@ -420,7 +419,7 @@ class VLLMEngine(VLLMModelWeights):
     async def _check_room(self, prompts: Sequence[TokenIds], lengths: Sequence[int]) -> None:
         """From 0.32 on vLLM draws as many tokens as fit, and says nothing, where earlier versions refuse."""
         limit = (await self.describe()).max_model_len
-        longest = max(map(lambda prompt, length: len(prompt) + length, prompts, lengths), default=0)
+        longest = max((len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True)), default=0)
         if limit is not None and longest > limit:
             raise EngineRejectedError(
                 f"has a context of {limit} tokens, and a prompt with its draft takes {longest}: lower max_tokens",

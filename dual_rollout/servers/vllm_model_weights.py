@@ -9,24 +9,17 @@ from typing import Any
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.identity import ServerIdentity
+from dual_rollout.servers.model_weights import SHARE_THE_FOLDER, ModelWeights
 
 _NEEDS_DEV_MODE = "cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1"
 _NEEDS_LORA = "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-_SHARE_THE_FOLDER = "set dual_weight_sync_dir to a folder that trainer and server share under the same path"
 
 
-class VLLMModelWeights:
-    """The weights of one vLLM server; implements `WeightReceiver`.
-
-    Args:
-        identity: knows whether the server still has the weights that it was given.
-    """
+class VLLMModelWeights(ModelWeights):
+    """The weights of one vLLM server; implements `WeightReceiver`."""
 
     def __init__(self, transport: HttpTransport, identity: ServerIdentity):
-        self.url = transport.url
-        self._http = transport
-        self._identity = identity
-        self._lora: str | None = None
+        super().__init__(transport, identity)
         self._config: Mapping[str, Any] | None = None
 
     async def reset_prefix_cache(self) -> None:
@@ -38,9 +31,6 @@ class VLLMModelWeights:
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineProtocolError("the prefix cache was not dropped, because requests are using it", url=self.url)
 
-    async def reload_weights(self, path: str) -> None:
-        await self._identity.took_weights(lambda: self._reload_weights(path))
-
     async def _reload_weights(self, path: str) -> None:
         async with self._paused():
             try:
@@ -48,9 +38,6 @@ class VLLMModelWeights:
             except EngineRejectedError as error:
                 raise _explained(error, _NEEDS_DEV_MODE) from error
             await self.reset_prefix_cache()
-
-    async def load_lora(self, name: str, path: str) -> None:
-        await self._identity.took_weights(lambda: self._load_lora(name, path))
 
     async def _load_lora(self, name: str, path: str) -> None:
         async with self._paused():
@@ -61,7 +48,7 @@ class VLLMModelWeights:
             try:
                 await self._http.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
             except EngineRejectedError as error:
-                hidden = f"does not see the adapter in {path}: {_SHARE_THE_FOLDER}"
+                hidden = f"does not see the adapter in {path}: {SHARE_THE_FOLDER}"
                 raise _explained(error, hidden if "No adapter found" in str(error) else _NEEDS_LORA) from error
             try:
                 await self.reset_prefix_cache()
@@ -69,9 +56,6 @@ class VLLMModelWeights:
                 if error.status != 404:
                     raise
                 # vLLM caches per load of an adapter; only one loaded again from the same path needs the reset.
-
-    def use_lora(self, name: str) -> None:
-        self._lora = name
 
     async def loads_lora(self) -> bool:
         # An adapter that cannot exist is refused for that reason only by a server that could load one.
@@ -99,14 +83,8 @@ class VLLMModelWeights:
             if "unexpected keyword argument" in str(error):
                 return  # an older vLLM: it cannot be told
             raise EngineProtocolError(
-                f"does not see the folder {path}: {_SHARE_THE_FOLDER} (it says: {error})", url=self.url
+                f"does not see the folder {path}: {SHARE_THE_FOLDER} (it says: {error})", url=self.url
             ) from error
-
-    def weights_given(self) -> float | None:
-        return self._identity.born
-
-    def adopt_weights(self, given: float | None) -> None:
-        self._identity.adopt(given)
 
     async def weight_version(self) -> str | None:
         version = (await self._told("/weight_info")).get("weight_version")
