@@ -138,8 +138,8 @@ def compiled_draw(backend: str = "inductor") -> DrawInPlace:
         # A graph for any number of pairs or rows is one for two and more; a pair that comes twice draws the same.
         if packed.shape[1] == 1:
             pairs = unpack(packed.repeat(1, 2))
-        theta = _at_least_two(logits)
-        t = theta if logits_t is logits else _at_least_two(logits_t)
+        theta = at_least_two(logits)
+        t = theta if logits_t is logits else at_least_two(logits_t)
         for tensor in (theta, t, *pairs[:4], *pairs.choice):
             maybe_mark_dynamic(tensor, 0)
         tokens, numbers = compiled(theta, t, pairs)
@@ -151,7 +151,8 @@ def compiled_draw(backend: str = "inductor") -> DrawInPlace:
     return in_place
 
 
-def _at_least_two(rows: Tensor) -> Tensor:
+def at_least_two(rows: Tensor) -> Tensor:
+    """The rows, twice where there is one alone: a compiled graph for any number of rows is one for two and more."""
     return rows if len(rows) > 1 else torch.cat((rows, rows))
 
 

@@ -11,6 +11,7 @@ from torch._dynamo import maybe_mark_dynamic
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.alpha import alpha_of_rule
+from dual_rollout.native.draw import at_least_two
 from dual_rollout.native.solver import Choice, q_star
 
 
@@ -53,9 +54,8 @@ class OrdinaryRows:
         else:
             alpha = alpha_of_rule(rule, temperature, theta, t)
         bounds = (torch.full_like(temperature, bound) for bound in (rule.alpha_min, rule.alpha_max))
-        choice = Choice(temperature, alpha, *bounds)
-        if len(rows) == 1:  # a graph for any number of rows is one for two and more
-            theta, t, choice = theta.repeat(2, 1), t.repeat(2, 1), Choice(*(part.repeat(2, 1) for part in choice))
+        theta, t = at_least_two(theta), at_least_two(t)
+        choice = Choice(*map(at_least_two, (temperature, alpha, *bounds)))
         for tensor in (theta, t, *choice):
             maybe_mark_dynamic(tensor, 0)
         logits[rows] = self._compiled(theta, t, choice)[: len(rows)]

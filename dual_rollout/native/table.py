@@ -152,9 +152,8 @@ class RowTable:
     def _rebuild(self, rows: list[Row]) -> None:
         sides: dict[Record, dict[str, Row]] = {}
         for row in rows:
-            if (
-                self._records.get(row.record.member.rollout) is row.record
-            ):  # else taken: its request's draws are dropped
+            known = self._records.get(row.record.member.rollout)
+            if known is row.record:  # else it was taken, and what its request still draws is dropped
                 sides.setdefault(row.record, {})[row.side] = row
         complete: dict[bool, list[tuple[Row, Row]]] = {}
         self._apart = []

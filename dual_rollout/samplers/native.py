@@ -53,7 +53,7 @@ class NativeSampler:
         places, cache = Places(server.max_requests), CacheRoom(server.cache_blocks, server.block_size)
 
         async def extend(sequence: DecodingSequence, settings: CallSettings) -> None:
-            theta, t = list(sequence.context_theta), list(sequence.context_t)
+            theta, t = sequence.context_theta, sequence.context_t
             if self._without_target or theta == t:
                 async with places.taken(1):
                     await self._extend(sequence, settings)
@@ -72,8 +72,8 @@ class NativeSampler:
     async def _extend(self, sequence: DecodingSequence, settings: CallSettings) -> None:
         config = settings.config
         sample = await self._engine.draw(
-            list(sequence.context_theta),
-            None if self._without_target else list(sequence.context_t),
+            sequence.context_theta,
+            None if self._without_target else sequence.context_t,
             max_tokens=self._max_tokens(sequence, settings),
             temperature=config.temperature,
             rule=config.alpha_rule,
