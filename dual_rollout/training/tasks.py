@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
@@ -57,18 +57,24 @@ def load_task(name: str, *, size: int, seed: int, options: dict[str, Any]) -> tu
     return Dataset.from_list(rows), TaskReward(task)
 
 
+def first_new(questions: Iterable[str], known: Iterable[str], count: int) -> list[int]:
+    """Where the first `count` questions stand, or fewer, that are neither among `known` nor were there before."""
+    seen, found = set(known), list[int]()
+    for index, question in enumerate(questions):
+        if question not in seen and len(found) < count:
+            seen.add(question)
+            found.append(index)
+    return found
+
+
 def hold_out(rows: Dataset, size: int, held_out: int) -> tuple[Dataset, Dataset]:
     """The first `size` rows to train on, and of the others the first `held_out` whose questions are new.
 
     Raises:
         ValueError: there are not so many.
     """
-    seen: set[str] = set(rows["question"][:size])
-    kept: list[int] = []
-    for index, question in enumerate(rows["question"]):
-        if index >= size and question not in seen and len(kept) < held_out:
-            seen.add(question)
-            kept.append(index)
+    questions = rows["question"]
+    kept = [size + index for index in first_new(questions[size:], questions[:size], held_out)]
     if len(kept) < held_out:
         raise ValueError(
             f"dual_eval_rows={held_out}: the task has {len(kept)} questions beside those of dual_task_size={size} that "

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from dual_rollout.training.tasks import TaskReward, load_task
+from dual_rollout.training.tasks import TaskReward, first_new, load_task
 
 _TRAINING_ROWS, _HELD_OUT_ROWS = 2048, 512
 _HELD_OUT_SEED = 10_000_000  # reasoning-gym's item i of seed s is drawn from the seed s + i
@@ -41,14 +41,9 @@ class Task:
 
     def held_out_rows(self) -> tuple[Dataset, Success]:
         """Questions that are neither among the training rows nor twice among these."""
-        seen = set(self.training_rows()[0]["question"])
+        known = self.training_rows()[0]["question"]
         rows, reward = load_task(self.name, size=4 * _HELD_OUT_ROWS, seed=_HELD_OUT_SEED, options=self.options)
-        kept = []
-        for index, question in enumerate(rows["question"]):
-            if question not in seen:
-                seen.add(question)
-                kept.append(index)
-        return rows.select(kept[:_HELD_OUT_ROWS]), Success(reward)
+        return rows.select(first_new(rows["question"], known, _HELD_OUT_ROWS)), Success(reward)
 
     def worked(self, size: int) -> list[tuple[str, str]]:
         """Questions and solutions for the teacher, without those that are held out."""

@@ -118,10 +118,6 @@ class EvidenceTrainer(DualGRPOTrainer):
     def _make_weight_sync(self, method: Any) -> Any:
         return _SharedWeights()
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards
-
     def _apply_weights(self, output: dict[str, Any], weights: torch.Tensor) -> None:
         if self._baseline == "policy":
             log_weights = output["logprobs_theta"] - output["sampling_per_token_logps"]
