@@ -77,9 +77,9 @@ class KeptRollouts(TrainerCallback):
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = [
             {**row, "step": step, "prompt": as_text(row["prompt"]), "t_prompt": as_text(row["t_prompt"])}
-            for row in rows
+            for row in rows[: self.limit]
         ]
-        table = pa.Table.from_pylist(kept[: self.limit], SCHEMA.with_metadata({"tokenizer": tokenizer}))
+        table = pa.Table.from_pylist(kept, SCHEMA.with_metadata({"tokenizer": tokenizer}))
         path = self._folder / f"rollouts_{step:05d}.parquet"
         temporary = path.with_suffix(".tmp")  # whole or not at all, for this run may be killed
         pq.write_table(table, temporary, compression="zstd", use_dictionary=["prompt", "t_prompt"])

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -270,25 +269,20 @@ class RolloutTrainerMixin(_Trainer):
         if not self.model.training and (rewards := self._total_rewards()) is not None:
             self._evaluated += [reward for reward in rewards.tolist() if not math.isnan(reward)]
         if self.model.training:
-            self._trackers.add(self._rollout_columns["alpha"], self._log_weights_of_tokens())
+            self._trackers.add(self._rollout_columns)
         if self.model.training and self._kept.wants(self.state.global_step + 1):
             self._kept.keep(self.state.global_step + 1, self._rows_to_keep(output), self._tokenizer_name())
         self._correct(output)
         self._scoring_seconds += time.perf_counter() - started
         return output
 
-    def _log_weights_of_tokens(self) -> list[np.ndarray]:
-        """log π_θ/q* as sampled, of the tokens of each row; NaN where it is not known."""
-        columns = (self._rollout_columns["logprobs_theta"], self._rollout_columns["logprobs_q"])
-        return [np.subtract(theta, q) for theta, q in zip(*columns, strict=True)]
-
     def _rows_to_keep(self, output: dict[str, Any]) -> list[dict[str, Any]]:
         """The first rows of this process's rollout, before the weights are in its advantages."""
         rows: list[dict[str, Any]] = []
         advantages, rewards = output.get("advantages"), self._own_rewards()
+        numbers = {name: self._rollout_columns.get(column) for name, column in PER_TOKEN.items()}
         for i in range(min(self._kept.limit, len(output["completion_ids"]))):
             length = len(self._rollout_columns["alpha"][i])
-            numbers = {name: self._rollout_columns.get(column) for name, column in PER_TOKEN.items()}
             rows.append(
                 {
                     "prompt": self._row_prompts[i],

@@ -35,16 +35,19 @@ class Trackers(TrainerCallback):
         self._wanted = [name for name in TRACKERS if name in (trainer.args.report_to or [])]
         self._counts = {name: np.zeros(len(bounds) - 1) for name, bounds in BINS.items()}
 
-    def add(self, alpha: Sequence[Any], log_weights: Sequence[Any]) -> None:
+    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Count a rollout's tokens. All processes must call it.
 
         Args:
-            alpha, log_weights: of this process, `(T,)` floats per row, NaN at tokens that have none.
+            columns: the numbers of this process's tokens, `(T,)` floats per row, NaN at tokens that have none.
         """
         if not self._wanted:
             return
-        for (name, counts), rows in zip(self._counts.items(), (alpha, log_weights), strict=True):
-            values = np.concatenate([np.asarray(row, dtype=np.float64) for row in rows])
+        alpha, theta, q = (
+            np.concatenate([np.asarray(row, dtype=np.float64) for row in columns[name]])
+            for name in ("alpha", "logprobs_theta", "logprobs_q")
+        )
+        for (name, counts), values in zip(self._counts.items(), (alpha, theta - q), strict=True):
             values = np.clip(values[~np.isnan(values)], BINS[name][0], BINS[name][-1])
             own = torch.tensor(np.histogram(values, BINS[name])[0], device=self._trainer.accelerator.device)
             counts += self._trainer.accelerator.gather(own[None]).sum(dim=0).cpu().numpy()
