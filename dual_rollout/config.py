@@ -25,7 +25,7 @@ NATIVE_TEMPERATURES = (0.01, 100.0)
 
 
 AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
-"""How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha` say what each is."""
+"""How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha_methods` say what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The mathematics: numpy only, stateless, batched, float64, natural logarithms throughout."""
 
-from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
+from dual_rollout.functional.alpha_methods import entropy_alpha, ess_balance_alpha, kl_budget_alpha
 from dual_rollout.functional.candidates import TAIL_TOKEN, Candidates, merge_lists, merge_top_k_candidates
 from dual_rollout.functional.diagnostics import compute_diagnostics
 from dual_rollout.functional.distribution import NextTokenDistribution, next_token_distribution

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
+from dual_rollout.functional.alpha_methods import entropy_alpha, ess_balance_alpha, kl_budget_alpha
 from dual_rollout.functional.candidates import Candidates
 from dual_rollout.functional.kl_symmetry import disjoint_rows, log_q_star, solve_alpha
 

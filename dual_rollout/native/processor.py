@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.ordinary import OrdinaryRows
+from dual_rollout.native.ordinary_requests import OrdinaryRows
 from dual_rollout.native.table import Record, RowTable
 from dual_rollout.native.wire import Member, Side
 

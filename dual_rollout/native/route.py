@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.places import Places
+from dual_rollout.native.capacity import Places
 from dual_rollout.native.refusals import refuse_config
 from dual_rollout.native.wire import NUMBERS, PATH, Member, Side, check_temperature
 

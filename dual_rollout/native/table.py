@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.alpha import alpha_of_rule
+from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.draw import FORCED, DrawInPlace, compiled_draw, pack, set_alpha, unpack
 from dual_rollout.native.wire import NUMBERS, Member, Side
 

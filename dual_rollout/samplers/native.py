@@ -11,8 +11,8 @@ from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
+from dual_rollout.native.capacity import CacheRoom, Places
 from dual_rollout.native.client import NativeEngine, NativeSample
-from dual_rollout.native.places import CacheRoom, Places
 from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.concurrency import STREAMED_BLOCK, draw_concurrently
 from dual_rollout.types import GenerationRequest

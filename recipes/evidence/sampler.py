@@ -59,7 +59,7 @@ def path_distribution(logits_theta: Tensor, logits_t: Tensor, method: Method, va
 
 
 def budget_alpha(logp_theta: Tensor, slope: Tensor, budget: Tensor) -> Tensor:
-    """The largest α in [0, 1] with KL(q_α‖π_θ) ≤ `budget` nats, `(B, 1)`: `functional.alpha.kl_budget_alpha` in torch.
+    """The largest α in [0, 1] with KL(q_α‖π_θ) ≤ `budget` nats, `(B, 1)`: `kl_budget_alpha` of `functional` in torch.
 
     A fixed number of rounds of Newton's method on the square root of the divergence, from α = 1, inside a bracket.
     """

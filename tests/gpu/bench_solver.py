@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.ordinary import q_star_logits
+from dual_rollout.native.ordinary_requests import q_star_logits
 from tests.unit.test_native_solver import choice
 
 SHAPES = ((16, 49_152, 576), (16, 151_936, 1536), (64, 151_936, 1536), (64, 151_936, 3584), (256, 151_936, 3584))

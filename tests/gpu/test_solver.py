@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dual_rollout.native.ordinary import q_star_logits
+from dual_rollout.native.ordinary_requests import q_star_logits
 from dual_rollout.native.solver import QStar
 from tests.unit.test_native_solver import BALANCED, alpha_error, choice, kl_difference, pair, q_star
 

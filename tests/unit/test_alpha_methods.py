@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dual_rollout import compute_diagnostics, compute_q_star
 from dual_rollout.config import AlphaRule
 from dual_rollout.functional import merge_lists, next_token_distribution
-from dual_rollout.functional.alpha import entropy_alpha, ess_balance_alpha, kl_budget_alpha
+from dual_rollout.functional.alpha_methods import entropy_alpha, ess_balance_alpha, kl_budget_alpha
 from dual_rollout.functional.top_k import TopK
 
 GRID = np.linspace(0.0, 1.0, 2001)[1:-1]

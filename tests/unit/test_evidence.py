@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dual_rollout.functional.alpha import kl_budget_alpha
+from dual_rollout.functional.alpha_methods import kl_budget_alpha
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from recipes.evidence import figures, supervised
 from recipes.evidence.arms import ARMS, SCALES

@@ -18,8 +18,8 @@ from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
+from dual_rollout.native.capacity import CacheRoom, Places
 from dual_rollout.native.client import NativeEngine, NativeSample, NativeServerInfo
-from dual_rollout.native.places import CacheRoom, Places
 from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats
 from dual_rollout.servers.retry import RetryPolicy

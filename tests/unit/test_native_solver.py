@@ -9,7 +9,7 @@ import torch
 from dual_rollout.config import AlphaRule
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.native import solver
-from dual_rollout.native.ordinary import q_star_logits
+from dual_rollout.native.ordinary_requests import q_star_logits
 from dual_rollout.native.solver import Choice, QStar
 
 BALANCED = AlphaRule()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.alpha import alpha_of_rule
+from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.draw import at_least_two
 from dual_rollout.native.solver import Choice, q_star
 

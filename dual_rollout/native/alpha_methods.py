@@ -1,4 +1,4 @@
-"""The ways to choose α that `draw` does not know itself, in torch; `dual_rollout.functional.alpha` has the mathematics.
+"""The ways to choose α that `draw` does not know itself, in torch; `functional.alpha_methods` has the mathematics.
 
 They take up to 24 passes over the vocabulary and are not compiled: a rollout that asks for them pays for it.
 """
