@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from tests.exact_distribution import position_distribution
+from tests.hang import HANG
 from tests.tiny_model import make_tokenizer
 
 SHORT, LONG = 151_936, 152_064
@@ -89,7 +90,7 @@ def check_rollouts(policy: Path, target: Path, *urls: str, **options: Any) -> No
     The reference is a plain forward of both models. On two servers α and q* are those of the lists that `options` ask
     for. A native server has q* over the whole vocabulary that both share, which is compared for the α that it recorded.
     """
-    outputs = asyncio.run(asyncio.wait_for(_rollouts(urls, options), 300))
+    outputs = asyncio.run(asyncio.wait_for(_rollouts(urls, options), HANG))
     assert [output.error for output in outputs] == [None] * len(PROMPTS)
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (policy, target)]
     lacked = 0.0  # the most that the target gave to ids which the policy lacks

@@ -133,13 +133,13 @@ def test_a_flag_that_this_vllm_lacks_is_left_out(tmp_path: Path, flag: str) -> N
 def test_an_option_that_this_vllm_cannot_do_is_refused(tmp_path: Path, options: list[str], flag: str) -> None:
     older = write_interpreter(tmp_path / "older", flag)
     command = [str(SCRIPT), "--dry-run", "--python", str(older), *options, "policy"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert answer.returncode == 2 and f"no {flag}, which {options[0]} needs" in answer.stderr
 
 
 def test_an_interpreter_without_vllm_is_named_before_anything_starts(tmp_path: Path) -> None:
     command = [str(SCRIPT), "--python", "/bin/false", "--log-dir", str(tmp_path / "logs"), "policy"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert answer.returncode == 2 and "/bin/false cannot run vLLM (--python" in answer.stderr
 
 
