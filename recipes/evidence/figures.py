@@ -227,9 +227,9 @@ def main() -> None:
     for folder in sorted(path for path in options.results.iterdir() if path.is_dir()):
         results = results_of(folder)
         tables[f"{folder.name} timing"] = timing_table(folder / "timing")
-        abandoned = results_of(folder / "rate-too-high")
-        if abandoned:
-            tables[f"{folder.name} rates"] = rates_table(abandoned)
+        others = results_of(folder / "other-rates")
+        if others:
+            tables[f"{folder.name} rates"] = rates_table(others)
         if results:
             tables[f"{folder.name} success"] = success_table(results)
             tables[f"{folder.name} rollouts"] = sampling_table(results)

@@ -5,7 +5,7 @@
     python -m recipes.evidence.figures              # tables and figures from the results
 
 A task's teacher is trained, then each arm's learning rate is tuned, then the arms are run seed by seed. Started again,
-it goes on with what has no finished result. Each run is one file of JSON lines.
+it goes on with what has no finished result at that rate. Each run is one file of JSON lines.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        return self.path.exists()
+        return self.path.exists() and read(self.path)[0]["learning_rate"] == _short(self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def main() -> None:
             pool.do(timing_runs(options))
             return
         if SCALES[options.scale].tuning_steps:
-            pool.do(tuning_runs(options))
-            for task in options.tasks:
-                choose_rates(options.results / task)
+            for planned in (tuning_runs, second_round):
+                pool.do(planned(options))
+                for task in options.tasks:
+                    choose_rates(options.results / task)
         pool.do(runs(options))
     finally:
         pool.close()
@@ -111,6 +112,22 @@ def tuning_runs(options: argparse.Namespace) -> list[Run]:
     ]
 
 
+def second_round(options: argparse.Namespace) -> list[Run]:
+    """Runs of full length, on one more seed, of the arms whose two best rates the first round cannot tell apart."""
+    scale = SCALES[options.scale]
+    planned = []
+    for task in options.tasks:
+        folder = options.results / task
+        for arm, first in tuned(folder).items():
+            success = sorted(first["sampled"].values())
+            if arm in options.arms and success[-1] - success[-2] < scale.tell_apart:
+                planned += [
+                    Run(task, arm, TUNING_SEED + 1, rate, scale.steps, folder / "tuning" / f"{arm}-{rate:g}-long.jsonl")
+                    for rate in rates(arm, scale)
+                ]
+    return planned
+
+
 def timing_runs(options: argparse.Namespace) -> list[Run]:
     """What a step takes on a device that does nothing else."""
     return [
@@ -133,32 +150,38 @@ def rates(arm: str, scale: Scale) -> list[float]:
 
 
 def choose_rates(folder: Path) -> None:
-    """Write down, for each arm, the learning rate whose policy did best at the end of its tuning run."""
-    success: dict[str, dict[str, float]] = {}
+    """Write down, for each arm, the learning rate whose policy did best, in the second round where there was one."""
+    success: dict[str, dict[str, dict[str, float]]] = {}
     for path in sorted((folder / "tuning").glob("*.jsonl")):
         lines = read(path)
         (head,), (final,) = ([line for line in lines if line["kind"] == kind] for kind in ("run", "final"))
-        success.setdefault(head["arm"], {})[str(head["learning_rate"])] = final["sampled"]
-    chosen = {
-        arm: {"learning_rate": max(sorted(map(float, found)), key=lambda rate: found[f"{rate}"]), "sampled": found}
-        for arm, found in success.items()
-    }
+        name = "sampled" if head["seed"] == TUNING_SEED else "second_round"
+        success.setdefault(head["arm"], {}).setdefault(name, {})[str(head["learning_rate"])] = final["sampled"]
+    chosen = {}
+    for arm, found in success.items():
+        decides = found.get("second_round", found["sampled"])
+        chosen[arm] = {"learning_rate": max(sorted(map(float, decides)), key=lambda rate: decides[f"{rate}"]), **found}
     (folder / "learning_rates.json").write_text(json.dumps(chosen, indent=1) + "\n")
+
+
+def tuned(folder: Path) -> dict[str, Any]:
+    """What `choose_rates` has written down for a task, by arm."""
+    path = folder / "learning_rates.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that what has been run when a machine goes away is a comparison."""
+    scale = SCALES[options.scale]
     planned = []
     for task in options.tasks:
-        path = options.results / task / "learning_rates.json"
-        tuned = json.loads(path.read_text()) if path.exists() else {}
+        folder = options.results / task
+        chosen = tuned(folder)
+        on_task = [arm for arm in options.arms if task == scale.tasks[0] or not ARMS[arm].hard_task_only]
         for seed in options.seeds:
-            for arm in (name for name in options.arms if seed < ARMS[name].seeds):
-                rate = tuned.get(ARMS[arm].rate_of or arm, {}).get(
-                    "learning_rate", rates(arm, SCALES[options.scale])[0]
-                )
-                steps = SCALES[options.scale].steps
-                planned.append(Run(task, arm, seed, rate, steps, options.results / task / f"{arm}-{seed}.jsonl"))
+            for arm in (name for name in on_task if seed < ARMS[name].seeds):
+                rate = chosen.get(ARMS[arm].rate_of or arm, {}).get("learning_rate", rates(arm, scale)[0])
+                planned.append(Run(task, arm, seed, rate, scale.steps, folder / f"{arm}-{seed}.jsonl"))
     return planned
 
 

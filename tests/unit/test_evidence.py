@@ -14,9 +14,9 @@ import torch
 from dual_rollout.functional.alpha_methods import kl_budget_alpha
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from recipes.evidence import figures, supervised
-from recipes.evidence.arms import ARMS, SCALES
+from recipes.evidence.arms import ARMS, SCALES, TUNING_SEED
 from recipes.evidence.models import load_model
-from recipes.evidence.run import Run, train
+from recipes.evidence.run import Run, choose_rates, parse, runs, second_round, train, tuning_runs
 from recipes.evidence.sampler import Method, PairSampler, path_distribution
 from recipes.evidence.tasks import TASKS
 from recipes.evidence.training import Workbench
@@ -190,6 +190,49 @@ def test_every_arm_is_a_valid_config() -> None:
         config: Any = arm.config()
         arm.schedule.at(config, 1.0)
     assert json.dumps(sorted(ARMS))
+
+
+def write_result(run: Run, sampled: float) -> None:
+    """The lines of a finished run that planning reads."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"kind": "run", "arm": run.arm, "seed": run.seed, "learning_rate": run.learning_rate}
+    run.path.write_text("\n".join(map(json.dumps, (head, {"kind": "final", "sampled": sampled}))))
+
+
+def test_a_second_round_decides_between_rates_that_the_first_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {
+        "grpo": {3e-6: 0.01, 1e-6: 0.01, 1e-5: 0.03},
+        "kl_symmetry": {3e-6: 0.010, 1e-6: 0.012, 1e-5: 0.009},
+    }
+    command = ["run", "--results", str(tmp_path), "--tasks", "products", "--arms", *first, "kl_symmetry_unweighted"]
+    monkeypatch.setattr("sys.argv", command)
+    options = parse()
+    for run in tuning_runs(options):
+        write_result(run, first[run.arm][run.learning_rate])
+    choose_rates(tmp_path / "products")
+    again = second_round(options)
+    assert {(run.arm, run.seed, run.steps) for run in again} == {("kl_symmetry", TUNING_SEED + 1, 100)}
+    assert sorted(run.learning_rate for run in again) == [1e-6, 3e-6, 1e-5]
+    old = [run for run in runs(options) if run.arm == "kl_symmetry"]
+    assert {run.learning_rate for run in old} == {1e-6}
+    for run in [*again, *old]:
+        write_result(run, first["grpo"][run.learning_rate])
+    assert all(run.is_done for run in [*again, *old])
+    choose_rates(tmp_path / "products")
+    new = runs(options)
+    assert {run.learning_rate for run in new} == {1e-5}
+    assert not any(run.is_done for run in new), "a result at another learning rate is another run's"
+    assert TUNING_SEED + 1 not in {run.seed for run in new}
+    assert second_round(options) == again
+
+
+def test_variants_of_the_weights_run_on_the_hard_task_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run"])
+    planned = {(run.task, run.arm) for run in runs(parse())}
+    assert ("products", "kl_symmetry_unweighted") in planned and ("short_sums", "kl_symmetry") in planned
+    assert ("short_sums", "kl_symmetry_unweighted") not in planned
 
 
 def test_supervised_losses_are_those_of_their_definitions(folders: tuple[Path, Path]) -> None:
