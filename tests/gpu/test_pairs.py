@@ -123,7 +123,8 @@ def test_a_real_server_on_every_rank(ranks: int, two_models: bool, tmp_path: Pat
         "--no-enforce-eager",
         f"--compilation-config={GRAPHS}",
         "--max-num-seqs=64",
-        "--gpu-memory-utilization=0.5",
+        "--gpu-memory-utilization=0.05",  # fits beside other work
+        "--kv-cache-memory-bytes=500000000",
     )
     environment = {
         "CUDA_VISIBLE_DEVICES": devices,
