@@ -18,16 +18,22 @@ T = TypeVar("T")
 
 
 class GrowingText(list[int]):
-    """A text that grows by what is sampled. `replica` is the one of several servers that has its
-    beginning cached."""
+    """A text that grows by what is sampled.
+
+    Attributes:
+        replica: the one of several servers that has its beginning cached.
+        grows: whether it will be asked for again, longer; False for a piece of another one.
+    """
 
     replica: object = None
+    grows = True
 
     @classmethod
     def like(cls, other: TokenIds, token_ids: TokenIds) -> GrowingText:
         """Another text with the same beginning as `other`, and so for the same replica."""
         context = cls(token_ids)
         context.replica = getattr(other, "replica", None)
+        context.grows = False
         return context
 
 
@@ -113,6 +119,7 @@ class Capabilities:
             rows for what was not cached; False also where asking is known to be dangerous.
         named_rows: how that endpoint is told the tokens whose log-probabilities it reports along a text
             (`prompt_logprob_token_ids`); None where it does not, or gives wrong ones.
+        sessions: it keeps texts between requests (`dual_rollout.sessions`), and gives the same lists for them.
         detokenizes: it has /detokenize.
         reloads_weights, resets_prefix_cache, pauses, loads_lora: it can do so while it runs.
         scoring: the ways to score a drafted block, the most promising first.
@@ -131,6 +138,7 @@ class Capabilities:
     generate_endpoint: bool = False
     cached_rows: bool = False
     named_rows: NamedRowsForm | None = None
+    sessions: bool = False
     detokenizes: bool = False
     reloads_weights: bool = False
     resets_prefix_cache: bool = False

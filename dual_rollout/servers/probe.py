@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dual_rollout.engine import Capabilities, EngineInfo, NamedRowsForm, ScoringMethod, TokenIds
+from dual_rollout.engine import Capabilities, EngineInfo, GrowingText, NamedRowsForm, ScoringMethod, TokenIds
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError
 from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.named_rows import requests_for, values_of, width
 from dual_rollout.servers.npy import decoded_floats
 from dual_rollout.servers.parsing import MALFORMED
+from dual_rollout.sessions.wire import PATH
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _ROUTES = (
     "/reset_prefix_cache",
     "/pause",
     "/v1/load_lora_adapter",
+    PATH,
 )
 
 
@@ -46,6 +48,7 @@ class Probe:
         lists: the most likely next tokens: `(prompts, k, temperature) -> TopK`.
         named: log-probabilities of named tokens: `(prompt, ids, temperature) -> array`.
         loads_lora: whether the server takes adapters.
+        sessions: lists from its sessions, if it has any, as `lists`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Probe:
         lists: Callable[[Sequence[TokenIds], int, float], Awaitable[TopK]],
         named: Callable[[TokenIds, TokenIds, float], Awaitable[np.ndarray]],
         loads_lora: Callable[[], Awaitable[bool]],
+        sessions: Callable[[Sequence[TokenIds], int, float], Awaitable[TopK]],
     ):
         self._http = http
         self._info = info
@@ -65,6 +69,7 @@ class Probe:
         self._lists = lists
         self._named = named
         self._loads_lora = loads_lora
+        self._sessions = sessions
         self._refused: list[str] = []
 
     async def run(self) -> Capabilities:
@@ -100,6 +105,7 @@ class Probe:
             generate_endpoint="/inference/v1/generate" in routes,
             cached_rows=cached_rows,
             named_rows=named_rows,
+            sessions=PATH in routes and await self._has_sessions(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH)),
             detokenizes="/detokenize" in routes,
             reloads_weights="/collective_rpc" in routes,
             resets_prefix_cache="/reset_prefix_cache" in routes,
@@ -156,6 +162,22 @@ class Probe:
     async def _logprobs_mode(self, k: int) -> Literal["raw", "processed"]:
         one, two = [await self._lists([self.prompt], k, temperature) for temperature in (1.0, 2.0)]
         return "processed" if follow_temperature(one, two) else "raw"
+
+    async def _has_sessions(self, k: int) -> bool:
+        """Whether the lists of a text that grows in a session are those of the same text sent whole."""
+        text = GrowingText(self.prompt[:-_TAIL_LENGTH])
+        try:
+            for token in self.prompt[-_TAIL_LENGTH:]:
+                kept = await self._sessions([text], k, 0.0)
+                whole = await self._lists([list(text)], k, 1.0)
+                if np.abs(np.subtract(*(np.sort(top.logprobs[0]) for top in (kept, whole)))).max() > _SAME_LOGPROB:
+                    self._note("sessions", "their lists are not those of the same texts sent whole")
+                    return False
+                text.append(token)
+        except (EngineRejectedError, EngineProtocolError) as error:
+            self._note("sessions", error)
+            return False
+        return True
 
     async def _prefix_caching(self, metrics: str | None) -> bool | None:
         if found := re.search(r'vllm:cache_config_info\{[^}]*enable_prefix_caching="(\w+)"', metrics or ""):
@@ -298,6 +320,7 @@ def summary(capabilities: Capabilities) -> str:
         "named tokens": c.named_logprobs,
         "token-in/token-out": c.generate_endpoint,
         "named tokens along a text": bool(c.named_rows),
+        "sessions": c.sessions,
         "weight reload": c.reloads_weights,
         "pause": c.pauses,
         "LoRA": c.loads_lora,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from dual_rollout.servers.npy import decoded_floats
 from dual_rollout.servers.parsing import MALFORMED
 from dual_rollout.servers.probe import Probe, summary, warn_of_refusals
 from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
+from dual_rollout.servers.sessions import SessionLists
 from dual_rollout.servers.shared_lock import SharedLock
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
 from dual_rollout.servers.vllm_model_weights import VLLMModelWeights
@@ -63,6 +65,7 @@ class VLLMEngine(VLLMModelWeights):
         super().__init__(transport, identity)
         self._requests = CheckedRequests(transport, self._identity)
         self._parser = CompletionParser(transport.url)
+        self._sessions = SessionLists(self._requests, self._parser, model=self._asked_for, models=self._answering)
         self._wanted = model
         self._names: set[str] = set()
         self._info: EngineInfo | None = None
@@ -132,6 +135,7 @@ class VLLMEngine(VLLMModelWeights):
                     lists=self._lists,
                     named=self._named_alone,
                     loads_lora=self.loads_lora,
+                    sessions=self._sessions.lists,
                 )
                 try:
                     self._capabilities = await probe.run()
@@ -283,6 +287,14 @@ class VLLMEngine(VLLMModelWeights):
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
         async with self._gate.shared():
+            if self._capabilities is not None and self._capabilities.sessions:
+                try:
+                    return await self._sessions.lists(prompts, k, _on_wire(temperature))
+                except EngineRejectedError as error:
+                    if error.status != 404:
+                        raise
+                    self._capabilities = replace(self._capabilities, sessions=False)
+                    logger.warning("%s has no sessions any more; whole texts are sent instead (%s)", self.url, error)
             parts = await asyncio.gather(
                 *(
                     self._lists_of(prompts[i : i + _MAX_PROMPTS], k, temperature)

@@ -14,11 +14,13 @@ from tests.vllm.servers import VllmServer, running
 
 # Without the list vLLM wraps lm_head too, and its CPU build dies of prompt_logprobs of several prompts at once.
 LORA_FLAGS = ("--enable-lora", "--max-lora-rank=8", "--lora-target-modules", "q_proj", "down_proj")
+SESSION_FLAGS = ("--middleware", "dual_rollout.sessions.route.SessionMiddleware")
 
 
 @dataclass(frozen=True)
 class ServerPair:
-    """The policy's and the target's server: two tiny models with one tokenizer and nearby distributions."""
+    """The policy's and the target's server: two tiny models with one tokenizer and nearby distributions. The policy's
+    has sessions, so that both ways to ask for lists are met."""
 
     theta: VllmServer
     t: VllmServer
@@ -46,7 +48,7 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
     pair = ServerPair(
-        theta=VllmServer(theta, log=folder / "theta.log"),
+        theta=VllmServer(theta, flags=SESSION_FLAGS, log=folder / "theta.log"),
         t=VllmServer(t, log=folder / "t.log"),
     )
     with running(pair.theta, pair.t):
@@ -57,5 +59,5 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
 def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server for the policy's model that loads adapters."""
     log = tmp_path_factory.mktemp("lora") / "server.log"
-    with VllmServer(vllm_pair.theta.model, flags=LORA_FLAGS, log=log) as server:
+    with VllmServer(vllm_pair.theta.model, flags=(*LORA_FLAGS, *SESSION_FLAGS), log=log) as server:
         yield server.url

@@ -1,0 +1,115 @@
+"""Lists from a vLLM server that keeps texts (`dual_rollout.sessions`): each further token is sent alone."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dual_rollout.engine import GrowingText, TokenIds
+from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.functional.top_k import TopK
+from dual_rollout.servers.http import longest_answer
+from dual_rollout.servers.parsing import AnswerParser
+from dual_rollout.servers.requests import CheckedRequests
+from dual_rollout.sessions.wire import PATH, UNKNOWN_SESSION, decoded
+
+_RUN = secrets.token_hex(6)
+_numbers = itertools.count()
+
+
+class _Known:
+    """What the server has of one text: the name it keeps it under, and how many of its tokens; 0 for none."""
+
+    def __init__(self) -> None:
+        self.name = f"{_RUN}-{next(_numbers)}"
+        self.tokens = 0
+
+
+class SessionLists:
+    """Asks one server for lists.
+
+    Args:
+        model, models: see `CheckedRequests.ask`.
+    """
+
+    def __init__(
+        self,
+        requests: CheckedRequests,
+        parser: AnswerParser,
+        *,
+        model: Callable[[], str],
+        models: Callable[[], set[str]],
+    ):
+        self._requests = requests
+        self._parser = parser
+        self._model, self._models = model, models
+        self._texts: dict[int, _Known] = {}
+        self._ended: list[str] = []
+
+    async def lists(self, texts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
+        """The k most likely tokens after each text; `temperature` as vLLM's completions take it."""
+        known = [self._known(text) for text in texts]
+        try:
+            answer = await self._ask(texts, known, k, temperature)
+        except EngineRejectedError as error:
+            if error.status != UNKNOWN_SESSION:
+                raise
+            # It has been started again, has new weights, or was asked for nothing in a while.
+            for mine in known:
+                self._forget(mine)
+            answer = await self._ask(texts, known, k, temperature)
+        lists, kept = answer
+        for mine, text, there in zip(known, texts, kept, strict=True):
+            if mine is not None:
+                mine.tokens = len(text) if there else 0
+        return lists
+
+    def _known(self, text: TokenIds) -> _Known | None:
+        """None for a text that is asked for once."""
+        if not isinstance(text, GrowingText) or not text.grows:
+            return None
+        if (mine := self._texts.get(id(text))) is None:
+            mine = self._texts[id(text)] = _Known()
+            weakref.finalize(text, self._end, id(text)).atexit = False
+        return mine
+
+    def _end(self, key: int) -> None:
+        self._forget(self._texts.pop(key))
+
+    def _forget(self, mine: _Known | None) -> None:
+        """Let the server end a session, with the next request; it does so by itself after a while."""
+        if mine is not None and mine.tokens:
+            self._ended.append(mine.name)
+            mine.name, mine.tokens = f"{_RUN}-{next(_numbers)}", 0
+
+    async def _ask(
+        self, texts: Sequence[TokenIds], known: Sequence[_Known | None], k: int, temperature: float
+    ) -> tuple[TopK, list[bool]]:
+        ended, self._ended = self._ended, []
+        sent = [
+            [mine.name, mine.tokens, text[mine.tokens :]] if mine is not None else [None, 0, text]
+            for mine, text in zip(known, texts, strict=True)
+        ]
+
+        def read(answer: dict[str, Any]) -> tuple[TopK, list[bool]]:
+            ids, logprobs = decoded(answer, len(texts))
+            kept = [there is True for there in answer["kept"]]
+            if len(kept) != len(texts) or ids.shape[1] > k:
+                raise self._parser.invalid(f"lists of {ids.shape[1]} tokens for {len(kept)} texts")
+            lengths = np.full(len(texts), ids.shape[1])
+            return self._parser.lists(ids.ravel(), logprobs.ravel(), lengths, k), kept
+
+        return await self._requests.ask(
+            PATH,
+            {"k": k, "temperature": temperature, "texts": sent, "ended": ended},
+            read,
+            model=self._model,
+            models=self._models,
+            prompt_tokens=sum(map(len, texts)),
+            max_bytes=longest_answer(len(texts), k * len(texts)),
+        )

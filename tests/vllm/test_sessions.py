@@ -1,0 +1,196 @@
+"""Sessions (`dual_rollout.sessions`) on a real vLLM server: the lists of texts that grow in the engine are those of the
+same texts sent whole, and nothing is left of a session that ought to have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from dual_rollout.engine import GrowingText
+from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.servers.http import HttpTransport
+from dual_rollout.servers.vllm import VLLMEngine
+from dual_rollout.sessions.wire import PATH, SESSIONS_PATH
+from tests.hang import HANG
+from tests.vllm.conftest import ServerPair
+
+PLACES = 12  # three quarters of --max-num-seqs 16
+VOCAB = 280
+K = 20
+
+
+@contextlib.asynccontextmanager
+async def client(url: str) -> AsyncIterator[VLLMEngine]:
+    engine = VLLMEngine(HttpTransport(url))
+    try:
+        assert (await engine.probe([1, 2, 3])).sessions
+        yield engine
+    finally:
+        await engine.aclose()
+
+
+def texts(count: int, seed: int = 0) -> list[GrowingText]:
+    rng = np.random.default_rng(seed)
+    return [GrowingText(rng.integers(3, VOCAB, 20 + 7 * i).tolist()) for i in range(count)]
+
+
+def grow(these: list[GrowingText], seed: int) -> None:
+    """By one to three tokens each."""
+    rng = np.random.default_rng([seed, 1])
+    for text in these:
+        text.extend(rng.integers(3, VOCAB, rng.integers(1, 4)).tolist())
+
+
+async def assert_as_sent_whole(engine: VLLMEngine, these: list[GrowingText], k: int = K) -> None:
+    kept = await engine.next_top_k(these, k)
+    whole = await engine._lists_of([list(text) for text in these], k, 1.0)
+    np.testing.assert_array_equal(np.sort(kept.token_ids), np.sort(whole.token_ids))
+    np.testing.assert_allclose(kept.logprobs, whole.logprobs, atol=1e-4)
+
+
+async def sessions(engine: VLLMEngine) -> int:
+    return (await engine._http.get(SESSIONS_PATH))["sessions"]
+
+
+async def assert_ends(engine: VLLMEngine, left: int) -> None:
+    deadline = time.monotonic() + HANG
+    while (there := await sessions(engine)) != left:
+        assert time.monotonic() < deadline, f"{there} sessions"
+        await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def url(vllm_pair: ServerPair) -> str:
+    return vllm_pair.theta.url
+
+
+def test_lists_are_those_of_the_same_texts_sent_whole(url: str) -> None:
+    async def main() -> None:
+        async with client(url) as engine:
+            these = texts(PLACES + 3)  # the last are ordinary requests
+            for step in range(5):
+                await assert_as_sent_whole(engine, these, k=K if step != 3 else 100)
+                assert await sessions(engine) == PLACES
+                grow(these, step)
+            await assert_as_sent_whole(engine, these[::-2])
+            # Other requests find room beside the sessions.
+            named = await engine.named_logprobs([list(these[0])], [[5, 7]])
+            assert np.isfinite(named[0]).all()
+
+    asyncio.run(main())
+
+
+def test_sessions_end_with_their_texts_with_the_connection_and_by_themselves(url: str) -> None:
+    async def main() -> None:
+        async with client(url) as engine:
+            await engine._http.post("/reset_prefix_cache")
+            these = texts(6)
+            await engine.next_top_k(these, K)
+            del these[2:]
+            gc.collect()
+            grow(these, 0)
+            await engine.next_top_k(these, K)
+            assert await sessions(engine) == 2
+
+            body = {"model": "tiny", "k": K, "temperature": 0.0, "texts": [["broken-off", 0, [3, 4, 5] * 150]]}
+            async with aiohttp.ClientSession() as http:
+                asked = asyncio.create_task(http.post(url + PATH, json=body))
+                await asyncio.sleep(0.005)
+                asked.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    (await asked).close()  # answered already: it ends by itself, below
+            await assert_ends(engine, 0)
+            grow(these, 1)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
+def test_new_weights_and_an_empty_cache_end_sessions(vllm_pair: ServerPair) -> None:
+    async def main() -> None:
+        async with client(vllm_pair.theta.url) as engine:
+            these = texts(4)
+            before = await engine.next_top_k(these, K)
+            await engine.reset_prefix_cache()  # which vLLM does not do while anything is held
+            assert await sessions(engine) == 0
+            grow(these, 0)
+            await assert_as_sent_whole(engine, these)
+            try:
+                await engine.reload_weights(str(vllm_pair.t.model))
+                assert await sessions(engine) == 0
+                grow(these, 1)
+                await assert_as_sent_whole(engine, these)
+                again = await engine.next_top_k(texts(4), K)
+                assert not np.allclose(np.sort(again.logprobs), np.sort(before.logprobs), atol=1e-2)
+            finally:
+                await engine.reload_weights(str(vllm_pair.theta.model))
+            grow(these, 2)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_sent_again_gets_the_same_answer(url: str) -> None:
+    async def ask(http: aiohttp.ClientSession, *text: Any, **others: Any) -> tuple[int, Any]:
+        body = {"model": "tiny", "k": K, "temperature": 0.0, "texts": [list(text)], **others}
+        async with http.post(url + PATH, json=body) as response:
+            return response.status, await response.json()
+
+    async def main() -> None:
+        async with aiohttp.ClientSession() as http:
+            assert (await ask(http, "mine", 0, [3, 4, 5]))[0] == 200
+            first, again = [await ask(http, "mine", 3, [6]) for _ in range(2)]
+            assert first == again
+            assert first[0] == 200 and first[1]["usage"]["prompt_tokens"] == 4
+            assert (await ask(http, "mine", 3, [7]))[0] == 409  # another token there
+            assert (await ask(http, "mine", 5, [7]))[0] == 409
+            assert (await ask(http, "another", 3, [7]))[0] == 409
+            assert (await ask(http, "mine", 4, [7]))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
+    async def main() -> None:
+        async with client(url) as engine:
+            these = texts(3)
+            await engine.next_top_k(these, K)
+            grow(these, 0)
+            too_long, unknown = GrowingText([5] * 512), GrowingText([5, 10**6])
+            for bad, words in ((too_long, "max-model-len"), (unknown, "token id outside")):
+                with pytest.raises(EngineRejectedError, match=words):
+                    await engine.next_top_k([*these, bad], K)
+            with pytest.raises(EngineRejectedError, match="max-logprobs"):
+                await engine.next_top_k(these, 201)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        {},
+        {"model": "tiny", "k": 5, "temperature": 0.0, "texts": []},
+        {"model": "tiny", "k": 5, "temperature": 0.0, "texts": [[None, 0]]},
+        {"model": "tiny", "k": 5, "temperature": 0.0, "texts": [[None, 0, []]]},
+        {"model": "tiny", "k": 5, "temperature": "hot", "texts": [[None, 0, [3]]]},
+        {"model": "tiny", "k": 5, "temperature": 0.0, "texts": [["a", 0, [3]], ["a", 0, [4]]]},
+    ],
+)
+def test_malformed_questions_are_refused(url: str, body: Any) -> None:
+    async def main() -> None:
+        async with aiohttp.ClientSession() as http, http.post(url + PATH, json=body) as response:
+            assert response.status == 400, await response.text()
+            assert (await response.json())["error"]["message"]
+
+    asyncio.run(main())
