@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.engine import GrowingText
 from dual_rollout.exceptions import EngineReplacedError
 from dual_rollout.servers import HttpTransport, SGLangEngine, VLLMEngine, identity, replicas
 from tests import fault_proxy
@@ -278,3 +280,22 @@ def test_a_server_that_does_not_tell_its_birth_is_known_by_what_it_says(client: 
             await engine.aclose()
 
     asyncio.run(asyncio.wait_for(run(), HANG))
+
+
+def test_a_server_that_was_started_again_without_sessions_is_sent_whole_texts(
+    tiny_pair: TinyPair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        engine = VLLMEngine(HttpTransport(tiny_pair.theta_url))
+        try:
+            found = await engine.probe([1, 2, 3])
+            text = GrowingText([5, 6, 7])
+            whole = await engine.next_top_k([text], 5)
+            engine._capabilities = dataclasses.replace(found, sessions=True)  # as the server before it had them
+            again = await engine.next_top_k([text], 5)
+        finally:
+            await engine.aclose()
+        np.testing.assert_array_equal(whole.token_ids, again.token_ids)
+
+    asyncio.run(main())
+    assert "has no sessions any more" in caplog.text
