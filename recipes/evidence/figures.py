@@ -92,7 +92,7 @@ def success_table(results: dict[str, list[Result]]) -> str:
             _interval([run.final["greedy"] for run in runs], _percent),
             _interval([run.final["ever"] for run in runs], _percent),
             f"{np.mean([run.evaluations[-1]['tokens'] for run in runs]) / 1000:.0f}k",
-            f"{np.mean([step['seconds'] for run in runs for step in run.steps]):.2f}",
+            f"{np.median([step['seconds'] for run in runs for step in run.steps]):.2f}",
             _interval([run.moved["kl_per_sequence"] for run in runs], "{:.1f}".format),
         ]
         rates = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
