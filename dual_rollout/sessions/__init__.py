@@ -1,5 +1,6 @@
 """Sessions on an ordinary vLLM server: a text stays in its engine, and each token is sent alone.
 
-`vllm serve MODEL --middleware dual_rollout.sessions.route.SessionMiddleware` has them: `route.py`, in the API server's
-process. `wire.py` is what both sides tell each other; the client is `dual_rollout.servers.sessions`.
+`route.py` (`--middleware dual_rollout.sessions.route.SessionMiddleware`), in the API server's process, has them.
+`scheduler.py` (`--scheduler-cls dual_rollout.sessions.scheduler.session_scheduler`), in the engine's, lets those of a
+round go on at once. `wire.py` is what both sides tell each other; the client is `dual_rollout.servers.sessions`.
 """

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from dual_rollout.sessions.wire import PATH, SESSIONS_PATH, UNKNOWN_SESSION, encoded
+from dual_rollout.sessions.wire import CARRIED, PATH, SCHEDULER, SESSIONS_PATH, UNKNOWN_SESSION, encoded
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class ListOf:
     k: int
     temperature: float
 
-    def sampling(self, kind: RequestOutputKind) -> SamplingParams:
+    def sampling(self, kind: RequestOutputKind, carried: Sequence[tuple[str, list[int]]] = ()) -> SamplingParams:
         return SamplingParams(
             max_tokens=1,
             temperature=self.temperature,
@@ -128,6 +128,7 @@ class ListOf:
             ignore_eos=True,
             detokenize=False,
             output_kind=kind,
+            extra_args={CARRIED: list(carried)} if carried else None,
         )
 
 
@@ -214,6 +215,14 @@ class Lists:
     logprobs: np.ndarray
 
 
+@dataclass(frozen=True)
+class Carry:
+    """How the tokens of a session come to the engine: with those of `others`, or `by_another`."""
+
+    others: Sequence[tuple[str, list[int]]] = ()
+    by_another: bool = False
+
+
 class Session:
     """A request that stays in the engine.
 
@@ -226,6 +235,7 @@ class Session:
         self.model = model
         self.length = 0
         self.idle_since: float | None = None
+        self._request_id = _request_id()
         self._inputs: asyncio.Queue[StreamingInput] = asyncio.Queue()
         self._outputs: AsyncGenerator[Any, None] | None = None
         self._last: tuple[list[int], ListOf, Lists] | None = None
@@ -237,14 +247,19 @@ class Session:
         token_ids, asked, lists = self._last
         return lists if token_ids == text.token_ids and asked == params else None
 
-    async def go_on(self, engine: Any, token_ids: list[int], params: ListOf, lora: Any) -> Lists:
+    def engine_id(self, engine: Any) -> str:
+        """Its request's name in the engine."""
+        return engine.output_processor.external_req_ids[self._request_id][0]
+
+    async def go_on(self, engine: Any, token_ids: list[int], params: ListOf, lora: Any, carry: Carry) -> Lists:
         """The list after these tokens more."""
         self.idle_since = None
         self.length += len(token_ids)
-        sampling = params.sampling(RequestOutputKind.DELTA)
-        self._inputs.put_nowait(StreamingInput(tokens_input(token_ids), sampling))
+        sampling = params.sampling(RequestOutputKind.DELTA, carry.others)
+        if not carry.by_another:
+            self._inputs.put_nowait(StreamingInput(tokens_input(token_ids), sampling))
         if self._outputs is None:
-            self._outputs = engine.generate(self._stream(), sampling, _request_id(), lora_request=lora)
+            self._outputs = engine.generate(self._stream(), sampling, self._request_id, lora_request=lora)
         lists = _lists(await anext(self._outputs, None), params.k)
         self._last = token_ids, params, lists
         self.idle_since = time.monotonic()
@@ -268,6 +283,7 @@ class SessionServer:
         self._sessions: dict[str, Session] = {}
         self._keeping = True
         self._at_work = 0
+        self._together = state.engine_client.vllm_config.scheduler_config.scheduler_cls == SCHEDULER
         self._reaper: asyncio.Task[None] | None = None
 
     def limits(self) -> Limits:
@@ -292,12 +308,8 @@ class SessionServer:
         before = [self._answered(text, question.model, params) for text in question.texts]
         for name in question.ended:
             await self._end(name)
-        asked = (
-            self._next(text, question.model, params)
-            for text, lists in zip(question.texts, before, strict=True)
-            if lists is None
-        )
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        asked = [text for text, lists in zip(question.texts, before, strict=True) if lists is None]
+        found = await self._lists(asked, question.model, params)
         answers = iter([_raised(lists) for lists in found])
         rows = [next(answers) if lists is None else lists for lists in before]
         kept = [text.session in self._sessions for text in question.texts]
@@ -336,14 +348,35 @@ class SessionServer:
             raise UnknownSessionError(f"session {text.session!r:.80} has {session.length} tokens, not {text.known}")
         return lists
 
-    async def _next(self, text: Text, model: str, params: ListOf) -> Lists:
+    async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists | BaseException]:
+        """The lists after all texts, or why there is none."""
+        engine = self._state.engine_client
+        together = [text for text in texts if text.known] if self._together else []
+        others = [(self._sessions[str(text.session)].engine_id(engine), text.token_ids) for text in together[1:]]
+        carries = {id(text): Carry(by_another=True) for text in together[1:]}
+        carries |= {id(text): Carry(others) for text in together[:1]}
+        tasks = [asyncio.create_task(self._next(text, model, params, carries.get(id(text), Carry()))) for text in texts]
+
+        def brought(task: asyncio.Task[Lists]) -> None:
+            """What a message carries that has not arrived would be waited for in vain."""
+            if task.cancelled() or task.exception() is not None:
+                for text, other in zip(texts, tasks, strict=True):
+                    if id(text) in carries:
+                        other.cancel()
+
+        for text, task in zip(texts, tasks, strict=True):
+            if text in together[:1]:
+                task.add_done_callback(brought)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _next(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
         self._at_work += 1
         try:
-            return await self._asked(text, model, params)
+            return await self._asked(text, model, params, carry)
         finally:
             self._at_work -= 1
 
-    async def _asked(self, text: Text, model: str, params: ListOf) -> Lists:
+    async def _asked(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
         """The list after a text: of its session, which may begin here, or of a request of one token."""
         engine, lora = self._state.engine_client, self._state.openai_serving_models.lora_requests.get(model)
         name = text.session
@@ -363,7 +396,7 @@ class SessionServer:
                 return _lists(await anext(stream, None), params.k)
         session = self._sessions[name]
         try:
-            lists = await session.go_on(engine, text.token_ids, params, lora)
+            lists = await session.go_on(engine, text.token_ids, params, lora, carry)
         except BaseException:
             await self._end(name)
             raise
@@ -417,7 +450,7 @@ def lists_as_arrays(engine: Any) -> None:
         AttributeError: it has not the parts that are changed here.
     """
     processor = engine.output_processor
-    add_request, states = processor.add_request, processor.request_states
+    add_request, states, _ = processor.add_request, processor.request_states, processor.external_req_ids
     LogprobsProcessor._update_sample_logprobs  # noqa: B018  what `ListsAsArrays` overrides
 
     def add(request: Any, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,11 @@ SESSIONS_PATH = "/v1/dual_rollout/sessions"
 """How many sessions there are, and may be."""
 UNKNOWN_SESSION = 409
 """The status of an answer to a request that goes on with a text which the server has not kept."""
+CARRIED = "dual_rollout_carried"
+"""The key of `SamplingParams.extra_args` under which one session brings the engine the tokens of others, see
+`scheduler.py`."""
+SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
+"""The --scheduler-cls that takes them."""
 
 _TYPES = {"token_ids": "<i4", "logprobs": "<f4"}
 

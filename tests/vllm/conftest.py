@@ -15,6 +15,7 @@ from tests.vllm.servers import VllmServer, running
 # Without the list vLLM wraps lm_head too, and its CPU build dies of prompt_logprobs of several prompts at once.
 LORA_FLAGS = ("--enable-lora", "--max-lora-rank=8", "--lora-target-modules", "q_proj", "down_proj")
 SESSION_FLAGS = ("--middleware", "dual_rollout.sessions.route.SessionMiddleware")
+TOGETHER_FLAGS = ("--scheduler-cls", "dual_rollout.sessions.scheduler.session_scheduler")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
     pair = ServerPair(
-        theta=VllmServer(theta, flags=SESSION_FLAGS, log=folder / "theta.log"),
+        theta=VllmServer(theta, flags=(*SESSION_FLAGS, *TOGETHER_FLAGS), log=folder / "theta.log"),
         t=VllmServer(t, log=folder / "t.log"),
     )
     with running(pair.theta, pair.t):
@@ -57,7 +58,7 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
 
 @pytest.fixture(scope="session")
 def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for the policy's model that loads adapters."""
+    """A server for the policy's model that loads adapters, and to which sessions go on one by one."""
     log = tmp_path_factory.mktemp("lora") / "server.log"
     with VllmServer(vllm_pair.theta.model, flags=(*LORA_FLAGS, *SESSION_FLAGS), log=log) as server:
         yield server.url

@@ -69,10 +69,14 @@ async def assert_ends(engine: VLLMEngine, left: int) -> None:
 
 @pytest.fixture
 def url(vllm_pair: ServerPair) -> str:
+    """Sessions go on together there, by the scheduler that the server was given."""
     return vllm_pair.theta.url
 
 
-def test_lists_are_those_of_the_same_texts_sent_whole(url: str) -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+def test_lists_are_those_of_the_same_texts_sent_whole(together: bool, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("url" if together else "lora_url")
+
     async def main() -> None:
         async with client(url) as engine:
             these = texts(PLACES + 3)  # the last are ordinary requests
