@@ -38,20 +38,13 @@ from tests.vllm.pairs import (
     prompts_of,
     ragged_prompts,
 )
-from tests.vllm.servers import NativeServer, metric, run_in_vllms_python, running
+from tests.vllm.servers import LORA_FLAGS, NativeServer, metric, run_in_vllms_python, running
 
 VOCAB_SIZE = len(make_tokenizer())
 TOLERANCE = 5e-5  # nats; vLLM's kernels against transformers', both in float32
 # Four pairs at most, whose 16 blocks of 32 tokens do not hold them, and steps that read prompts in pieces.
 TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
-AMPLE = (
-    "--no-enable-prefix-caching",
-    "--enable-lora",
-    "--max-lora-rank=8",
-    "--lora-target-modules",
-    "q_proj",
-    "down_proj",
-)
+AMPLE = ("--no-enable-prefix-caching", *LORA_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +225,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(ample: Pairs) -> None:
     assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
 
 
+@pytest.mark.skipif(not LORA_FLAGS, reason="vLLM's LoRA kernels for GPUs take no float32")
 def test_the_policy_may_be_an_adapter_and_the_target_its_base(ample: Pairs, tmp_path: Path) -> None:
     """In the memory of one model. The names of adapters are those of `/v1/load_lora_adapter`."""
     torch.manual_seed(3)
