@@ -34,6 +34,10 @@ TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
 REQUEST_SHARE = 0.7  # of it at most for one request
 
 _REFUSED = "speed: a rollout works without it; the server's own words say what it lacks"
+SESSION_FLAGS = (
+    "--middleware dual_rollout.sessions.route.SessionMiddleware "
+    "--scheduler-cls dual_rollout.sessions.scheduler.session_scheduler"
+)
 NEEDED_TO_TRAIN = {"disk": "weight reload", "lora": "LoRA loading"}
 """By the way in which a run sends weights, the row that must be there."""
 _NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
@@ -150,6 +154,8 @@ async def examine(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dic
         for name, engine, there in zip(("π_θ", "π_t"), engines, capabilities, strict=True):
             if there is not None:
                 checks.append(weights_check(name, there.root, await _by(deadline, weights_of(engine))))
+                if (await engine.describe()).owned_by == "vllm":
+                    checks.append(sessions_check(name, there))
         theta, t = capabilities
         if theta is not None and t is not None:
             compared = await _by(deadline, compare_tokens(*engines, theta, t))
@@ -206,6 +212,13 @@ def weights_check(name: str, root: str | None, found: tuple[str | None, float | 
         return Check(name, "weights", "ok", detail)
     fix = f"they were given to it by a training run: restart the server to have those of {root or 'its own folder'}"
     return Check(name, "weights", "optional", detail, fix)
+
+
+def sessions_check(name: str, found: Capabilities) -> Check:
+    """Whether a vLLM server keeps texts between requests."""
+    if found.sessions:
+        return Check(name, "sessions", "ok", "yes")
+    return Check(name, "sessions", "optional", "no", f"speed: start it with {SESSION_FLAGS} (docs/serving.md)")
 
 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:

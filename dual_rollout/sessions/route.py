@@ -37,7 +37,14 @@ logger = logging.getLogger(__name__)
 _PREFIX = "dual-rollout-list-"  # of our requests' ids
 _IDLE_S = 10.0
 _SHARE_OF_PLACES, _SHARE_OF_CACHE = 0.75, 0.5
-_ASKING = ("/v1/", "/v2/", "/inference/", "/tokenize", "/detokenize")  # routes that change nothing, but for these
+_ASKING = (
+    "/v1/",
+    "/v2/",
+    "/inference/",
+    "/tokenize",
+    "/detokenize",
+    "/ping",
+)  # routes that change nothing, but for these
 _CHANGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 

@@ -21,9 +21,12 @@ model
   --dtype TYPE               of weights and activations (auto)
   --theta-quantization Q, --t-quantization Q       such as fp8 (none)
   --max-model-len N          context length in tokens (the model's own)
-  --max-num-seqs N           sequences in one step (64)
+  --max-num-seqs N           sequences in one step (64; with --sessions 128, for each of these holds a place)
   --max-logprobs N           most candidates a client may ask for; at least its top_k (200)
   --processed-logprobs       report log-probabilities at the request's temperature; for temperature != 1
+speed
+  --sessions                 keep each text in the engine and send it one token at a time (docs/serving.md): needs
+                             dual_rollout beside vLLM, and runs with it inside
 weights
   --lora RANK                let theta load LoRA adapters of up to this rank while it runs
   --lora-modules NAMES       modules that adapters may change, comma-separated (all; with --cpu the linear
@@ -47,7 +50,7 @@ HELP
 fail() { echo "start_vllm.sh: $*" >&2; exit 2; }
 
 declare -A port=([theta]=8000 [t]=8001) devices=([theta]=0 [t]=0) tp=() memory=() quantization=() cores=() model=() pid=()
-host=127.0.0.1 dtype= max_model_len= max_num_seqs=64 max_logprobs=200 processed= lora= lora_modules= nccl= cpu=
+host=127.0.0.1 dtype= max_model_len= max_num_seqs= max_logprobs=200 processed= lora= lora_modules= nccl= cpu= sessions=
 flags= kv_cache_gib=2 python=${VLLM_PYTHON:-python} log_dir=outputs/serving timeout=900 check=yes dry_run=
 models=() extra=()
 
@@ -69,6 +72,7 @@ while (($#)); do
         --max-num-seqs) max_num_seqs=$2; shift 2 ;;
         --max-logprobs) max_logprobs=$2; shift 2 ;;
         --processed-logprobs) processed=yes; shift ;;
+        --sessions) sessions=yes; shift ;;
         --lora) lora=$2; shift 2 ;;
         --lora-modules) lora_modules=$2; shift 2 ;;
         --nccl) nccl=yes; shift ;;
@@ -85,6 +89,7 @@ while (($#)); do
         *) models+=("$1"); shift ;;
     esac
 done
+[[ -n $max_num_seqs ]] || max_num_seqs=$([[ -n $sessions ]] && echo 128 || echo 64)
 ((${#models[@]} == 1 || ${#models[@]} == 2)) || fail "name one or two models (--help explains)"
 [[ -z $cpu || -z $nccl ]] || fail "--nccl needs GPUs"
 model=([theta]=${models[0]} [t]=${models[1]:-${models[0]}})
@@ -143,6 +148,12 @@ build() {
     done
     [[ -z $max_model_len ]] || command+=(--max-model-len "$max_model_len")
     [[ -z $processed ]] || { needs --logprobs-mode --processed-logprobs; command+=(--logprobs-mode processed_logprobs); }
+    if [[ -n $sessions ]]; then
+        needs --middleware --sessions
+        needs --scheduler-cls --sessions
+        command+=(--middleware dual_rollout.sessions.route.SessionMiddleware
+            --scheduler-cls dual_rollout.sessions.scheduler.session_scheduler)
+    fi
     [[ -z ${quantization[$side]:-} ]] || command+=(--quantization "${quantization[$side]}")
     if [[ -n $cpu ]]; then
         environment+=("VLLM_CPU_OMP_THREADS_BIND=${cores[$side]:-$(half_of_cores "$side")}"
@@ -239,6 +250,8 @@ if [[ -z $dry_run ]]; then
     trap 'exit 143' TERM
 fi
 ask_for_flags
+[[ -z $sessions || -n $dry_run ]] || "$python" -c 'import dual_rollout.sessions' 2>/dev/null ||
+    fail "--sessions needs dual_rollout in vLLM's environment: $python -m pip install --no-deps dual_rollout"
 start theta
 # vLLM measures the free memory of its GPU while it starts; two at once would disturb each other.
 [[ -n $cpu || -z $shared ]] || wait_until_healthy theta

@@ -51,7 +51,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[2])), Health).serve_forever()
 
 FLAGS = (
     *("--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log", "--logprobs-mode"),
-    *("--lora-target-modules", "--weight-transfer-config"),
+    *("--lora-target-modules", "--weight-transfer-config", "--middleware", "--scheduler-cls"),
 )
 
 
@@ -113,6 +113,16 @@ def test_cpu() -> None:
     assert "q_proj" in theta[theta.index("--lora-target-modules") :]
 
 
+def test_sessions_on_both_servers() -> None:
+    plain, _ = dry_run("policy")
+    assert "--middleware" not in plain and value(plain, "--max-num-seqs") == "64"
+    for words in dry_run("policy", "--sessions"):
+        assert value(words, "--middleware") == "dual_rollout.sessions.route.SessionMiddleware"
+        assert value(words, "--scheduler-cls") == "dual_rollout.sessions.scheduler.session_scheduler"
+        assert value(words, "--max-num-seqs") == "128"
+    assert value(dry_run("policy", "--sessions", "--max-num-seqs", "32")[0], "--max-num-seqs") == "32"
+
+
 @pytest.mark.parametrize(
     "flag", ["--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
 )
@@ -128,6 +138,7 @@ def test_a_flag_that_this_vllm_lacks_is_left_out(tmp_path: Path, flag: str) -> N
         (["--processed-logprobs"], "--logprobs-mode"),
         (["--lora", "8", "--cpu"], "--lora-target-modules"),
         (["--nccl"], "--weight-transfer-config"),
+        (["--sessions"], "--scheduler-cls"),
     ],
 )
 def test_an_option_that_this_vllm_cannot_do_is_refused(tmp_path: Path, options: list[str], flag: str) -> None:

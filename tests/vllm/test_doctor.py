@@ -32,6 +32,7 @@ def test_a_good_pair(vllm_pair: ServerPair, lora_url: str) -> None:
     assert found["ok"]
     rows = {(check["server"], check["name"]): check["status"] for check in found["checks"]}
     assert rows["π_θ", "LoRA loading"] == rows["π_θ", "weight reload"] == rows["both", "tokens"] == "ok"
+    assert (rows["π_θ", "sessions"], rows["π_t", "sessions"]) == ("ok", "optional")
     assert "LoRA loading" in str([c for c in report(vllm_pair.theta.url, vllm_pair.t.url)["checks"] if c["fix"]])
 
 
