@@ -46,6 +46,8 @@ _ASKING = (
     "/ping",
 )  # routes that change nothing, but for these
 _CHANGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_PAUSES = {"/pause": True, "/resume": False, "/sleep": True, "/wake_up": False}
+_LONGEST_WAIT_S = 30.0  # for requests under way, before something that may change the model
 
 
 class SessionMiddleware:
@@ -63,6 +65,8 @@ class SessionMiddleware:
             return
         async with self._server.without_sessions():
             await self._app(scope, receive, send)
+            if scope["path"] in _PAUSES:
+                self._server.paused = _PAUSES[scope["path"]]
 
 
 def may_change_model(method: str, path: str) -> bool:
@@ -136,6 +140,7 @@ class ListOf:
             detokenize=False,
             output_kind=kind,
             extra_args={CARRIED: list(carried)} if carried else None,
+            skip_clone=True,
         )
 
 
@@ -236,12 +241,14 @@ class Session:
     Attributes:
         length: tokens of its text.
         idle_since: `time.monotonic` seconds of its last answer; None while it is at work.
+        ends: whether it ends with the answer that it is at work for.
     """
 
     def __init__(self, model: str) -> None:
         self.model = model
         self.length = 0
         self.idle_since: float | None = None
+        self.ends = False
         self._request_id = _request_id()
         self._inputs: asyncio.Queue[StreamingInput] = asyncio.Queue()
         self._outputs: AsyncGenerator[Any, None] | None = None
@@ -262,11 +269,12 @@ class Session:
         """The list after these tokens more."""
         self.idle_since = None
         self.length += len(token_ids)
-        sampling = params.sampling(RequestOutputKind.DELTA, carry.others)
         if not carry.by_another:
+            sampling = params.sampling(RequestOutputKind.DELTA, carry.others)
             self._inputs.put_nowait(StreamingInput(tokens_input(token_ids), sampling))
-        if self._outputs is None:
-            self._outputs = engine.generate(self._stream(), sampling, self._request_id, lora_request=lora)
+            if self._outputs is None:
+                self._outputs = engine.generate(self._stream(), sampling, self._request_id, lora_request=lora)
+        assert self._outputs is not None, "what another brings is for a session that has begun"
         lists = _lists(await anext(self._outputs, None), params.k)
         self._last = token_ids, params, lists
         self.idle_since = time.monotonic()
@@ -283,12 +291,18 @@ class Session:
 
 
 class SessionServer:
-    """Answers questions with the engine of an API server, whose `app.state` it is given."""
+    """Answers questions with the engine of an API server, whose `app.state` it is given.
+
+    Attributes:
+        paused: whether the engine is, so that new requests wait.
+    """
 
     def __init__(self, state: Any):
+        self.paused = False
         self._state = state
         self._sessions: dict[str, Session] = {}
-        self._keeping = True
+        self._held = 0  # tokens of all sessions
+        self._changes = 0  # under way, of the model
         self._at_work = 0
         self._together = state.engine_client.vllm_config.scheduler_config.scheduler_cls == SCHEDULER
         self._reaper: asyncio.Task[None] | None = None
@@ -331,15 +345,20 @@ class SessionServer:
     @contextlib.asynccontextmanager
     async def without_sessions(self) -> AsyncIterator[None]:
         """No session is in the engine during the block, and none has what it computed before."""
-        self._keeping = False
+        self._changes += 1
         try:
-            while self._at_work:
+            deadline = time.monotonic() + _LONGEST_WAIT_S
+            # What is at work in a paused engine has not begun, and does so afterwards.
+            while self._at_work and not self.paused and time.monotonic() < deadline:
                 await asyncio.sleep(0.001)
-            for name in list(self._sessions):
-                await self._end(name)
+            for name, session in list(self._sessions.items()):
+                if session.idle_since is None:
+                    session.ends = True
+                else:
+                    await self._end(name)
             yield
         finally:
-            self._keeping = True
+            self._changes -= 1
 
     def _answered(self, text: Text, model: str, params: ListOf) -> Lists | None:
         """The list after a text where it was given before; raises `UnknownSessionError` where it cannot be gone on."""
@@ -402,21 +421,21 @@ class SessionServer:
             async with contextlib.aclosing(stream):
                 return _lists(await anext(stream, None), params.k)
         session = self._sessions[name]
+        self._held += len(text.token_ids)
         try:
             lists = await session.go_on(engine, text.token_ids, params, lora, carry)
         except BaseException:
             await self._end(name)
             raise
-        if not self._room_for(0):
+        if session.ends or not self._room_for(0):
             await self._end(name)
         return lists
 
     def _room_for(self, tokens: int) -> bool:
         """Whether one session more, or a longer one, leaves room for other requests."""
-        held = sum(session.length for session in self._sessions.values()) + tokens
         places = self._places() - (tokens > 0)
-        fits = held <= _cache_tokens(self._state.engine_client.vllm_config) * _SHARE_OF_CACHE
-        return self._keeping and self._keeps() and len(self._sessions) <= places and fits
+        fits = self._held + tokens <= _cache_tokens(self._state.engine_client.vllm_config) * _SHARE_OF_CACHE
+        return not self._changes and self._keeps() and len(self._sessions) <= places and fits
 
     def _keeps(self) -> bool:
         """Of several API servers, the next request of a session may reach another one."""
@@ -427,6 +446,7 @@ class SessionServer:
 
     async def _end(self, name: str) -> None:
         if (session := self._sessions.pop(name, None)) is not None:
+            self._held -= session.length
             await session.end()
 
     def _watch(self) -> None:

@@ -142,6 +142,29 @@ def test_new_weights_and_an_empty_cache_end_sessions(vllm_pair: ServerPair) -> N
     asyncio.run(main())
 
 
+def test_a_question_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting(url: str) -> None:
+    async def main() -> None:
+        async with client(url) as engine:
+            these = texts(3)
+            await engine.next_top_k(these, K)
+            grow(these, 0)
+            await engine._http.post("/pause?mode=wait")
+            try:
+                asked = asyncio.create_task(engine.next_top_k(these, K))
+                await asyncio.sleep(0.2)
+                await asyncio.wait_for(engine.reset_prefix_cache(), HANG)
+                assert not asked.done()
+            finally:
+                await engine._http.post("/resume")
+            answer = await asyncio.wait_for(asked, HANG)
+            whole = await engine._lists_of([list(text) for text in these], K, 1.0)
+            np.testing.assert_allclose(answer.logprobs, whole.logprobs, atol=1e-4)
+            grow(these, 1)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
 def test_a_request_that_is_sent_again_gets_the_same_answer(url: str) -> None:
     async def ask(http: aiohttp.ClientSession, *text: Any, **others: Any) -> tuple[int, Any]:
         body = {"model": "tiny", "k": K, "temperature": 0.0, "texts": [list(text)], **others}
