@@ -13,6 +13,7 @@ from typing import Any, is_typeddict
 import dual_rollout
 from dual_rollout.config import field_hints
 from dual_rollout.training.async_grpo import DualRolloutWorker
+from dual_rollout.training.connections import ServerConnections
 from dual_rollout.training.rollout_trainer import RolloutTrainerMixin
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trainer import DualTrainerMixin
@@ -41,7 +42,7 @@ GROUPS = {
         "compute_diagnostics",
     ),
 }
-FURTHER = (CallOptions, DualTrainerMixin, RolloutTrainerMixin, AlphaSchedule, DualRolloutWorker)
+FURTHER = (CallOptions, ServerConnections, DualTrainerMixin, RolloutTrainerMixin, AlphaSchedule, DualRolloutWorker)
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 
 HEAD = """# API

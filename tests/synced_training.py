@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from dual_rollout import DualGRPOTrainer
-from dual_rollout.training.rollout import ADAPTER_NAME
+from dual_rollout.training.connections import ADAPTER_NAME
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config

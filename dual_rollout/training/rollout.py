@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import secrets
-import weakref
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 
 from dual_rollout.config import AlphaRule, CoordinatorConfig, did_you_mean
-from dual_rollout.coordinator import CoordinatorStats, DualVLLMCoordinator
-from dual_rollout.exceptions import EngineError, RolloutError
-from dual_rollout.servers import Engine, EngineInfo
+from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import with_template_options
+from dual_rollout.training.connections import ServerConnections
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, TargetContexts, TargetContextsByPrompt, column_names
-from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
+from dual_rollout.training.random_streams import RandomStreams
 from dual_rollout.training.rollout_batch import RolloutBatch
 from dual_rollout.training.rollout_metrics import mode_of
 from dual_rollout.training.schedules import AlphaSchedule
-from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args
+from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args, uncorrected
 from dual_rollout.training.turns import ROLLOUT_COLUMNS, RolloutSession
 from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt
 
@@ -34,19 +28,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SAME_DISTRIBUTION = 1e-3  # nats per token; the numerics of two servers stay below it
-_NAME_WITHIN_S = 5.0  # for a model card, which no run should wait for long
-
-ADAPTER_NAME = "dual-rollout-policy"
-"""The policy's adapter on its server."""
 
 
-class DualRollout:
+class DualRollout(ServerConnections):
     """Draws rollouts from q* between two servers.
 
     Give it to a trainer, `GRPOTrainer(rollout_func=DualRollout(config))`, or call `generate` in a loop of your own.
-    Synchronous outside; inside, one event loop in a background thread keeps its connections for its whole life: until
-    `close()`, the end of a `with` block, or of the process. A forked process opens connections of its own, and draws
-    from the same random streams as its parent would: give each a seed of its own.
+    Its connections, and how π_θ's server gets new weights, are those of
+    `dual_rollout.training.connections.ServerConnections`. A forked process draws from the same random streams as its
+    parent would: give each a seed of its own.
 
     With `config.seed` a trainer's random streams depend on the seed, the process, the training step, whether it trains
     or evaluates, and the number of the rollout (of each turn, with tools) within that step, and on nothing else: a
@@ -83,23 +73,16 @@ class DualRollout:
     ):
         if policy_check_bound is not None and not policy_check_bound > 0:
             raise ValueError(f"policy_check_bound must be above 0, got {policy_check_bound!r}")
-        self.config = config
+        super().__init__(config, tokenizer)
         self.policy_check_bound = policy_check_bound
-        self._run_name = f"dual_rollout run {secrets.token_hex(4)}"
-        self._given_version: str | None = None
-        self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.allow_uncorrected = allow_uncorrected
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
-        self._streams: dict[str, tuple[int, int]] = {}
+        self._streams = RandomStreams(config.seed)
         self._contexts = TargetContextsByPrompt()
         self._warned: set[str] = set()
-        self._served_models: dict[str, EngineInfo] = {}
         self._compared = False  # whether a rollout has shown that π_t differs from π_θ, or not
-        self._loop: LoopThread | None = None
-        self._coordinator: DualVLLMCoordinator | None = None
-        self._close_at_exit: Any = None
 
     def __call__(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, Any]:
         """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
@@ -141,8 +124,10 @@ class DualRollout:
             WeightSyncError: π_θ's server does not serve the trainer's policy.
         """
         check_training_args(trainer.args)
-        if getattr(trainer, "rollout", None) is not self:
-            self._check_corrected(trainer)
+        if getattr(trainer, "rollout", None) is not self and (fault := uncorrected(trainer)) is not None:
+            if not self.allow_uncorrected:
+                raise ValueError(f"{fault}. To train like that on purpose, set allow_uncorrected=True in DualRollout")
+            self._warn_once(fault)
         self._warn_of_settings(trainer)
         return RolloutSession(self, trainer)
 
@@ -245,104 +230,6 @@ class DualRollout:
                 raise ValueError(f"prompt {i} of the batch: {error}") from error
         return encoded
 
-    def reload_policy_weights(self, folder: str) -> None:
-        """Make π_θ's server load the safetensors in `folder` and drop its prefix cache; π_t's is left alone."""
-        coordinator = self._open()
-        self._run(coordinator.theta.reload_weights(folder))
-
-    def load_policy_adapter(self, folder: str) -> None:
-        """Make π_θ's server load the LoRA adapter in `folder`; `use_policy_adapter` puts it to use."""
-        self._run(self._open().theta.load_lora(ADAPTER_NAME, folder))
-
-    def use_policy_adapter(self) -> None:
-        """From now on π_θ is its server's model with the adapter that was loaded last."""
-        self._open().theta.use_lora(ADAPTER_NAME)
-
-    def policy_server_loads_lora(self) -> bool:
-        """Whether π_θ's server takes LoRA adapters while it runs."""
-        return self._run(self._open().theta.loads_lora())
-
-    def check_policy_server_sees(self, folder: str) -> None:
-        """Raise `EngineError` unless π_θ's server reads the safetensors in `folder`, which must hold no tensors."""
-        self._run(self._open().theta.check_sees(folder))
-
-    def share_policy_weights(self, version: int) -> None:
-        """Tell all processes that π_θ's servers have the weights of `version`, which the main process gave them.
-
-        Every process calls it. Those that did not give the weights learn which servers took them: they then use no
-        other, and notice as well when one is restarted and so has lost them.
-        """
-        engine = self._open().theta
-        given = [engine.weights_given()]
-        broadcast_object_list(given)
-        if process_index() != 0:
-            engine.adopt_weights(given[0])
-        self.weight_version = version
-        self._given_version = f"{self._run_name}, step {version}"
-        with fail_together():
-            if process_index() == 0:
-                self._run(engine.set_weight_version(self._given_version))
-
-    def ask_policy_servers(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
-        """The answers of π_θ's server, or of each of its replicas that is in use."""
-        return self._run(self._open().theta.each(ask))
-
-    def served_model(self, which: Literal["theta", "t"]) -> str:
-        """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
-        info = self._describe(which)
-        return "unknown" if info is None else info.model
-
-    def server_kind(self, which: Literal["theta", "t"]) -> str:
-        """What serves π_θ or π_t: the engine of the config, or "embedded" for a `dual-rollout serve`."""
-        info = self._describe(which)
-        embedded = info is not None and info.owned_by == "dual_rollout"
-        return "embedded" if embedded else getattr(self.config, f"{which}_engine")
-
-    def _describe(self, which: Literal["theta", "t"]) -> EngineInfo | None:
-        if which not in self._served_models:
-            coordinator = self._open()
-            describe = (getattr(coordinator, which) or coordinator.theta).describe  # a native server holds both
-            try:
-                self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S))
-            except (EngineError, TimeoutError) as error:
-                logger.warning("the name of the model that serves as %s is not known: %s", which, error)
-        return self._served_models.get(which)
-
-    @property
-    def stats(self) -> CoordinatorStats:
-        """Counts and times over the life of the connections."""
-        return self._open().stats
-
-    @property
-    def has_target_server(self) -> bool:
-        """Whether π_t has a server of its own, so that both are asked for top-k lists; else π_θ's holds both models."""
-        return self._open().t is not None
-
-    @property
-    def weight_version(self) -> int | None:
-        """The version of π_θ's weights that the next outputs record."""
-        return self._open().weight_version
-
-    @weight_version.setter
-    def weight_version(self, version: int | None) -> None:
-        self._open().weight_version = version
-
-    def close(self) -> None:
-        """Close the connections and end the background thread; the next rollout would open them again."""
-        if self._loop is not None and self._loop.is_of_this_process:
-            self._close_at_exit()
-        elif self._loop is not None:
-            _OF_PARENT_PROCESSES.append((self._loop, self._coordinator))
-        self._loop = self._coordinator = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _generate(
         self,
         prompts: Sequence[Prompt],
@@ -367,7 +254,7 @@ class DualRollout:
                 [GenerationRequest(*row) for row in rows],
                 max_tokens=max(each),
                 temperature=temperature,
-                seed=self._seed(*stream),
+                seed=self._streams.next_seed(*stream),
                 alpha_rule=alpha_rule,
                 eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
                 return_diagnostics=True,
@@ -399,24 +286,6 @@ class DualRollout:
                 "lists of other requests in the same step, here those of other trainer processes. Lists that cannot be "
                 'right are asked for again; to be safe, use support "union" with missing "floor", or one process'
             )
-
-    def _check_corrected(self, trainer: Any) -> None:
-        """Refuse a trainer that would take samples from q* for its policy's.
-
-        Raises:
-            ValueError: it applies no weights, and `allow_uncorrected` is not set.
-        """
-        if not trainer.use_vllm:
-            fault = "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the "
-            fault += "policy's server: use DualGRPOTrainer, or use_vllm=True"
-        elif not trainer.args.vllm_importance_sampling_correction:
-            fault = "vllm_importance_sampling_correction=False leaves rollouts from q* without their importance "
-            fault += "weights: set it to True, or use DualGRPOTrainer"
-        else:
-            return
-        if not self.allow_uncorrected:
-            raise ValueError(f"{fault}. To train like that on purpose, set allow_uncorrected=True in DualRollout")
-        self._warn_once(fault)
 
     def _tokenizer_under(self, trainer: Any, tools: Any = None) -> Any:
         """The policy's tokenizer, with the trainer's arguments for its chat template, and its own template if any."""
@@ -455,51 +324,3 @@ class DualRollout:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-    def _seed(self, mode: str, step: int, process: int) -> int | None:
-        """The seed of the next call of its kind; None without `config.seed`, so that decoding is free to draft."""
-        last_step, calls = self._streams.get(mode, (step, 0))
-        call = calls if last_step == step else 0
-        self._streams[mode] = (step, call + 1)
-        if self.config.seed is None:
-            return None
-        entropy = [self.config.seed, ("train", "eval", "loop").index(mode), step, process, call]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-    def _open(self) -> DualVLLMCoordinator:
-        if self._loop is not None and not self._loop.is_of_this_process:
-            self._leave_to_parent_process()
-        if self._coordinator is None:
-            self._coordinator = DualVLLMCoordinator(self.config, tokenizer=self.tokenizer)
-            self._loop = LoopThread()
-            self._close_at_exit = weakref.finalize(self, _close, self._loop, self._coordinator)
-        return self._coordinator
-
-    def _leave_to_parent_process(self) -> None:
-        """In a forked process: forget the parent's connections, which are not to be touched here.
-
-        Raises:
-            ValueError: the parent has given π_θ's server weights, of which this process would not know.
-        """
-        assert self._coordinator is not None
-        if self._coordinator.weight_version is not None:
-            raise ValueError(
-                "this process was forked from the one that sends π_θ's server its weights, and would not know of them: "
-                "roll out in that one, or make a DualRollout here"
-            )
-        _OF_PARENT_PROCESSES.append((self._loop, self._coordinator))
-        self._loop = self._coordinator = None
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        assert self._loop is not None
-        return self._loop.run(coroutine)
-
-
-_OF_PARENT_PROCESSES: list[Any] = []
-"""Never collected: closing inherited sockets would unregister the parent's, whose epoll instance is the same."""
-
-
-def _close(loop: LoopThread, coordinator: DualVLLMCoordinator) -> None:
-    """Of a rollout that is closed, collected, or still open when Python ends."""
-    if loop.is_of_this_process:
-        loop.close(coordinator.aclose())

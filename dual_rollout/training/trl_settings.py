@@ -61,4 +61,19 @@ def check_rollout_is_all(trainer: Any, prompts: Sequence[Prompt]) -> None:
         check_prompt_is_text(prompt)
 
 
+def uncorrected(trainer: Any) -> str | None:
+    """Why a trainer would take samples from q* for its policy's; None if it corrects them."""
+    if not trainer.use_vllm:
+        return (
+            "this trainer applies no importance weights to rollouts from q*, and sends no new weights to the policy's "
+            "server: use DualGRPOTrainer, or use_vllm=True"
+        )
+    if not trainer.args.vllm_importance_sampling_correction:
+        return (
+            "vllm_importance_sampling_correction=False leaves rollouts from q* without their importance weights: set "
+            "it to True, or use DualGRPOTrainer"
+        )
+    return None
+
+
 _NEUTRAL = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from dual_rollout import DualGRPOTrainer, DualRollout
 from dual_rollout.exceptions import WeightSyncError
-from dual_rollout.training.rollout import ADAPTER_NAME
+from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.weight_sync import DiskWeightSync, LoraWeightSync
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import chat_dataset, count_of_the, dual_config, grpo_config

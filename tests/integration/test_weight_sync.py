@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from dual_rollout import DualRollout
 from dual_rollout.exceptions import EngineError
+from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.policy_state_dict import merged, plain_tensors
-from dual_rollout.training.rollout import ADAPTER_NAME
 from dual_rollout.training.weight_sync import (
     DiskWeightSync,
     LoraWeightSync,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dual_rollout import DualRollout
 from dual_rollout.exceptions import EngineError
-from dual_rollout.training.rollout import ADAPTER_NAME
+from dual_rollout.training.connections import ADAPTER_NAME
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import dual_config
 from tests.synced_training import distance, largest_error, lora_config, served, served_models, train
