@@ -10,36 +10,38 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import AsyncIterator
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.benchmark import Benchmark
-from dual_rollout.servers import HttpTransport, VLLMEngine
+from dual_rollout.servers import VLLMEngine
+
+_WARM_UPS = 2  # each way finds out in how many groups it is fastest
 
 
-async def lockstep(
-    coordinator: DualVLLMCoordinator, prompts: list[list[int]], max_tokens: int, *, sessions: bool
-) -> float:
+async def lockstep(coordinator: DualVLLMCoordinator, prompts: list[list[int]], max_tokens: int) -> float:
     """Tokens per second."""
-    for engine in (coordinator.theta, coordinator.t):
-        assert isinstance(engine, VLLMEngine)
-        found = await engine.probe(prompts[0])
-        engine._capabilities = dataclasses.replace(found, sessions=sessions)
     started = time.perf_counter()
     for output in await coordinator.generate_batch(prompts, max_tokens=max_tokens):
         assert output.error is None, output.error
     return len(prompts) * max_tokens / (time.perf_counter() - started)
 
 
-async def check_has_sessions(url: str) -> None:
-    engine = VLLMEngine(HttpTransport(url))
-    try:
-        if not (await engine.probe([1, 2, 3])).sessions:
-            raise SystemExit(f"{url} has no sessions")
-    finally:
-        await engine.aclose()
+@contextlib.asynccontextmanager
+async def coordinator_of(config: CoordinatorConfig, *, sessions: bool) -> AsyncIterator[DualVLLMCoordinator]:
+    """With a tuner of its own; `sessions` False lets it take the servers for some that have none."""
+    async with DualVLLMCoordinator(config) as coordinator:
+        for engine in (coordinator.theta, coordinator.t):
+            assert isinstance(engine, VLLMEngine)
+            found = await engine.probe([1, 2, 3])
+            if not found.sessions:
+                raise SystemExit(f"{engine.url} has no sessions")
+            engine._capabilities = dataclasses.replace(found, sessions=sessions)
+        yield coordinator
 
 
 async def main(args: argparse.Namespace) -> None:
@@ -52,29 +54,23 @@ async def main(args: argparse.Namespace) -> None:
         ignore_eos=True,
         max_concurrency=max(args.concurrency),
     )
-    for url in (args.theta_url, args.t_url):
-        await check_has_sessions(url)
     bench = Benchmark(config, max_tokens=args.max_tokens)
     print(f"{'sequences':>9} {'both':>8} {'whole':>8} {'of both':>8} {'sessions':>9} {'of both':>8} {'of whole':>9}")
     for count in args.concurrency:
         turns = []
-        async with DualVLLMCoordinator(config) as coordinator:
-            for turn in range(args.repeat + 1):
+        async with coordinator_of(config, sessions=False) as whole, coordinator_of(config, sessions=True) as kept:
+            for turn in range(args.repeat + _WARM_UPS):
                 both = (await bench.run("both", count, args.context)).tokens_per_second
                 speeds = [
-                    await lockstep(
-                        coordinator, await bench._prompts(count, args.context), args.max_tokens, sessions=sessions
-                    )
-                    for sessions in (False, True)
+                    await lockstep(coordinator, await bench._prompts(count, args.context), args.max_tokens)
+                    for coordinator in (whole, kept)
                 ]
-                if turn:  # the first finds out about groups
+                if turn >= _WARM_UPS:
                     turns.append((both, *speeds))
-        both, whole, kept = (statistics.median(column) for column in zip(*turns, strict=True))
+        both, *speeds = (statistics.median(column) for column in zip(*turns, strict=True))
         ratios = [statistics.median(turn[i] / turn[j] for turn in turns) for i, j in ((1, 0), (2, 0), (2, 1))]
-        print(
-            f"{count:>9} {both:>8.0f} {whole:>8.0f} {ratios[0]:>8.2f} {kept:>9.0f} {ratios[1]:>8.2f} {ratios[2]:>9.2f}",
-            flush=True,
-        )
+        speed = f"{count:>9} {both:>8.0f} {speeds[0]:>8.0f} {ratios[0]:>8.2f}"
+        print(f"{speed} {speeds[1]:>9.0f} {ratios[1]:>8.2f} {ratios[2]:>9.2f}", flush=True)
 
 
 if __name__ == "__main__":

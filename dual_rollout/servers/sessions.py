@@ -23,11 +23,24 @@ _numbers = itertools.count()
 
 
 class _Known:
-    """What the server has of one text: the name it keeps it under, and how many of its tokens; 0 for none."""
+    """What the server has of one text.
+
+    Attributes:
+        name: that it keeps it under.
+        tokens: how many of them; 0 for none.
+        before: how many it had before the last request, which it answers again when it is sent again.
+    """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.name = f"{_RUN}-{next(_numbers)}"
-        self.tokens = 0
+        self.tokens = self.before = 0
+
+    def at(self, length: int) -> int:
+        """From where on to send a text of that length, of which it has the beginning."""
+        return self.tokens if length > self.tokens else self.before
 
 
 class SessionLists:
@@ -66,7 +79,7 @@ class SessionLists:
         lists, kept = answer
         for mine, text, there in zip(known, texts, kept, strict=True):
             if mine is not None:
-                mine.tokens = len(text) if there else 0
+                mine.before, mine.tokens = (mine.at(len(text)), len(text)) if there else (0, 0)
         return lists
 
     def _known(self, text: TokenIds) -> _Known | None:
@@ -76,6 +89,8 @@ class SessionLists:
         if (mine := self._texts.get(id(text))) is None:
             mine = self._texts[id(text)] = _Known()
             weakref.finalize(text, self._end, id(text)).atexit = False
+        if len(text) < mine.tokens:
+            self._forget(mine)
         return mine
 
     def _end(self, key: int) -> None:
@@ -85,14 +100,14 @@ class SessionLists:
         """Let the server end a session, with the next request; it does so by itself after a while."""
         if mine is not None and mine.tokens:
             self._ended.append(mine.name)
-            mine.name, mine.tokens = f"{_RUN}-{next(_numbers)}", 0
+            mine.forget()
 
     async def _ask(
         self, texts: Sequence[TokenIds], known: Sequence[_Known | None], k: int, temperature: float
     ) -> tuple[TopK, list[bool]]:
         ended, self._ended = self._ended, []
         sent = [
-            [mine.name, mine.tokens, text[mine.tokens :]] if mine is not None else [None, 0, text]
+            [mine.name, (at := mine.at(len(text))), text[at:]] if mine is not None else [None, 0, text]
             for mine, text in zip(known, texts, strict=True)
         ]
 

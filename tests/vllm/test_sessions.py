@@ -92,6 +92,22 @@ def test_lists_are_those_of_the_same_texts_sent_whole(together: bool, request: p
     asyncio.run(main())
 
 
+def test_texts_that_have_not_grown_are_answered_too(url: str) -> None:
+    """The other server may have failed a round, or a longer list is wanted of the same text."""
+
+    async def main() -> None:
+        async with client(url) as engine:
+            these = texts(4)
+            for step in range(3):
+                for k in (K, K, 50, K):
+                    await assert_as_sent_whole(engine, these, k)
+                grow(these[:2], step)  # the others stay as they are
+            del these[0][15:], these[1][-1]
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
 def test_sessions_end_with_their_texts_with_the_connection_and_by_themselves(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
