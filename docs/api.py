@@ -14,7 +14,7 @@ import dual_rollout
 from dual_rollout.config import field_hints
 from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.connections import ServerConnections
-from dual_rollout.training.rollout_trainer import RolloutTrainerMixin
+from dual_rollout.training.rollout_mixin import RolloutTrainerMixin
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trainer import DualTrainerMixin
 from dual_rollout.types import CallOptions

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import DistillationTrainer
 
-from dual_rollout.training.rollout_trainer import RolloutTrainerMixin
+from dual_rollout.training.rollout_mixin import RolloutTrainerMixin
 
 
 class DualDistillationTrainer(RolloutTrainerMixin, DistillationTrainer):

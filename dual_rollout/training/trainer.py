@@ -15,8 +15,8 @@ from dual_rollout.training.correction import (
 )
 from dual_rollout.training.policy_check import evaluating, has_dropout
 from dual_rollout.training.rollout_metrics import log_over_processes
-from dual_rollout.training.rollout_trainer import RolloutTrainerMixin, drawn_mask
-from dual_rollout.training.rollout_trainer import check_columns as check_columns  # for those who look for it here
+from dual_rollout.training.rollout_mixin import RolloutTrainerMixin, drawn_mask
+from dual_rollout.training.rollout_mixin import check_columns as check_columns  # for those who look for it here
 from dual_rollout.training.turns import ROLLOUT_COLUMNS
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

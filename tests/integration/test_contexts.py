@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualRLOOTrainer, DualRollout
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.training.contexts import TargetContextsByPrompt
-from dual_rollout.training.rollout_trainer import check_columns
+from dual_rollout.training.rollout_mixin import check_columns
 from dual_rollout.training.trl_settings import check_rollout_is_all
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
@@ -328,7 +328,7 @@ def test_streams(tiny_pair: TinyPair) -> None:
         lives.append([rollout._streams.next_seed(mode, step, process) for mode, step, process in STREAMS])
     assert lives[0] == lives[1] and len(set(lives[0])) == len(STREAMS)
     resumed = DualRollout(dual_config(tiny_pair))
-    assert [resumed._seed("train", 1, 0), resumed._seed("eval", 1, 0)] == lives[0][-2:]
+    assert [resumed._streams.next_seed("train", 1, 0), resumed._streams.next_seed("eval", 1, 0)] == lives[0][-2:]
 
 
 STREAMS = [("train", 0, 0), ("train", 0, 0), ("eval", 0, 0), ("eval", 0, 0), ("train", 0, 1), ("loop", 0, 0)]
