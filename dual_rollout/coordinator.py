@@ -120,8 +120,8 @@ class DualVLLMCoordinator:
             prompts: strings, chat message lists or token-id lists, as π_θ sees them.
             t_prompts: what π_t sees instead, one per prompt (privileged context), None where it is what π_θ sees; the
                 completion is shared.
-            targets: which π_t, one per prompt: a name in `config.targets`, None for the one at `t_url`, or "none" for
-                no target: plain generation from π_θ, with α = 0, log q* = log π_θ, weight exactly 1, log π_t NaN.
+            targets: which π_t, one per prompt: a name in `config.targets`, or None for the one at `t_url`. "none" is no
+                target: plain generation from π_θ, with α = 0, log q* = log π_θ, weight exactly 1, log π_t NaN.
             options: `max_tokens` and others, see `CallOptions`.
 
         Raises:

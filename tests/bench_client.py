@@ -198,12 +198,12 @@ def main() -> None:
     (theta, seconds_theta), (t, seconds_t) = (asyncio.run(lists(own)) for own in bodies)
     parts["parse to arrays"] = 1e6 * (seconds_theta + seconds_t) / batch
     candidates = merge_lists(theta, t)
-    law = next_token_distribution(candidates)
+    distribution = next_token_distribution(candidates)
     uniforms = np.random.default_rng(2).random(batch)
     step = 1e3 / batch
     parts["merge"] = step * milliseconds(lambda: merge_lists(theta, t))
     parts["solve alpha, q*"] = step * milliseconds(lambda: next_token_distribution(candidates))
-    parts["sample"] = step * milliseconds(lambda: sample_rows(np.exp(law.log_q), uniforms))
+    parts["sample"] = step * milliseconds(lambda: sample_rows(np.exp(distribution.log_q), uniforms))
     total = per_position * seconds
     parts["record and loop"] = total - sum(parts.values())
 

@@ -1,4 +1,4 @@
-"""Pearson's chi-square test, without scipy. Also the standard error bound the law tests share."""
+"""Pearson's chi-square test, without scipy. Also the standard error bound the distribution tests share."""
 
 from __future__ import annotations
 

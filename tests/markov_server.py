@@ -1,7 +1,7 @@
-"""Two servers with known laws: a first-order Markov chain behind vLLM's completions API.
+"""Two servers with known distributions: a first-order Markov chain behind vLLM's completions API.
 
-The next-token law after a prompt is row `prompt[-1]` of a transition matrix, so that the exact q* and the frequency
-of every sequence can be enumerated. It answers what the client uses and nothing else.
+The next-token distribution after a prompt is row `prompt[-1]` of a transition matrix, so that the exact q* and the
+frequency of every sequence can be enumerated. It answers what the client uses and nothing else.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class MarkovServer:
             biased[int(token)] += bias
         if greedy:
             return int(np.argmax(biased))
-        law = np.exp(biased - biased.max())
-        return int(rng.choice(len(law), p=law / law.sum()))
+        distribution = np.exp(biased - biased.max())
+        return int(rng.choice(len(distribution), p=distribution / distribution.sum()))
 
     def _prompt_logprobs(self, prompt: list[int], options: dict[str, Any]) -> list[Any] | None:
         if options.get("prompt_logprobs") is None:

@@ -48,7 +48,7 @@ class SGLangStub:
     """One model behind SGLang's routes.
 
     Args:
-        law: the model.
+        distribution: the model.
         max_req_input_len: prompts of this length and longer are refused.
         original_logprobs, deterministic, enable_lora: as the server's settings of these names.
         eos: ends a generation that does not ignore it.
@@ -63,7 +63,7 @@ class SGLangStub:
 
     def __init__(
         self,
-        law: NextTokenDistribution,
+        distribution: NextTokenDistribution,
         *,
         max_req_input_len: int = 4096,
         original_logprobs: bool = False,
@@ -74,7 +74,7 @@ class SGLangStub:
         binary_lists: bool = False,
         load: Callable[[str], NextTokenDistribution] | None = None,
     ):
-        self.law = law
+        self.distribution = distribution
         self.max_req_input_len = max_req_input_len
         self.original_logprobs = original_logprobs
         self.deterministic = deterministic
@@ -86,7 +86,7 @@ class SGLangStub:
         self.adapters: dict[str, NextTokenDistribution] = {}
         self.model_path = "models/chain"
         self.url = ""
-        self._vocabulary = len(law([0]))
+        self._vocabulary = len(distribution([0]))
         self._eos = eos
         self._old_routes = old_routes
         self._binary_lists = binary_lists
@@ -159,7 +159,7 @@ class SGLangStub:
         payload = await request.json()
         self.calls.append((request.path, payload))
         try:
-            self.law = self._load(payload["model_path"])
+            self.distribution = self._load(payload["model_path"])
         except OSError as error:
             message = f"Failed to get weights iterator: {error}."
             return web.json_response({"success": False, "message": message, "num_paused_requests": 0}, status=400)
@@ -238,9 +238,9 @@ class SGLangStub:
         for token in sampling["logit_bias"] or {}:
             if not 0 <= int(token) < self._vocabulary:
                 raise ValueError(f"logit_bias must has keys in [0, {self._vocabulary - 1}], got {token}.")
-        law = self._law_for(payload.get("lora_path"))
+        distribution = self._distribution_for(payload.get("lora_path"))
         top, named = payload.get("top_logprobs_num", 0), payload.get("token_ids_logprob")
-        output_ids, output_rows = self._sample(law, prompt, sampling)
+        output_ids, output_rows = self._sample(distribution, prompt, sampling)
         stopped = output_ids[-1] in self._ends(sampling)
         meta: dict[str, Any] = {
             "id": payload["rid"],
@@ -254,12 +254,12 @@ class SGLangStub:
         }
         if payload.get("return_logprob"):
             own = zip(output_ids, output_rows, strict=True)
-            meta["input_token_logprobs"] = self._input_rows(law, prompt, payload)
+            meta["input_token_logprobs"] = self._input_rows(distribution, prompt, payload)
             meta["output_token_logprobs"] = [_triple(row, token) for token, row in own]
             if top:
                 start = self._start(prompt, payload)
-                laws = [self._reported(_log(law(prompt[:i]))) for i in range(start + 1, len(prompt))]
-                meta["input_top_logprobs"] = [None, *(_top_triples(row, top) for row in laws)]
+                distributions = [self._reported(_log(distribution(prompt[:i]))) for i in range(start + 1, len(prompt))]
+                meta["input_top_logprobs"] = [None, *(_top_triples(row, top) for row in distributions)]
                 meta["output_top_logprobs"] = [_top_triples(row, top) for row in output_rows]
                 if self._binary_lists:
                     _make_binary(meta, payload)
@@ -268,9 +268,9 @@ class SGLangStub:
                 meta["output_token_ids_logprobs"] = [[_triple(row, i) for i in named] for row in output_rows]
         return {"text": "", "output_ids": output_ids, "meta_info": meta}
 
-    def _law_for(self, adapter: str | None) -> NextTokenDistribution:
+    def _distribution_for(self, adapter: str | None) -> NextTokenDistribution:
         if adapter is None:
-            return self.law
+            return self.distribution
         if not self.enable_lora:
             raise ValueError(f"LoRA adapter '{adapter}' was requested, but LoRA is not enabled.")
         if adapter not in self.adapters:
@@ -278,7 +278,7 @@ class SGLangStub:
         return self.adapters[adapter]
 
     def _sample(
-        self, law: NextTokenDistribution, prompt: list[int], sampling: dict[str, Any]
+        self, distribution: NextTokenDistribution, prompt: list[int], sampling: dict[str, Any]
     ) -> tuple[list[int], list[np.ndarray]]:
         """The tokens generated, and the log-probabilities `(V,)` reported at each of them."""
         rng = self._rng
@@ -287,7 +287,7 @@ class SGLangStub:
         tokens: list[int] = []
         rows = []
         while len(tokens) < sampling["max_new_tokens"]:
-            logits = _log(law([*prompt, *tokens]))
+            logits = _log(distribution([*prompt, *tokens]))
             for token, bias in (sampling["logit_bias"] or {}).items():
                 logits[int(token)] += bias
             greedy = sampling["temperature"] < 1e-6 or sampling["top_k"] == 1
@@ -311,14 +311,14 @@ class SGLangStub:
         start = payload.get("logprob_start_len", -1)
         return len(prompt) - 1 if start == -1 else start
 
-    def _input_rows(self, law: NextTokenDistribution, prompt: list[int], payload: dict[str, Any]) -> list[Any]:
+    def _input_rows(self, distribution: NextTokenDistribution, prompt: list[int], payload: dict[str, Any]) -> list[Any]:
         start = self._start(prompt, payload)
         if start >= len(prompt):
             raise ValueError(f"logprob_start_len={start} is higher than the number of input tokens {len(prompt)}.")
-        vocabulary = len(law(prompt))
+        vocabulary = len(distribution(prompt))
         rows: list[Any] = [[None, prompt[start], None]]
         for i in range(start + 1, len(prompt)):
-            rows.append(_triple(self._reported(_log(law(prompt[:i]))), prompt[i]))
+            rows.append(_triple(self._reported(_log(distribution(prompt[:i]))), prompt[i]))
         return [[value, token if token < vocabulary - 1 else 0, text] for value, token, text in rows]
 
 

@@ -29,7 +29,7 @@ def effective_sample_size(weights: np.ndarray) -> float:
 
 
 def pareto_k(weights: np.ndarray) -> float:
-    """k̂, the shape of a generalised Pareto law fitted to the largest weights.
+    """k̂, the shape of a generalised Pareto distribution fitted to the largest weights.
 
     The weights' moments exist up to order 1/k: below 0.5 their variance is finite; above 0.7 an estimate from them is
     not to be relied on, and above 1 not even its mean exists. The tail are the min(S/5, 3√S) largest of S weights, and

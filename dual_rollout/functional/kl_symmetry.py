@@ -24,10 +24,10 @@ NEAREST_1 = 1.0 - NEAREST_0
 def solve_kl_symmetry(probs_theta: Array, probs_t: Array, *, tol: float = 1e-10, max_iter: int = 12) -> float | Array:
     """The α at which q_α is equally far, in KL, from both distributions.
 
-    Rows are normalised to sum to one first. Zero entries mean "not in the support". Identical rows give ½. When
-    the supports differ so much that no α in (0, 1) balances the divergences, they are nearest to balance in the limit
-    α → 0 or α → 1, and the number that stands for it is returned, `NEAREST_0` or `NEAREST_1`: with it,
-    `compute_q_star` gives q* on the common support.
+    Rows are normalised to sum to one first. Zero entries mean "not in the support". Identical rows give ½. The
+    supports may differ so much that no α in (0, 1) balances the divergences. Then they are nearest to balance in the
+    limit α → 0 or α → 1, and `NEAREST_0` or `NEAREST_1` is returned, with which `compute_q_star` gives q* on the common
+    support.
 
     Args:
         probs_theta, probs_t: `(K,)` or `(B, K)` non-negative, finite.

@@ -123,8 +123,8 @@ class DualRolloutWorker(AsyncRolloutWorker):
     """For `AsyncGRPOTrainer(rollout_worker=...)`: TRL's worker with turns from q*.
 
     The trainer's `vllm_server_base_url` must be π_θ's server, `dual_config.theta_url`, to which TRL sends the weights.
-    Set the trainer's `epsilon=1.0` and `epsilon_high=2.0`: around 1 its clip would cut off most weights, since q* is
-    far from the policy by design; this way it bounds them at 3 where the advantage is positive, and nothing else.
+    Set the trainer's `epsilon=1.0` and `epsilon_high=2.0`. Around 1 its clip would cut off most weights, since q* is
+    far from the policy by design. This way it bounds them at 3 where the advantage is positive, and nothing else.
 
     Args:
         dual_config: the servers and how q* is defined.

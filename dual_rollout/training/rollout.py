@@ -39,8 +39,8 @@ class DualRollout(ServerConnections):
     parent would: give each a seed of its own.
 
     With `config.seed` a trainer's random streams depend on the seed, the process, the training step, whether it trains
-    or evaluates, and the number of the rollout (of each turn, with tools) within that step, and on nothing else: a
-    resumed run goes on with the same ones, and evaluation does not change them.
+    or evaluates, and the number of the rollout (of each turn, with tools) within that step. They depend on nothing
+    else: a resumed run goes on with the same ones, and evaluation does not change them.
 
     A trainer that evaluates (its model is not in training mode) gets completions of π_θ alone, α = 0 and weight 1, for
     it is the policy that is evaluated.

@@ -27,17 +27,17 @@ class DualTrainerMixin(RolloutTrainerMixin):
     """Rollouts from q* for TRL's `GRPOTrainer`, or a subclass of it. Put it before the trainer's class.
 
     To what `RolloutTrainerMixin` does it adds the weights, which multiply the advantages. With `use_vllm=True` TRL
-    does that itself (its ratio exp(log π_θ − logprobs) is exactly π_θ/q*), and sends the policy's weights, with its own
-    keys `vllm_importance_sampling_*`, and no weight is applied here; one is, again, where that correction is switched
-    off.
+    does that itself, by its own keys `vllm_importance_sampling_*`: its ratio exp(log π_θ − logprobs) is exactly π_θ/q*.
+    It also sends the policy's weights. Then no weight is applied here, unless that correction is switched off.
 
-    The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update (by TRL for `num_iterations >
-    1` or steps that share a rollout), and else with the server's, which has the same weights. `sampling/policy_drift`
-    logs how far the two are apart: the numerics of two implementations, or weights that did not arrive. It is without
-    dropout: where the model has some, it is measured on two rows of each rollout in evaluation mode.
+    The weight is π_θ/q* with the trainer's own π_θ where it is computed before the update, as TRL does for
+    `num_iterations > 1` or steps that share a rollout. Else it is the server's, which has the same weights.
+    `sampling/policy_drift` logs how far the two are apart: the numerics of two implementations, or weights that did not
+    arrive. It is without dropout: where the model has some, it is measured on two rows of each rollout in evaluation
+    mode.
 
-    A `rollout_func` of your own may call `trainer.rollout(prompts, trainer)`, as often as it likes, and return what it
-    has drawn with the columns that come with it, and with TRL's `env_mask`, 0 at tokens that were not drawn.
+    A `rollout_func` of your own may call `trainer.rollout(prompts, trainer)` as often as it likes. It returns what
+    it has drawn with the columns that come with it, and with TRL's `env_mask`, 0 at tokens that were not drawn.
 
     Args:
         importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max: how the weights enter

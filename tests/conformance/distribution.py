@@ -87,7 +87,7 @@ class RolloutDistribution:
             assert stats.decoding.tail_tokens > 20 and not stats.decoding.approximate_tail_weights
             assert_unbiased(exact, outputs)
 
-    def test_lockstep_has_the_same_law_as_blocks(self, pair: Pair) -> None:
+    def test_lockstep_has_the_same_distribution_as_blocks(self, pair: Pair) -> None:
         outputs, _ = rollouts(pair, {"decoding": "lockstep", **TAIL}, seed=8)
         assert_distribution(ExactDistribution(pair, TAIL), outputs)
         assert_record(ExactDistribution(pair, TAIL), outputs)

@@ -92,19 +92,19 @@ class EngineConformance:
     @pytest.mark.parametrize("k", [1, 20, 200])
     def test_next_top_k_of_a_batch(self, target: Target, k: int) -> None:
         top = use(target, lambda engine: engine.next_top_k(PROMPTS, k))
-        assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], k)
+        assert_lists(top, [distribution(target.model, prompt) for prompt in PROMPTS], k)
 
     def test_tempered_lists_keep_their_proportions(self, target: Target) -> None:
         top = use(target, lambda engine: engine.next_top_k(PROMPTS, 200, 0.7))
         for prompt, ids, logprobs in zip(PROMPTS, top.token_ids, top.logprobs, strict=True):
-            tempered = (torch.tensor(law(target.model, prompt)) / 0.7).log_softmax(0).numpy()
+            tempered = (torch.tensor(distribution(target.model, prompt)) / 0.7).log_softmax(0).numpy()
             np.testing.assert_allclose(logprobs, tempered[ids], atol=0.02)  # the unlisted mass is bounded, not known
             np.testing.assert_allclose(np.ptp(logprobs), np.ptp(tempered[ids]), atol=CLOSE)
 
     def test_a_list_of_more_prompts_than_a_request_may_have(self, target: Target) -> None:
         prompts = [[i % 250] for i in range(1030)]
         top = use(target, lambda engine: engine.next_top_k(prompts, 1))
-        best = {i: int(law(target.model, [i]).argmax()) for i in range(250)}
+        best = {i: int(distribution(target.model, [i]).argmax()) for i in range(250)}
         assert top.token_ids[:, 0].tolist() == [best[prompt[0]] for prompt in prompts]
 
     def test_named_logprobs(self, target: Target) -> None:
@@ -112,7 +112,7 @@ class EngineConformance:
         names = [[7, 3, 250], [1], list(range(vocabulary)), []]
         rows = use(target, lambda engine: engine.named_logprobs(PROMPTS, names))
         for prompt, ids, row in zip(PROMPTS, names, rows, strict=True):
-            np.testing.assert_allclose(row, law(target.model, prompt)[np.array(ids, dtype=int)], atol=CLOSE)
+            np.testing.assert_allclose(row, distribution(target.model, prompt)[np.array(ids, dtype=int)], atol=CLOSE)
 
     def test_lists_and_named_tokens_at_once_do_not_disturb_each_other(self, target: Target) -> None:
         async def ask(engine: Engine) -> tuple[list[TopK], list[list[np.ndarray]]]:
@@ -121,13 +121,13 @@ class EngineConformance:
             results = await asyncio.gather(*(call for pair in zip(lists, named, strict=True) for call in pair))
             return results[::2], results[1::2]
 
-        laws = [law(target.model, prompt) for prompt in PROMPTS]
+        distributions = [distribution(target.model, prompt) for prompt in PROMPTS]
         for top, rows in zip(*use(target, ask), strict=True):
-            assert_lists(top, laws, 20)
-            np.testing.assert_allclose(rows, [logprobs[[7, 3]] for logprobs in laws], atol=CLOSE)
+            assert_lists(top, distributions, 20)
+            np.testing.assert_allclose(rows, [logprobs[[7, 3]] for logprobs in distributions], atol=CLOSE)
 
     def test_draws_avoid_excluded_tokens_and_repeat_with_their_seed(self, target: Target) -> None:
-        likely = np.argsort(-law(target.model, PROMPTS[0]))[:30].tolist()
+        likely = np.argsort(-distribution(target.model, PROMPTS[0]))[:30].tolist()
 
         async def ask(engine: Engine) -> list[int]:
             return await asyncio.gather(
@@ -145,7 +145,7 @@ class EngineConformance:
         lengths = [6, 1, 4, 8]
         drafts = use(target, lambda engine: engine.draft(PROMPTS, lengths, 20, 1.0, [11, 12, 13, 14]))
         assert all(1 <= len(tokens) <= length for tokens, length in zip(drafts.token_ids, lengths, strict=True))
-        assert_lists(drafts.lists, laws_along(target.model, PROMPTS, drafts.token_ids), 20)
+        assert_lists(drafts.lists, distributions_along(target.model, PROMPTS, drafts.token_ids), 20)
 
     def test_drafts_follow_their_seeds(self, target: Target) -> None:
         def draft(seeds: list[int]) -> list[list[int]]:
@@ -186,13 +186,13 @@ class EngineConformance:
             ]
 
         for prompts, top in zip((PROMPTS, PROMPTS, longer), use(target, ask), strict=True):
-            assert_lists(top, laws_along(target.model, prompts, DRAFTS), 20)
+            assert_lists(top, distributions_along(target.model, prompts, DRAFTS), 20)
 
     def test_named_tokens_are_scored_along_drafts(self, target: Target) -> None:
         """By name in one request per draft where the probe finds that it can be done, else prefix by prefix."""
         vocabulary = reference(target.model).config.vocab_size
         names: list[list[int]] = [[7], [], [3, 9, 250], [1], list(range(vocabulary)), [], [], [5], [], [2, 4], [], []]
-        laws = laws_along(target.model, PROMPTS, DRAFTS)
+        distributions = distributions_along(target.model, PROMPTS, DRAFTS)
 
         async def ask(engine: Engine) -> list[list[np.ndarray]]:
             await engine.probe([1, 2])
@@ -204,13 +204,13 @@ class EngineConformance:
             return rows
 
         for rows in use(target, ask):
-            for expected, ids, row in zip(laws, names, rows, strict=True):
+            for expected, ids, row in zip(distributions, names, rows, strict=True):
                 np.testing.assert_allclose(row, expected[np.array(ids, dtype=int)], atol=CLOSE)
 
     def test_rows_that_the_prefix_cache_holds_are_asked_for_again(self, target: Target) -> None:
         """A draft over the end of a block of the cache; once scored, its first tokens are in the cache."""
         prompts, drafts = [[(7 * i) % 250 for i in range(60)]], [np.arange(100, 110)]
-        laws = laws_along(target.model, prompts, drafts)
+        distributions = distributions_along(target.model, prompts, drafts)
 
         async def ask(engine: Engine) -> list[tuple[TopK, list[np.ndarray]]]:
             return [
@@ -222,15 +222,17 @@ class EngineConformance:
             ]
 
         for top, rows in use(target, ask):
-            assert_lists(top, laws, 20)
-            np.testing.assert_allclose(rows, [row[[5, 6]] for row in laws], atol=CLOSE)
+            assert_lists(top, distributions, 20)
+            np.testing.assert_allclose(rows, [row[[5, 6]] for row in distributions], atol=CLOSE)
 
     def test_score_of_a_text(self, target: Target) -> None:
         text = [10, 20, 30, 250, 7, 91, 3]
         own, top = use(target, lambda engine: engine.score(text, 3))
-        laws = [law(target.model, text[:i]) for i in range(3, len(text))]
-        np.testing.assert_allclose(own, [row[token] for row, token in zip(laws, text[3:], strict=True)], atol=CLOSE)
-        np.testing.assert_allclose(top, [row.max() for row in laws], atol=CLOSE)
+        distributions = [distribution(target.model, text[:i]) for i in range(3, len(text))]
+        np.testing.assert_allclose(
+            own, [row[token] for row, token in zip(distributions, text[3:], strict=True)], atol=CLOSE
+        )
+        np.testing.assert_allclose(top, [row.max() for row in distributions], atol=CLOSE)
 
     # ---- changes while it runs
 
@@ -243,7 +245,7 @@ class EngineConformance:
             return lists
 
         for top, model in zip(use(target, ask), (target.other, target.model), strict=True):
-            assert_lists(top, [law(model, prompt) for prompt in PROMPTS], 20)
+            assert_lists(top, [distribution(model, prompt) for prompt in PROMPTS], 20)
 
     def test_requests_in_flight_never_see_half_loaded_weights(self, target: Target) -> None:
         """Each list they get is one model's or the other's, whatever tokens came before it."""
@@ -259,9 +261,12 @@ class EngineConformance:
                 await engine.reload_weights(str(target.model))
 
         drafts = use(target, ask)
-        old, new = (np.array(laws_along(m, prompts, drafts.token_ids)) for m in (target.model, target.other))
+        old, new = (np.array(distributions_along(m, prompts, drafts.token_ids)) for m in (target.model, target.other))
         rows = np.arange(len(old))[:, None]
-        errors = [np.abs(laws[rows, drafts.lists.token_ids] - drafts.lists.logprobs).max(axis=1) for laws in (old, new)]
+        errors = [
+            np.abs(distributions[rows, drafts.lists.token_ids] - drafts.lists.logprobs).max(axis=1)
+            for distributions in (old, new)
+        ]
         assert np.minimum(*errors).max() < CLOSE
 
     def test_adapters_are_loaded_and_replaced(self, target: Target, tmp_path: Path) -> None:
@@ -276,7 +281,7 @@ class EngineConformance:
             return lists
 
         base, *adapted = use(target.with_lora, ask)
-        assert_lists(base, [law(target.model, prompt) for prompt in PROMPTS], 20)
+        assert_lists(base, [distribution(target.model, prompt) for prompt in PROMPTS], 20)
         for top, adapter in zip(adapted, adapters, strict=True):
             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target.model), adapter).eval()
             assert_lists(top, [logprobs_of(model, prompt)[-1] for prompt in PROMPTS], 20)
@@ -334,7 +339,7 @@ class EngineConformance:
         with pytest.raises(EngineProtocolError, match="does not see"):
             use(target, lambda engine: engine.check_sees(str(tmp_path / "absent")))
         top = use(target, lambda engine: engine.next_top_k(PROMPTS, 20))
-        assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], 20)
+        assert_lists(top, [distribution(target.model, prompt) for prompt in PROMPTS], 20)
 
     def test_a_server_that_is_not_there(self, target: Target) -> None:
         calls: list[Callable[[Engine], Awaitable[Any]]] = [
@@ -379,12 +384,14 @@ def logprobs_of(model: Any, text: Sequence[int]) -> np.ndarray:
         return model(torch.tensor([list(text)])).logits[0].double().log_softmax(-1).numpy()
 
 
-def law(folder: Path, prompt: Sequence[int]) -> np.ndarray:
+def distribution(folder: Path, prompt: Sequence[int]) -> np.ndarray:
     """Log-probabilities `(V,)` of the next token."""
     return logprobs_of(reference(folder), prompt)[-1]
 
 
-def laws_along(folder: Path, prompts: Sequence[Sequence[int]], drafts: Sequence[np.ndarray]) -> list[np.ndarray]:
+def distributions_along(
+    folder: Path, prompts: Sequence[Sequence[int]], drafts: Sequence[np.ndarray]
+) -> list[np.ndarray]:
     """Log-probabilities `(V,)` at every position of every draft."""
     rows: list[np.ndarray] = []
     for prompt, draft in zip(prompts, drafts, strict=True):
@@ -393,11 +400,11 @@ def laws_along(folder: Path, prompts: Sequence[Sequence[int]], drafts: Sequence[
     return rows
 
 
-def assert_lists(top: TopK, laws: Sequence[np.ndarray], k: int) -> None:
-    """The lists hold the k most likely tokens of the laws, ids exactly and log-probabilities closely."""
-    assert top.token_ids.shape == top.logprobs.shape == (len(laws), k)
+def assert_lists(top: TopK, distributions: Sequence[np.ndarray], k: int) -> None:
+    """The lists hold the k most likely tokens of the distributions, ids exactly and log-probabilities closely."""
+    assert top.token_ids.shape == top.logprobs.shape == (len(distributions), k)
     assert NO_TOKEN not in top.token_ids
-    for ids, logprobs, expected in zip(top.token_ids, top.logprobs, laws, strict=True):
+    for ids, logprobs, expected in zip(top.token_ids, top.logprobs, distributions, strict=True):
         np.testing.assert_allclose(logprobs, expected[ids], atol=CLOSE)
         assert set(ids.tolist()) == set(np.argsort(-expected)[:k].tolist())
 

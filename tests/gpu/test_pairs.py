@@ -16,7 +16,7 @@ from dual_rollout.native.draw import FORCED, draw, pack, unpack
 from dual_rollout.native.wire import NUMBERS, Member
 from tests.chi_square import chi_square_p_value
 from tests.tiny_model import make_tiny_model, perturbed_copy
-from tests.vllm.pairs import Pairs, largest_errors, law_p_value, prompts_of
+from tests.vllm.pairs import Pairs, distribution_p_value, largest_errors, prompts_of
 from tests.vllm.servers import NativeServer
 
 RULES = (
@@ -144,7 +144,7 @@ def test_a_real_server_on_every_rank(ranks: int, two_models: bool, tmp_path: Pat
         restarts = sum(rollout["restarts"] for rollout in rollouts)
         print(f"{ranks} ranks, {1 + two_models} models: {errors}, {restarts} restarts")
         assert max(errors.values()) < TOLERANCE, errors
-        assert law_p_value(rollouts, model, t) > 1e-4
+        assert distribution_p_value(rollouts, model, t) > 1e-4
         assert sum(map(pairs.fell_apart, rollouts)) <= 2
         again = pairs.rollouts(prompts[:3], [{"max_tokens": 48, "seed": i} for i in range(3)])
         same = [one["token_ids"] == other["token_ids"] for one, other in zip(rollouts, again, strict=False)]

@@ -1,4 +1,4 @@
-"""`top_k: auto`: S is a matter of the context alone, the law exact, and what is asked for follows what was needed.
+"""`top_k: auto`: S is a matter of the context alone, q* is exact, and what is asked for follows what was needed.
 
 Each χ² test fails for a correct program with probability 1e-4; seeds are fixed.
 """
@@ -63,18 +63,20 @@ def test_the_matrices_need_lists_of_many_lengths():
 
 
 @pytest.mark.parametrize("options", [{"decoding": "lockstep"}, {"decoding": "block", "num_draft_tokens": 3}], ids=str)
-def test_the_law_and_its_record_are_exact(options):
+def test_the_distribution_and_its_record_are_exact(options):
     sequences = 1200
     outputs, stats = generate([[START]] * sequences, max_tokens=2, max_concurrency=400, **options)
-    laws = [position_distribution(p, r, AUTO) for p, r in zip(THETA, T, strict=True)]
-    law = {(a, b): laws[START][1][a] * laws[a][1][b] for a, b in itertools.product(range(V), repeat=2)}
+    distributions = [position_distribution(p, r, AUTO) for p, r in zip(THETA, T, strict=True)]
+    distribution = {
+        (a, b): distributions[START][1][a] * distributions[a][1][b] for a, b in itertools.product(range(V), repeat=2)
+    }
     drawn = [tuple(output.generated_tokens) for output in outputs]
-    observed = np.array([drawn.count(pair) for pair in law])
+    observed = np.array([drawn.count(pair) for pair in distribution])
     assert observed.sum() == sequences
-    assert chi_square_p_value(observed, sequences * np.array(list(law.values()))) > 1e-4
+    assert chi_square_p_value(observed, sequences * np.array(list(distribution.values()))) > 1e-4
     for output in outputs:
         for i, (last, token) in enumerate(itertools.pairwise([START, *output.generated_tokens])):
-            alpha, q = laws[last]
+            alpha, q = distributions[last]
             assert output.alpha_history[i] == pytest.approx(alpha, abs=1e-7)
             assert output.logprobs_q[i] == pytest.approx(math.log(q[token]), abs=1e-6)
             assert output.logprobs_theta[i] == pytest.approx(math.log(THETA[last, token]), abs=1e-6)

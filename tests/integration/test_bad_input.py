@@ -38,7 +38,7 @@ FUZZ = settings(
 
 @pytest.fixture(scope="module")
 def server(tiny_models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
-    """One for both models: what is tested here happens before two laws meet."""
+    """One for both models: what is tested here happens before two distributions meet."""
     flags = ["--max-logprobs", str(CAP), "--max-model-len", str(CONTEXT), "--threads", "1"]
     with WarmServer(tiny_models[0], flags) as running:
         yield running

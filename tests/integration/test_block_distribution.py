@@ -1,4 +1,4 @@
-"""The exact law of rollouts on two embedded servers."""
+"""The exact distribution of rollouts on two embedded servers."""
 
 from __future__ import annotations
 

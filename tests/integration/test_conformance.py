@@ -1,4 +1,4 @@
-"""The conformance suite on the embedded server, and on SGLang's stub with the law of the same model."""
+"""The conformance suite on the embedded server, and on SGLang's stub with the distribution of the same model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conformance.suite import (
     EngineConformance,
     Target,
     assert_lists,
-    law,
+    distribution,
     logprobs_of,
     reference,
     use,
@@ -43,12 +43,12 @@ def target(tiny_models: tuple[Path, Path]) -> Iterator[Target]:
 @pytest.fixture(scope="module")
 def sglang_target(tiny_models: tuple[Path, Path]) -> Iterator[Target]:
     stub = SGLangStub(
-        model_law(tiny_models[0]),
+        model_distribution(tiny_models[0]),
         max_req_input_len=MAX_MODEL_LEN + 1,
         original_logprobs=True,
         enable_lora=True,
         binary_lists=True,
-        load=lambda folder: model_law(Path(folder)),
+        load=lambda folder: model_distribution(Path(folder)),
     )
     with served(stub) as url:
         yield Target(url, url, *tiny_models, engine=SGLangEngine)
@@ -82,7 +82,7 @@ class TestSGLang(EngineConformance):
         with pytest.raises(EngineRejectedError, match="does not see"):
             use(target, lambda engine: engine.reload_weights(str(tmp_path / "absent")))
         top = use(target, lambda engine: engine.next_top_k(PROMPTS, 20))
-        assert_lists(top, [law(target.model, prompt) for prompt in PROMPTS], 20)
+        assert_lists(top, [distribution(target.model, prompt) for prompt in PROMPTS], 20)
 
     test_requests_in_flight_never_see_half_loaded_weights = None  # type: ignore[assignment]  # answers one at a time
     test_prefix_cache_is_dropped = None  # type: ignore[assignment]  # the stub has none
@@ -110,8 +110,8 @@ def served(stub: SGLangStub) -> Iterator[str]:
         loop.close()
 
 
-def model_law(folder: Path) -> NextTokenDistribution:
-    """The law of a model, or of a model with the adapter in `folder`; what was computed once is kept.
+def model_distribution(folder: Path) -> NextTokenDistribution:
+    """The distribution of a model, or of a model with the adapter in `folder`; what was computed once is kept.
 
     Raises:
         OSError: there is neither.

@@ -1,4 +1,4 @@
-"""What the coordinator promises besides the law: seeds, isolation of faults, stops, streaming, text, errors."""
+"""What the coordinator promises besides q*: seeds, isolation of faults, stops, streaming, text, errors."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def sequence_probabilities(rows: Any, tokens: int) -> dict[tuple[int, ...], floa
     return probabilities
 
 
-def policy_law(case: Case) -> dict[tuple[int, ...], float]:
+def policy_distribution(case: Case) -> dict[tuple[int, ...], float]:
     temperature = case.options.get("temperature", 1.0)
     return sequence_probabilities(lambda last: tempered(THETA[last], temperature), case.tokens)
 
@@ -265,7 +265,7 @@ def test_weighted_means_are_the_policys(case):
     outputs = rollouts(case)[0]
     weights = np.array([math.prod(output.importance_weights) for output in outputs])
     values = np.array([features(tuple(output.generated_tokens)) for output in outputs])
-    policy = policy_law(case)
+    policy = policy_distribution(case)
     for column in range(values.shape[1]):
         expectation = sum(p * features(sequence)[column] for sequence, p in policy.items())
         samples = weights * values[:, column]
@@ -281,7 +281,7 @@ def test_truncated_support_loses_the_mass_outside(case):
     outputs = rollouts(case)[0]
     weights = np.array([math.prod(output.importance_weights) for output in outputs])
     q = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
-    reachable = sum(p for sequence, p in policy_law(case).items() if q[sequence] > 0)
+    reachable = sum(p for sequence, p in policy_distribution(case).items() if q[sequence] > 0)
     assert reachable < 0.99
     assert standard_errors_off(weights, reachable) < STANDARD_ERRORS
 

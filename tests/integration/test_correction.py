@@ -236,7 +236,7 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
 
 
 @pytest.mark.parametrize(
-    ("law", "schedule", "logged", "values"),
+    ("distribution", "schedule", "logged", "values"),
     [
         ({}, AlphaSchedule(shape="linear", alpha_max_end=0.0), "sampling/alpha_max", [1.0, 2 / 3, 1 / 3, 0.0]),
         (
@@ -249,14 +249,19 @@ def test_completions_are_logged_and_rewarded_with_what_the_rollout_knows(
     ids=["alpha_max", "kl_budget"],
 )
 def test_a_schedule_ends_on_policy(
-    tiny_pair: TinyPair, tmp_path: Path, law: dict[str, Any], schedule: AlphaSchedule, logged: str, values: list[float]
+    tiny_pair: TinyPair,
+    tmp_path: Path,
+    distribution: dict[str, Any],
+    schedule: AlphaSchedule,
+    logged: str,
+    values: list[float],
 ) -> None:
     trainer = DualGRPOTrainer(
         model=str(tiny_pair.theta_model),
         reward_funcs=count_of_the,
         args=grpo_config(tmp_path, max_steps=4),
         train_dataset=chat_dataset(),
-        dual_config=dual_config(tiny_pair, **law),
+        dual_config=dual_config(tiny_pair, **distribution),
         alpha_schedule=schedule,
     )
     with trainer.rollout:
@@ -275,10 +280,10 @@ def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_loaded() -> 
 
 
 def test_a_recipe_names_method_and_schedule() -> None:
-    law = ["--dual_alpha_method", "kl_budget", "--dual_kl_budget", "0.2"]
+    distribution = ["--dual_alpha_method", "kl_budget", "--dual_kl_budget", "0.2"]
     schedule = ["--dual_alpha_schedule", "cosine", "--dual_kl_budget_end", "0", "--dual_alpha_max_end", "0.5"]
     machine = ["--use_cpu", "true", "--bf16", "false"]
-    dual = parse_recipe(["--model_name_or_path", "some/model", *machine, *law, *schedule]).dual
+    dual = parse_recipe(["--model_name_or_path", "some/model", *machine, *distribution, *schedule]).dual
     last = dual.alpha_schedule().at(dual.coordinator_config("http://a:1", "http://b:2"), 1.0)
     assert (last.alpha_method, last.kl_budget, last.alpha_max) == ("kl_budget", 0.0, 0.5)
 

@@ -1,8 +1,8 @@
 """Is the corrected policy gradient that of the policy? TRL's real loss on rollouts from q*, against enumeration.
 
 The policy is a Llama without layers, whose next token depends on the last one alone, so that both servers can be
-Markov chains with known laws and all completions can be enumerated. The learning rate is 0: every step draws a new
-batch from the same q* and gives one independent gradient, whose mean has an expectation that is known exactly.
+Markov chains with known distributions and all completions can be enumerated. The learning rate is 0: every step draws a
+new batch from the same q* and gives one independent gradient, whose mean has an expectation that is known exactly.
 
 That expectation is the on-policy gradient when the weights multiply whole sequences ("sequence" modes, here without a
 bound that acts) or when a completion has one token. Weights per token, the default, are the usual approximation for
@@ -51,7 +51,7 @@ def bigram_model() -> LlamaForCausalLM:
 
 
 def transitions(model: LlamaForCausalLM) -> torch.Tensor:
-    """`(V, V)`: the law of the next token after each token."""
+    """`(V, V)`: the distribution of the next token after each token."""
     return model(torch.arange(V)[:, None]).logits[:, -1].softmax(-1)
 
 
@@ -120,7 +120,7 @@ def urls() -> Iterator[tuple[str, str]]:
         loop.close()
 
 
-def z_scores(folder: Path, urls: tuple[str, str], length: int, mode: str, **law: Any) -> np.ndarray:
+def z_scores(folder: Path, urls: tuple[str, str], length: int, mode: str, **distribution: Any) -> np.ndarray:
     """(mean gradient − on-policy gradient) / standard error, `(V, V)`."""
     model, prompts = bigram_model(), [1, 2, 3, 4]
     expected = exact_gradient(model, prompts, length)
@@ -143,7 +143,13 @@ def z_scores(folder: Path, urls: tuple[str, str], length: int, mode: str, **law:
         # All prompts equally often in every batch.
         train_dataset=Dataset.from_list([{"prompt": [prompts[i % 4]]} for i in range(BATCH // GENERATIONS)]),
         dual_config=CoordinatorConfig(
-            theta_url=urls[0], t_url=urls[1], top_k=V, seed=11, decoding="lockstep", max_concurrency=BATCH, **law
+            theta_url=urls[0],
+            t_url=urls[1],
+            top_k=V,
+            seed=11,
+            decoding="lockstep",
+            max_concurrency=BATCH,
+            **distribution,
         ),
         importance_sampling_mode=mode,
         importance_sampling_clip_max=1e6,

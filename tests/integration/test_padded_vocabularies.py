@@ -80,7 +80,7 @@ def exact_position(pair: str, name: str, last: int) -> tuple[float, np.ndarray]:
 
 
 def sequence_probabilities(rows: Any) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence of common tokens; `rows(last)` is the next-token law."""
+    """Probability of every sequence of common tokens; `rows(last)` is the next-token distribution."""
     return {
         sequence: math.prod(rows(last)[token] for last, token in itertools.pairwise((START, *sequence)))
         for sequence in itertools.product(range(COMMON), repeat=TOKENS)
@@ -90,15 +90,15 @@ def sequence_probabilities(rows: Any) -> dict[tuple[int, ...], float]:
 @both_pairs
 @every_option
 @every_mode
-def test_no_sequence_fails_and_the_law_is_exact(pair, name, decoding):
+def test_no_sequence_fails_and_the_distribution_is_exact(pair, name, decoding):
     outputs, _, _ = rollouts(pair, name, decoding)
     assert [output.error for output in outputs] == [None] * SEQUENCES
     drawn = [tuple(output.generated_tokens) for output in outputs]
-    law = sequence_probabilities(lambda last: exact_position(pair, name, last)[1])
-    assert sum(law.values()) == pytest.approx(1)
-    observed = np.array([drawn.count(sequence) for sequence in law])
+    distribution = sequence_probabilities(lambda last: exact_position(pair, name, last)[1])
+    assert sum(distribution.values()) == pytest.approx(1)
+    observed = np.array([drawn.count(sequence) for sequence in distribution])
     assert observed.sum() == SEQUENCES, "an id that one model lacks was drawn"
-    assert chi_square_p_value(observed, SEQUENCES * np.array(list(law.values()))) > FALSE_ALARM
+    assert chi_square_p_value(observed, SEQUENCES * np.array(list(distribution.values()))) > FALSE_ALARM
 
 
 @both_pairs

@@ -108,7 +108,7 @@ def test_a_recipe_runs_two_steps_with_stand_ins(
     assert 0 < first["sampling/alpha/max"] <= recipe.get("dual_alpha_max", 1.0)
     if "dual_alpha_schedule" in recipe:
         assert last["sampling/alpha/max"] == 0, "its last step is on-policy"
-        # The law is then π_θ, but for what the lists do not hold.
+        # The distribution is then π_θ, but for what the lists do not hold.
         assert last["sampling/rollout_weight/mean"] == pytest.approx(1, abs=0.1)
     if not recipe.get("mask_truncated_completions"):
         assert first["sampling/importance_sampling_ratio/max"] <= recipe["dual_importance_sampling_clip_max"]

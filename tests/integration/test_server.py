@@ -258,7 +258,7 @@ def test_logit_bias_excludes_and_forces(server: EmbeddedServer, reference: Any) 
     assert _complete(server, prompt, logit_bias={"17": 100})["choices"][0]["token_ids"] == [17]
 
 
-def test_processed_logprobs_are_those_of_the_sampled_law(model_dir: Path, reference: Any) -> None:
+def test_processed_logprobs_are_those_of_the_sampled_distribution(model_dir: Path, reference: Any) -> None:
     prompt = _prompt(np.random.default_rng(10), 9)
     raw = _expected(reference, prompt)[-1].astype(np.float64)
     flags = ["--max-logprobs", "-1", "--logprobs-mode", "processed_logprobs"]
@@ -564,10 +564,10 @@ def test_lora_adapters(model_dir: Path, reference: Any, tmp_path: Path) -> None:
     flags = ["--max-logprobs", "-1", "--enable-lora", "--served-model-name", "tiny"]
     with WarmServer(model_dir, flags, env=ENV) as server:
 
-        def error(model: str, law: np.ndarray) -> float:
+        def error(model: str, distribution: np.ndarray) -> float:
             answer = _complete(server, prompt, logprobs=VOCAB, model=model)
             assert answer["model"] == model
-            return float(np.abs(_vector(answer["choices"][0]["logprobs"]["top_logprobs"][0]) - law).max())
+            return float(np.abs(_vector(answer["choices"][0]["logprobs"]["top_logprobs"][0]) - distribution).max())
 
         def load(path: Path, **fields: Any) -> tuple[int, Any]:
             return _call(server, "/v1/load_lora_adapter", {"lora_name": "ad", "lora_path": str(path), **fields})
@@ -583,8 +583,8 @@ def test_lora_adapters(model_dir: Path, reference: Any, tmp_path: Path) -> None:
         assert load(adapters[1], load_inplace=True)[0] == 200
         assert error("ad", expected[1]) < TOLERANCE
         with ThreadPoolExecutor(4) as pool:
-            laws = [("ad", expected[1]), ("tiny", base)] * 4
-            assert max(pool.map(lambda pair: error(*pair), laws)) < TOLERANCE
+            distributions = [("ad", expected[1]), ("tiny", base)] * 4
+            assert max(pool.map(lambda pair: error(*pair), distributions)) < TOLERANCE
         assert [card["id"] for card in _call(server, "/v1/models")[1]["data"]] == ["tiny", "ad"]
         other = perturbed_copy(model_dir, tmp_path / "other", noise=0.3, seed=3)
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(other)}}

@@ -122,11 +122,11 @@ def rollouts(case: Case, engines: tuple[str, str]) -> tuple[list[GenerationOutpu
 
 @by_run
 def test_frequencies_of_sequences(case, engines):
-    law = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
+    distribution = sequence_probabilities(lambda last: exact_position(case, last)[1], case.tokens)
     drawn = [tuple(output.generated_tokens) for output in rollouts(case, engines)[0]]
-    observed = np.array([drawn.count(sequence) for sequence in law])
+    observed = np.array([drawn.count(sequence) for sequence in distribution])
     assert observed.sum() == case.sequences
-    assert chi_square_p_value(observed, case.sequences * np.array(list(law.values()))) > FALSE_ALARM
+    assert chi_square_p_value(observed, case.sequences * np.array(list(distribution.values()))) > FALSE_ALARM
 
 
 @by_run
@@ -225,12 +225,12 @@ def test_lists_hold_the_k_most_likely_and_never_the_sampled_token(temperature, o
 
     tops = with_engine(theta_stub(original_logprobs=original), use)
     for row, prompt in enumerate(PROMPTS):
-        law = tempered(THETA[prompt[-1]], temperature)
-        best = np.argsort(-law)[:k]
+        distribution = tempered(THETA[prompt[-1]], temperature)
+        best = np.argsort(-distribution)[:k]
         for top in tops:
             assert top.token_ids.shape == top.logprobs.shape == (3, k)
             assert sorted(top.token_ids[row].tolist()) == sorted(best.tolist())
-            np.testing.assert_allclose(np.exp(top.logprobs[row]), law[top.token_ids[row]], rtol=1e-9)
+            np.testing.assert_allclose(np.exp(top.logprobs[row]), distribution[top.token_ids[row]], rtol=1e-9)
 
 
 def test_a_batch_is_one_request_of_token_ids():
@@ -250,7 +250,7 @@ def test_impossible_tokens_are_no_candidates():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_drafts_have_the_models_law_and_its_lists(temperature):
+def test_drafts_have_the_models_distribution_and_its_lists(temperature):
     """Also, a χ² test at the rate above: drafts of one length, from one context."""
     count, length, eos = 500, 2, 8
     stub = theta_stub(eos=eos)
@@ -259,18 +259,18 @@ def test_drafts_have_the_models_law_and_its_lists(temperature):
         lambda engine: engine.draft([[2, START]] * count, [length] * count, 3, temperature, list(range(count))),
     )
     assert len(stub.requests) == (1 if temperature == 1.0 else 3)  # the other two measure
-    law, rows = {}, iter(zip(drafts.lists.token_ids, drafts.lists.logprobs, strict=True))
+    distribution, rows = {}, iter(zip(drafts.lists.token_ids, drafts.lists.logprobs, strict=True))
     for first, second in itertools.product(range(V), repeat=2):
         p, r = (tempered(THETA[last], temperature) for last in (START, first))
-        law[(first, second) if first != eos else (first,)] = p[first] * (r[second] if first != eos else 1.0)
+        distribution[(first, second) if first != eos else (first,)] = p[first] * (r[second] if first != eos else 1.0)
     drawn = [tuple(draft.tolist()) for draft in drafts.token_ids]
     for last, (ids, logprobs) in zip((last for draft in drawn for last in (START, *draft[:-1])), rows, strict=True):
         p = tempered(THETA[last], temperature)
         assert set(ids.tolist()) == set(np.argsort(-p)[:3].tolist())
         np.testing.assert_allclose(np.exp(logprobs), p[ids], rtol=1e-9)
-    observed = np.array([drawn.count(draft) for draft in law])
+    observed = np.array([drawn.count(draft) for draft in distribution])
     assert observed.sum() == count
-    assert chi_square_p_value(observed, count * np.array(list(law.values()))) > FALSE_ALARM
+    assert chi_square_p_value(observed, count * np.array(list(distribution.values()))) > FALSE_ALARM
 
 
 def test_drafts_repeat_with_their_seeds():
@@ -395,17 +395,17 @@ def test_score_of_nothing_is_the_callers_mistake(start):
         with_engine(theta_stub(), lambda engine: engine.score([1, 2, 3, 4], start))
 
 
-def test_draw_excluding_has_the_conditional_law():
+def test_draw_excluding_has_the_conditional_distribution():
     excluded, temperature = [0, 4, 7], 0.8
 
     async def use(engine: SGLangEngine) -> list[int]:
         return [await engine.draw_excluding([3, 5], excluded, temperature, seed) for seed in range(600)]
 
     drawn = with_engine(theta_stub(), use)
-    law = tempered(THETA[5], temperature)
-    law[excluded] = 0
+    distribution = tempered(THETA[5], temperature)
+    distribution[excluded] = 0
     observed = np.bincount(drawn, minlength=V)
-    assert chi_square_p_value(observed, 600 * law / law.sum()) > FALSE_ALARM
+    assert chi_square_p_value(observed, 600 * distribution / distribution.sum()) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -430,18 +430,18 @@ def load_t(path: str) -> Any:
     return markov(T)
 
 
-def first_law(engine: SGLangEngine) -> Awaitable[Any]:
+def first_distribution(engine: SGLangEngine) -> Awaitable[Any]:
     return engine.named_logprobs([[START]], [list(range(V))])
 
 
 def test_reload_weights():
     async def use(engine: SGLangEngine) -> list[np.ndarray]:
-        (before,) = await first_law(engine)
+        (before,) = await first_distribution(engine)
         with pytest.raises(EngineRejectedError, match=r"dual_weight_sync_dir.*Cannot find any model weights"):
             await engine.reload_weights("/nowhere")
-        (refused,) = await first_law(engine)
+        (refused,) = await first_distribution(engine)
         await engine.reload_weights("/models/t")
-        (after,) = await first_law(engine)
+        (after,) = await first_distribution(engine)
         return [before, refused, after]
 
     stub = theta_stub(load=load_t)
@@ -457,9 +457,9 @@ def test_lora_adapters_replace_each_other():
         loads = await engine.loads_lora()
         await engine.load_lora("policy", "/models/t")
         await engine.load_lora("policy", "/models/t")
-        (base,) = await first_law(engine)
+        (base,) = await first_distribution(engine)
         engine.use_lora("policy")
-        (adapted,) = await first_law(engine)
+        (adapted,) = await first_distribution(engine)
         return [loads, base, adapted]
 
     loads, base, adapted = with_engine(theta_stub(enable_lora=True, load=load_t), use)
@@ -470,7 +470,7 @@ def test_lora_adapters_replace_each_other():
 
 def test_an_adapter_can_be_the_model():
     async def use(engine: SGLangEngine) -> np.ndarray:
-        return (await first_law(engine))[0]
+        return (await first_distribution(engine))[0]
 
     stub = theta_stub(enable_lora=True)
     stub.adapters["teacher"] = markov(T)

@@ -83,16 +83,16 @@ def test_a_named_target_is_as_good_as_t_url():
 def test_no_target_is_plain_generation(temperature, processed, top_k):
     """A χ² test of the pairs of tokens drawn, by a false-alarm rate of 1e-4 a case; the record is exact."""
     count, options = 4000, {"temperature": temperature, "processed": processed, "top_k": top_k}
-    law = THETA ** (1 / temperature)
-    law /= law.sum(axis=1, keepdims=True)
+    distribution = THETA ** (1 / temperature)
+    distribution /= distribution.sum(axis=1, keepdims=True)
     outputs = generate([[1]] * count, ["none"] * count, max_tokens=2, t_url=NOWHERE, **options)
     pairs = tokens(outputs)
     observed = np.zeros((V, V))
     for first, second in pairs:
         observed[first, second] += 1
-    assert chi_square_p_value(observed.ravel(), (count * law[1][:, None] * law).ravel()) > 1e-4
+    assert chi_square_p_value(observed.ravel(), (count * distribution[1][:, None] * distribution).ravel()) > 1e-4
     for output in outputs[:200]:
-        exact = [math.log(law[a, b]) for a, b in itertools.pairwise([1, *output.generated_tokens])]
+        exact = [math.log(distribution[a, b]) for a, b in itertools.pairwise([1, *output.generated_tokens])]
         np.testing.assert_allclose(output.logprobs_theta, exact, atol=1e-9)
         assert output.logprobs_q == output.logprobs_theta
         assert output.importance_weights == [1.0, 1.0] and output.alpha_history == [0.0, 0.0]

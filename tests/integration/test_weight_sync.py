@@ -105,7 +105,7 @@ def test_only_the_policy_forgets_its_prefixes(tiny_pair: TinyPair, tmp_path: Pat
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens"]}, {"use_dora": True}])
-def test_merging_gives_the_same_law_and_leaves_the_model_as_it_was(
+def test_merging_gives_the_same_distribution_and_leaves_the_model_as_it_was(
     tiny_models: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_models[0]), lora_config(**options)).eval()

@@ -21,7 +21,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 BUDGETS = st.sampled_from([1e-6, 1e-4, 0.01, 0.1, 0.5, 2.0])
 
 
-def laws(seed: int, batch: int = 1, zeros: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def distributions(seed: int, batch: int = 1, zeros: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """`(batch, K)` pairs, from nearly uniform to peaked; with `zeros`, some tokens impossible under one of them."""
     rng = np.random.default_rng(seed)
     k = int(rng.integers(2, 12))
@@ -77,7 +77,7 @@ def bisect(increasing: Callable[[float], float]) -> float:
 
 @given(SEEDS, st.booleans())
 def test_ess_balance_by_brute_force(seed, zeros):
-    (theta,), (t,) = laws(seed, zeros=zeros)
+    (theta,), (t,) = distributions(seed, zeros=zeros)
     alpha = ess_balance_alpha(*logs(theta[None], t[None]))[0]
     assert 0 <= alpha <= 1
     differences = [ess_difference(theta, t, a) for a in GRID[::50]]
@@ -89,7 +89,7 @@ def test_ess_balance_by_brute_force(seed, zeros):
 
 @given(SEEDS)
 def test_ess_balance_makes_the_effective_sample_sizes_equal(seed):
-    theta, t = laws(seed, batch=5)
+    theta, t = distributions(seed, batch=5)
     alpha = ess_balance_alpha(*logs(theta, t))
     ratio = compute_diagnostics(theta, t, compute_q_star(theta, t, alpha), alpha)["ess_ratio"]
     np.testing.assert_allclose(ratio, 1.0, atol=1e-7)
@@ -97,8 +97,8 @@ def test_ess_balance_makes_the_effective_sample_sizes_equal(seed):
 
 @given(SEEDS)
 def test_ess_balance_sees_only_the_common_support(seed):
-    """Restricting both laws to what they share, and renormalising, changes no ratio of weights."""
-    theta, t = laws(seed, batch=3, zeros=True)
+    """Restricting both distributions to what they share, and renormalising, changes no ratio of weights."""
+    theta, t = distributions(seed, batch=3, zeros=True)
     common = (theta > 0) & (t > 0)
     cut = [np.where(common, p, 0.0) / np.where(common, p, 0.0).sum(axis=1, keepdims=True) for p in (theta, t)]
     np.testing.assert_allclose(ess_balance_alpha(*logs(theta, t)), ess_balance_alpha(*logs(*cut)), atol=1e-7)
@@ -107,21 +107,21 @@ def test_ess_balance_sees_only_the_common_support(seed):
 @pytest.mark.parametrize("method", [ess_balance_alpha, entropy_alpha])
 @given(SEEDS, st.booleans())
 def test_swapping_the_models_mirrors_alpha(method, seed, zeros):
-    theta, t = logs(*laws(seed, batch=4, zeros=zeros))
+    theta, t = logs(*distributions(seed, batch=4, zeros=zeros))
     np.testing.assert_allclose(method(theta, t), 1.0 - method(t, theta), atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [ess_balance_alpha, entropy_alpha, lambda a, b: kl_budget_alpha(a, b, 0.1)])
 @given(SEEDS, st.booleans())
 def test_a_batch_equals_its_rows(method, seed, zeros):
-    theta, t = logs(*laws(seed, batch=6, zeros=zeros))
+    theta, t = logs(*distributions(seed, batch=6, zeros=zeros))
     rows = [method(theta[i : i + 1], t[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(method(theta, t), rows)
 
 
 @given(SEEDS, st.booleans())
 def test_entropy_by_its_definition(seed, zeros):
-    (theta,), (t,) = laws(seed, zeros=zeros)
+    (theta,), (t,) = distributions(seed, zeros=zeros)
     h_theta, h_t = (-math.fsum(x * math.log(x) for x in p if x > 0) for p in (theta, t))
     assert entropy_alpha(*logs(theta[None], t[None]))[0] == pytest.approx(h_theta / (h_theta + h_t), abs=1e-12)
 
@@ -135,7 +135,7 @@ def test_entropy_of_certain_models():
 
 @given(SEEDS, BUDGETS, st.booleans())
 def test_kl_budget_by_brute_force(seed, budget, zeros):
-    (theta,), (t,) = laws(seed, zeros=zeros)
+    (theta,), (t,) = distributions(seed, zeros=zeros)
     alpha = kl_budget_alpha(*logs(theta[None], t[None]), budget)[0]
     assert kl_theta(theta, t, alpha) <= budget + 1e-12
     rows = [np.broadcast_to(p, (len(GRID), len(p))) for p in (theta, t)]
@@ -147,7 +147,7 @@ def test_kl_budget_by_brute_force(seed, budget, zeros):
 
 @given(SEEDS, st.booleans())
 def test_kl_budget_grows_with_the_budget_from_policy_to_target(seed, zeros):
-    theta, t = logs(*laws(seed, batch=4, zeros=zeros))
+    theta, t = logs(*distributions(seed, batch=4, zeros=zeros))
     alphas = [kl_budget_alpha(theta, t, budget) for budget in (0.0, 1e-8, 1e-3, 0.03, 0.3, 3.0, 1e6)]
     assert np.all(np.diff(alphas, axis=0) >= 0)
     np.testing.assert_array_equal(alphas[0], 0.0)
@@ -178,9 +178,9 @@ def test_kl_budget_below_the_price_of_the_common_support():
     assert kl_budget_alpha(*logs(theta, t), 0.11)[0] == np.nextafter(1.0, 0.0)
 
 
-def by_token(law) -> np.ndarray:
-    """q of the laws made of `candidates`, where every token has a column of each list, the first of which counts."""
-    return np.exp(law.log_q[:, ::2])
+def by_token(distribution) -> np.ndarray:
+    """q of what `candidates` make, where every token has a column of each list, the first of which counts."""
+    return np.exp(distribution.log_q[:, ::2])
 
 
 SOLVED = {"kl_symmetry": {}, "ess_balance": {}, "entropy": {}, "kl_budget": {"kl_budget": 0.1}}
@@ -190,13 +190,13 @@ SOLVED = {"kl_symmetry": {}, "ess_balance": {}, "entropy": {}, "kl_budget": {"kl
 @given(SEEDS, st.booleans())
 def test_a_solved_alpha_never_leaves_the_common_support(method, seed, certain):
     """But for the policy itself, α = 0, which is what a budget leaves that no other α keeps to."""
-    theta, t = laws(seed, batch=4, zeros=True)
+    theta, t = distributions(seed, batch=4, zeros=True)
     if certain:  # a model of no entropy, and another of too little for float64
         theta[0], theta[1, 1:] = np.eye(theta.shape[1])[0], 1e-300
         theta[1] /= theta[1].sum()
-    law = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **SOLVED[method]))
-    q, common = by_token(law), (theta > 0) & (t > 0)
-    policy = (law.alpha == 0) & (method == "kl_budget")
+    distribution = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **SOLVED[method]))
+    q, common = by_token(distribution), (theta > 0) & (t > 0)
+    policy = (distribution.alpha == 0) & (method == "kl_budget")
     assert np.all(q[~policy][~common[~policy]] == 0)
     np.testing.assert_allclose(q[policy], theta[policy], rtol=1e-12)
     loss = -np.log(np.where(common, theta, 0.0).sum(axis=1))
@@ -211,9 +211,9 @@ def test_an_end_that_is_asked_for_is_the_model_itself(end):
         {"alpha_method": "fixed", "fixed_alpha": end},
         {"alpha_max": 0.0} if end == 0 else {"alpha_min": 1.0},
     ):
-        law = next_token_distribution(candidates(theta, t), AlphaRule(**options))
-        assert law.alpha[0] == end
-        np.testing.assert_allclose(by_token(law), t if end else theta, rtol=1e-12)
+        distribution = next_token_distribution(candidates(theta, t), AlphaRule(**options))
+        assert distribution.alpha[0] == end
+        np.testing.assert_allclose(by_token(distribution), t if end else theta, rtol=1e-12)
 
 
 def test_identical_models():
@@ -224,7 +224,7 @@ def test_identical_models():
 
 
 @pytest.mark.parametrize("method", [ess_balance_alpha, lambda a, b: kl_budget_alpha(a, b, 0.5)])
-def test_laws_as_peaked_as_those_of_language_models(method):
+def test_distributions_as_peaked_as_those_of_language_models(method):
     """50,000 tokens, one of them with nearly all mass, not the same one: the hard case for Newton's method."""
     rng = np.random.default_rng(0)
     pair = []
@@ -246,8 +246,8 @@ def candidates(theta: np.ndarray, t: np.ndarray):
     return merge_lists(TopK(ids, logs(theta)[0]), TopK(ids, logs(t)[0]))
 
 
-def test_the_law_follows_the_method_and_then_the_bounds():
-    theta, t = laws(7, batch=8)
+def test_the_distribution_follows_the_method_and_then_the_bounds():
+    theta, t = distributions(7, batch=8)
     numbers = {"fixed": {"fixed_alpha": 0.3}, "kl_budget": {"kl_budget": 0.05}}
     expected = {
         "ess_balance": ess_balance_alpha(*logs(theta, t)),
@@ -269,10 +269,10 @@ def test_the_law_follows_the_method_and_then_the_bounds():
 def test_disjoint_rows_are_left_to_the_policy(method):
     theta, t = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0], [0.9, 0.1]])
     options = {"fixed_alpha": 0.4} if method == "fixed" else SOLVED[method]
-    law = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **options))
-    assert law.disjoint.tolist() == [True, False]
-    assert law.alpha[0] == 0 and 0 < law.alpha[1] < 1
-    assert np.exp(law.log_q[0]).max() == 1.0
+    distribution = next_token_distribution(candidates(theta, t), AlphaRule(alpha_method=method, **options))
+    assert distribution.disjoint.tolist() == [True, False]
+    assert distribution.alpha[0] == 0 and 0 < distribution.alpha[1] < 1
+    assert np.exp(distribution.log_q[0]).max() == 1.0
 
 
 @pytest.mark.parametrize(

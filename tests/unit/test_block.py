@@ -1,4 +1,4 @@
-"""Acceptance and residual of block decoding together give q*, by enumeration; and the law tests would notice if not."""
+"""Acceptance and residual of block decoding together give q*, by enumeration; and the tests would notice if not."""
 
 from __future__ import annotations
 
@@ -35,12 +35,16 @@ def top_k(p: np.ndarray, k: int, rows: int) -> TopK:
     return TopK(np.tile(ids, (rows, 1)), np.tile(np.log(p[ids]), (rows, 1)), len(ids) < k or len(ids) == len(p), len(p))
 
 
-def positions(p: np.ndarray, r: np.ndarray, k: int, support: Any, **law: Any) -> Positions:
+def positions(p: np.ndarray, r: np.ndarray, k: int, support: Any, **distribution: Any) -> Positions:
     """One position, once for each token that may have been drafted there."""
     theta, t = top_k(p, k, len(p)), top_k(r, k, len(p))
     candidates = merge_lists(theta, t, support)
     return Positions(
-        candidates, next_token_distribution(candidates, AlphaRule(**law)), theta.logprobs[:, 0], t.logprobs[:, 0], {}
+        candidates,
+        next_token_distribution(candidates, AlphaRule(**distribution)),
+        theta.logprobs[:, 0],
+        t.logprobs[:, 0],
+        {},
     )
 
 
@@ -55,16 +59,16 @@ def acceptance(accept: Accept, at: Positions, count: int) -> tuple[np.ndarray, n
     return np.where(high == 1.0, 1.0, low), columns
 
 
-def output_law(p: np.ndarray, at: Positions, accept: Accept, residual: Residual) -> np.ndarray:
+def output_distribution(p: np.ndarray, at: Positions, accept: Accept, residual: Residual) -> np.ndarray:
     """What comes of a draft from `p`: the probability of each column."""
     kept, columns = acceptance(accept, at, len(p))
-    law = np.zeros(at.candidates.token_ids.shape[1])
-    np.add.at(law, columns, p * kept)
+    distribution = np.zeros(at.candidates.token_ids.shape[1])
+    np.add.at(distribution, columns, p * kept)
     rest = residual(at, np.array([0]))[0]
-    return law + max(1.0 - law.sum(), 0.0) * rest / rest.sum()
+    return distribution + max(1.0 - distribution.sum(), 0.0) * rest / rest.sum()
 
 
-def laws(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def distributions(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     p, r = rng.dirichlet(np.full(size, 0.7), 2)
     if kind == "identical":
         r = p.copy()
@@ -85,14 +89,14 @@ def laws(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np
 @pytest.mark.parametrize(
     "method", [{}, {"alpha_method": "fixed", "fixed_alpha": 0.3}, {"alpha_method": "fixed", "fixed_alpha": 1.0}]
 )
-def test_kept_and_redrawn_tokens_have_the_law_q_star(kind, support, method):
+def test_kept_and_redrawn_tokens_have_the_distribution_q_star(kind, support, method):
     rng = np.random.default_rng(0)
     for size in (2, 3, 5, 8):
         for k in range(1, size + 1):
-            p, r = laws(kind, size, rng)
+            p, r = distributions(kind, size, rng)
             at = positions(p, r, k, support, **method)
-            law = output_law(p, at, block._accept, block._residual)
-            np.testing.assert_allclose(law, np.exp(at.q.log_q[0]), atol=1e-12)
+            distribution = output_distribution(p, at, block._accept, block._residual)
+            np.testing.assert_allclose(distribution, np.exp(at.q.log_q[0]), atol=1e-12)
 
 
 def test_a_token_that_only_the_target_listed_is_redrawn():
@@ -115,7 +119,7 @@ def test_a_token_outside_both_lists_is_kept_where_the_policys_mass_there_is_know
     assert acceptance(block._accept, positions(p, p, 2, "union"), 4)[0][2:].tolist() == [0.0, 0.0]
 
 
-# ---- whether the law tests would notice a wrong rule ----------------------------------------------------------------
+# ---- whether the tests would notice a wrong rule --------------------------------------------------------------------
 
 
 def keep_all_listed(drafted: np.ndarray, at: Positions, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,17 +156,17 @@ MUTANTS = {
 
 
 def rejections(case: Case, accept: Accept, residual: Residual, trials: int = 200) -> float:
-    """How often the law test of `case` fails when these rules decode: the share of `trials` of its size."""
+    """How often the distribution test of `case` fails when these rules decode: the share of `trials` of its size."""
 
     def rows(rules: tuple[Accept, Residual]) -> Callable[[int], np.ndarray]:
         known: dict[int, np.ndarray] = {}
 
-        def law(last: int) -> np.ndarray:
+        def distribution(last: int) -> np.ndarray:
             if last not in known:
                 known[last] = on_vocabulary(case, last, *rules)
             return known[last]
 
-        return law
+        return distribution
 
     exact, wrong = (
         np.array(list(sequence_probabilities(rows(rules), case.tokens).values()))
@@ -175,17 +179,17 @@ def rejections(case: Case, accept: Accept, residual: Residual, trials: int = 200
 def on_vocabulary(case: Case, last: int, accept: Accept, residual: Residual) -> np.ndarray:
     p, options = THETA[last], case.options
     at = positions(p, T[last], options["top_k"], options.get("support", "union"))
-    law, ids = output_law(p, at, accept, residual), at.candidates.token_ids[0]
+    distribution, ids = output_distribution(p, at, accept, residual), at.candidates.token_ids[0]
     q = np.zeros(V)
-    q[ids[ids != NO_TOKEN]] = law[ids != NO_TOKEN]
+    q[ids[ids != NO_TOKEN]] = distribution[ids != NO_TOKEN]
     if at.candidates.has_tail:
         outside = np.setdiff1d(np.arange(V), ids)
-        q[outside] = law[-1] * p[outside] / p[outside].sum()
+        q[outside] = distribution[-1] * p[outside] / p[outside].sum()
     return q
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_law_tests_would_notice(mutant):
+def test_the_distribution_tests_would_notice(mutant):
     """With the sample size of that test, at its false-alarm rate of 1e-4."""
     case = next(case for case in CASES if case.name == "block-union-3")
     assert rejections(case, *MUTANTS[mutant]) >= 0.99

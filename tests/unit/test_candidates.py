@@ -107,7 +107,7 @@ def test_the_tail_keeps_mass_wherever_the_lists_leave_some(theta, t):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.sampled_from(["union", "tail"]))
-def test_the_law_does_not_jump_where_a_list_sums_to_one(seed, k, support):
+def test_the_distribution_does_not_jump_where_a_list_sums_to_one(seed, k, support):
     """Rounded to float32, a peaked list may hold all mass or more. What it leaves open does not vanish there."""
     rng = np.random.default_rng(seed)
     tops = []
@@ -116,28 +116,30 @@ def test_the_law_does_not_jump_where_a_list_sums_to_one(seed, k, support):
         logits[rng.integers(40)] += peak
         logp = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
         tops.append({int(i): float(logp[i]) for i in np.argsort(-logp)[:k]})
-    law, nearby = (
+    distribution, nearby = (
         next_token_distribution(
             merge_lists(*(as_top_k([{i: v - step for i, v in top.items()}]) for top in tops), support)
         )
         for step in (0.0, 1e-10)
     )
     listed = len({*tops[0], *tops[1]})
-    assert np.isfinite(law.log_q).sum() == listed + (support == "tail")  # full support, and never disjoint
+    assert np.isfinite(distribution.log_q).sum() == listed + (support == "tail")  # full support, and never disjoint
     # The least open mass is 1.2e-7: a thousand times the step.
-    np.testing.assert_allclose(np.exp(nearby.log_q), np.exp(law.log_q), atol=0.01)
-    assert nearby.alpha == pytest.approx(law.alpha, abs=0.01)
+    np.testing.assert_allclose(np.exp(nearby.log_q), np.exp(distribution.log_q), atol=0.01)
+    assert nearby.alpha == pytest.approx(distribution.alpha, abs=0.01)
 
 
 def test_a_certain_policy_leaves_the_target_its_say():
     """π_θ lists one token at 0.0, which a hair less would not change: q* keeps a tail, which π_θ can draw."""
-    laws = [
+    distributions = [
         next_token_distribution(merge_lists(as_top_k([{5: certain}]), as_top_k([{5: math.log(0.9)}]), "tail"))
         for certain in (0.0, -1e-9, -1.2e-7)
     ]
-    for law in laws:
-        assert law.alpha == pytest.approx(laws[0].alpha, abs=1e-3) and 0.8 < law.alpha[0] < 0.85
-        np.testing.assert_allclose(np.exp(law.log_q[:, [0, -1]]), [[0.992, 0.008]], atol=1e-3)
+    for distribution in distributions:
+        assert (
+            distribution.alpha == pytest.approx(distributions[0].alpha, abs=1e-3) and 0.8 < distribution.alpha[0] < 0.85
+        )
+        np.testing.assert_allclose(np.exp(distribution.log_q[:, [0, -1]]), [[0.992, 0.008]], atol=1e-3)
 
 
 def test_a_complete_list_leaves_nothing_open():
@@ -339,9 +341,9 @@ def test_ids_that_only_one_model_has_are_no_candidates(seed, support):
 def test_a_policy_that_can_only_say_what_the_target_lacks_leaves_the_position_to_the_target():
     theta = TopK(np.array([[5, NO_TOKEN]]), np.array([[0.0, -np.inf]]), np.array([True]), 6)
     t = TopK(np.array([[0, 1]]), np.log([[0.6, 0.3]]), np.array([False]), 4)
-    law = next_token_distribution(merge_lists(theta, t))
-    assert law.disjoint.tolist() == [True] and law.alpha.tolist() == [1.0]
-    assert np.exp(law.log_q[0]).max() == pytest.approx(2 / 3)
+    distribution = next_token_distribution(merge_lists(theta, t))
+    assert distribution.disjoint.tolist() == [True] and distribution.alpha.tolist() == [1.0]
+    assert np.exp(distribution.log_q[0]).max() == pytest.approx(2 / 3)
 
 
 def test_one_size_for_both_models():
@@ -365,8 +367,8 @@ def test_extreme_temperatures_neither_underflow_nor_overflow(seed, temperature):
         np.testing.assert_allclose(np.diff(tempered.logprobs[0]), ratios, rtol=1e-6, atol=1e-9)
         lists.append(tempered)
     candidates = merge_lists(*lists)
-    law = next_token_distribution(candidates)
-    q = np.exp(law.log_q)
+    distribution = next_token_distribution(candidates)
+    q = np.exp(distribution.log_q)
     assert q.sum() == pytest.approx(1)
-    weights = np.exp((candidates.exact_theta - law.log_q)[(q > 1e-6) & ~np.isnan(candidates.exact_theta)])
+    weights = np.exp((candidates.exact_theta - distribution.log_q)[(q > 1e-6) & ~np.isnan(candidates.exact_theta)])
     assert np.all(weights <= 1e6 * (1 + 1e-9))

@@ -54,7 +54,7 @@ def test_alpha_and_q_are_those_of_the_numpy_reference(method: Method, value: flo
         np.testing.assert_allclose(found[:, 0].numpy(), (np.exp(log_q) * (log_q - logp)).sum(1), atol=1e-4)
 
 
-def test_sequences_have_the_enumerated_law_and_their_exact_numbers(folders: tuple[Path, Path]) -> None:
+def test_sequences_have_the_enumerated_distribution_and_their_exact_numbers(folders: tuple[Path, Path]) -> None:
     """Two tokens after prompts of unlike length, which the models see differently. False alarm: 1 in 1000."""
     theta, t = (load_model(folder).eval() for folder in folders)
     rows, prompts, t_prompts = 4000, ([5, 6, 7], [9]), ([5, 8], [9, 3, 4, 6])

@@ -1,4 +1,4 @@
-"""Draws from q* in torch: the law, the recorded numbers, the random numbers, and which rows of a step are pairs."""
+"""Draws from q* in torch: their distribution, their numbers, the random numbers, and which rows of a step are pairs."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def columns(count: int, rows: Any = None, seeds: Any = None, **lists: Any) -> to
     return torch.from_numpy(pack(rows=rows or [(0, 1)] * count, members=members, **values))
 
 
-def law(logits: torch.Tensor, alpha: float, temperature: float = 1.0) -> np.ndarray:
+def distribution(logits: torch.Tensor, alpha: float, temperature: float = 1.0) -> np.ndarray:
     logp = (logits.double() / temperature).log_softmax(1)
     return ((1 - alpha) * logp[0] + alpha * logp[1]).softmax(0).numpy()
 
 
 @pytest.mark.parametrize("seeds_differ", [True, False], ids=["seeds", "positions"])
-def test_draws_follow_the_law(seeds_differ: bool) -> None:
+def test_draws_follow_the_distribution(seeds_differ: bool) -> None:
     """Of 20,000 seeds, and of 20,000 positions. Chi-square, false alarm one in 10,000 each."""
     count, logits = 20_000, logits_of(2)
     lists = {} if seeds_differ else {"seeds": [7] * count, "positions": range(count)}
     tokens, numbers = draw(logits, logits, unpack(columns(count, **lists)))
-    expected = law(logits, float(numbers[0, 1]))
+    expected = distribution(logits, float(numbers[0, 1]))
     assert chi_square_p_value(np.bincount(tokens, minlength=VOCAB), count * expected) > 1e-4
 
 

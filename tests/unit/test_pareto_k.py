@@ -24,7 +24,7 @@ def test_the_fit_finds_the_shape(shape):
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.7, 1.2])
-def test_the_tail_of_weights_with_power_law(shape):
+def test_the_tail_of_weights_with_power_distribution(shape):
     """u^(−k) has the tail index k everywhere; its 949 largest of 100,000 are fitted, the deviation is 0.04 to 0.07."""
     weights = np.random.default_rng(1).random(100_000) ** -shape
     assert pareto_k(weights) == pytest.approx(shape, abs=0.25)

@@ -191,7 +191,7 @@ def test_auto_compares_only_the_two_best_again_when_the_load_changes() -> None:
 
 
 @pytest.mark.parametrize("options", [{"seed": 0}, {"temperature": 0.7}, {"decoding": "lockstep"}], ids=str)
-def test_auto_blocks_only_where_the_law_and_the_tokens_stay_the_same(options: dict[str, object]) -> None:
+def test_auto_blocks_only_where_the_distribution_and_the_tokens_stay_the_same(options: dict[str, object]) -> None:
     made = drive(Tuner(), CoordinatorConfig(**options), Load.of(16, 60), SPEEDS, 6)  # type: ignore[arg-type]
     assert not any("block" in name for name in made)
 

@@ -86,7 +86,7 @@ def logprobs_of(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
     return logits.log_softmax(-1).cpu().numpy()
 
 
-def laws_of(rollout: dict[str, Any], theta: Any, t: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def distributions_of(rollout: dict[str, Any], theta: Any, t: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log π_θ, log π_t and log q of the reported α, each `(T, V)`."""
     logp_theta = logprobs_of(theta, rollout["prompts"][0], rollout["token_ids"])
     logp_t = logprobs_of(t, rollout["prompts"][1] or rollout["prompts"][0], rollout["token_ids"])
@@ -97,7 +97,7 @@ def laws_of(rollout: dict[str, Any], theta: Any, t: Any) -> tuple[np.ndarray, np
 def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> dict[str, float]:
     errors: dict[str, float] = {}
     for rollout in rollouts:
-        logp_theta, logp_t, log_q = laws_of(rollout, theta, t or theta)
+        logp_theta, logp_t, log_q = distributions_of(rollout, theta, t or theta)
         q, chosen = np.exp(log_q), (np.arange(len(log_q)), rollout["token_ids"])
         expected = {
             "log_q": log_q[chosen],
@@ -111,12 +111,12 @@ def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None
     return errors
 
 
-def law_p_value(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> float:
+def distribution_p_value(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> float:
     """Whether the tokens are draws from q: each is put at a random place of its share of [0, 1], and all places
     together are uniform then. Chi-square in 20 cells."""
     rng, places = np.random.default_rng(0), []
     for rollout in rollouts:
-        q = np.exp(laws_of(rollout, theta, t or theta)[2])
+        q = np.exp(distributions_of(rollout, theta, t or theta)[2])
         chosen = np.arange(len(q)), rollout["token_ids"]
         places.append(q.cumsum(1)[chosen] - rng.random(len(q)) * q[chosen])
     counts = np.histogram(np.concatenate(places), 20, (0, 1))[0]

@@ -1,4 +1,4 @@
-"""The exact law of rollouts on two real vLLM servers."""
+"""The exact distribution of rollouts on two real vLLM servers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from tests.integration.test_doctor import report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
 from tests.vllm import pairs as of_pairs
-from tests.vllm.pairs import Pairs, laws_of, ragged_prompts
+from tests.vllm.pairs import Pairs, distributions_of, ragged_prompts
 from tests.vllm.servers import ENVIRONMENT, REPOSITORY, NativeServer, metric, run_in_vllms_python, running, vllm_python
 
 VOCAB_SIZE = len(make_tokenizer())
@@ -120,7 +120,7 @@ def generate(native: Native, prompts: Sequence[list[int]], max_tokens: int, **op
 
 
 def logprobs_of(model: Any, text: Sequence[int], start: int, temperature: float) -> np.ndarray:
-    """`(len(text) - start, V)` float64: the laws of the tokens from `start` on."""
+    """`(len(text) - start, V)` float64: the distributions of the tokens from `start` on."""
     with torch.no_grad():
         logits = model(torch.tensor([list(text)])).logits[0, start - 1 : -1].double()
     return (logits / temperature).log_softmax(-1).numpy()
@@ -197,11 +197,11 @@ def test_unlike_models_at_another_temperature_with_bounds(unlike: Native) -> Non
     assert_right(largest_errors(unlike, outputs, temperature=0.7), balanced=False)
     for output in outputs:
         text, start = [*output.prompt_token_ids, *output.generated_tokens], len(output.prompt_token_ids)
-        laws = (logprobs_of(model, text, start, 0.7) for model in (unlike.theta, unlike.t))
-        assert output.alpha_history == pytest.approx(np.minimum(solve_alpha(*laws), 0.3), abs=1e-3)
+        distributions = (logprobs_of(model, text, start, 0.7) for model in (unlike.theta, unlike.t))
+        assert output.alpha_history == pytest.approx(np.minimum(solve_alpha(*distributions), 0.3), abs=1e-3)
 
 
-def test_tokens_follow_the_law_under_every_rule(unlike: Native) -> None:
+def test_tokens_follow_the_distribution_under_every_rule(unlike: Native) -> None:
     """Chi-square over all positions, and over 1000 first tokens; false alarm one in 10,000 each."""
     rules: list[dict[str, Any]] = [
         {},
@@ -215,11 +215,11 @@ def test_tokens_follow_the_law_under_every_rule(unlike: Native) -> None:
     rollouts = pairs.rollouts(prompts, [{"max_tokens": 30, **rules[i % 5]} for i in range(20)])
     assert [rollout["restarts"] for rollout in rollouts] == [0] * 20, "one request cannot fall out of step"
     assert max(of_pairs.largest_errors(rollouts, unlike.theta, unlike.t).values()) < TOLERANCE
-    assert of_pairs.law_p_value(rollouts, unlike.theta, unlike.t) > 1e-4
+    assert of_pairs.distribution_p_value(rollouts, unlike.theta, unlike.t) > 1e-4
     first = pairs.rollouts([prompts[0]] * 1000, [{"max_tokens": 1}] * 1000)
-    law = np.exp(laws_of(first[0], unlike.theta, unlike.t)[2][0])
+    distribution = np.exp(distributions_of(first[0], unlike.theta, unlike.t)[2][0])
     drawn = np.bincount([rollout["token_ids"][0] for rollout in first], minlength=VOCAB_SIZE)
-    assert chi_square_p_value(drawn, 1000 * law) > 1e-4
+    assert chi_square_p_value(drawn, 1000 * distribution) > 1e-4
 
 
 def test_without_a_target_tokens_are_the_policys(unlike: Native) -> None:
@@ -230,7 +230,7 @@ def test_without_a_target_tokens_are_the_policys(unlike: Native) -> None:
     rollouts = [one for one in pairs.rollouts(sides, [{"max_tokens": 40}] * 24) if one["prompts"][1] is None]
     assert all((rollout["alpha"] == 0).all() for rollout in rollouts)
     assert max(of_pairs.largest_errors(rollouts, unlike.theta).values()) < TOLERANCE
-    assert of_pairs.law_p_value(rollouts, unlike.theta) > 1e-4
+    assert of_pairs.distribution_p_value(rollouts, unlike.theta) > 1e-4
 
 
 def test_ordinary_requests_are_the_policys(unlike: Native) -> None:
@@ -241,7 +241,7 @@ def test_ordinary_requests_are_the_policys(unlike: Native) -> None:
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(logp.max(1), abs=TOLERANCE)
 
 
-def test_whole_laws_are_served_to_ordinary_requests(native: Native) -> None:
+def test_whole_distributions_are_served_to_ordinary_requests(native: Native) -> None:
     """log q* of every token of the vocabulary, after 208 contexts, where the server was told to."""
     prompts = [prompt[:20] for prompt in ragged_prompts(13, seed=7)]
     for i, prompt in enumerate(prompts):
@@ -266,12 +266,12 @@ def test_whole_laws_are_served_to_ordinary_requests(native: Native) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_ordinary_requests_follow_the_law(native: Native, temperature: float) -> None:
+def test_ordinary_requests_follow_the_distribution(native: Native, temperature: float) -> None:
     """4096 draws of one position. Chi-square, false alarm one in 10,000."""
     prompt = list(range(30, 70))
     logps = [logprobs_of(model, [*prompt, 0], len(prompt), temperature) for model in (native.theta, native.t)]
     alpha = solve_alpha(*logps)[:, None]
-    law = np.exp((1 - alpha) * logps[0] + alpha * logps[1])[0]
+    distribution = np.exp((1 - alpha) * logps[0] + alpha * logps[1])[0]
     drawn = np.zeros(VOCAB_SIZE)
     for _ in range(8):
         body = {
@@ -286,7 +286,7 @@ def test_ordinary_requests_follow_the_law(native: Native, temperature: float) ->
         }
         for choice in native.server.post("/v1/completions", body)["choices"]:
             drawn[int(choice["logprobs"]["tokens"][0].removeprefix("token_id:"))] += 1
-    assert chi_square_p_value(drawn, drawn.sum() * law / law.sum()) > 1e-4
+    assert chi_square_p_value(drawn, drawn.sum() * distribution / distribution.sum()) > 1e-4
 
 
 def test_seeds_repeat(native: Native) -> None:
@@ -431,7 +431,7 @@ def test_the_recipe_trains(native: Native, tmp_path: Path) -> None:
 
 
 class CheckedGRPOTrainer(GRPOTrainer):
-    """TRL's own: compares its ratios with what they should be by the models' whole laws."""
+    """TRL's own: compares its ratios with what they should be by the models' whole distributions."""
 
     target: Any
     checked: int = 0

@@ -1,4 +1,4 @@
-"""Two requests of one vLLM engine that are one rollout: its law and its numbers, whatever the engine does meanwhile."""
+"""Two requests of one vLLM engine that are one rollout: its distribution and numbers, whatever the engine does meanwhile."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from tests.unit.test_native_draw import METHODS, expected_alpha
 from tests.vllm.pairs import (
     Pairs,
     Prompts,
+    distribution_p_value,
+    distributions_of,
     in_session,
     largest_errors,
-    law_p_value,
-    laws_of,
     logprobs_of,
     prompts_of,
     ragged_prompts,
@@ -72,12 +72,12 @@ def ample(both: tuple[Pairs, Pairs]) -> Pairs:
 
 
 def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
-    """Long prompts beside short ones. The law by a chi-square test, false alarm one in 10,000."""
+    """Long prompts beside short ones. The distribution by a chi-square test, false alarm one in 10,000."""
     prompts = [*prompts_of(6), (list(range(70)), [7]), ([7], list(range(70))), (list(range(70)), list(range(80)))]
     rollouts = tight.rollouts(prompts, [{"max_tokens": 40, "seed": i} for i in range(len(prompts))])
     assert [len(rollout["token_ids"]) for rollout in rollouts] == [40] * len(prompts)
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
-    assert law_p_value(rollouts, tight.model) > 1e-4
+    assert distribution_p_value(rollouts, tight.model) > 1e-4
     assert sum(map(tight.fell_apart, rollouts)) > 0, "nothing fell out of step: the test shows too little"
 
 
@@ -89,7 +89,7 @@ def test_exact_with_too_little_memory(tight: Pairs) -> None:
     assert sum(map(tight.fell_apart, rollouts)) > 0, "the cache was large enough"
     assert [len(rollout["token_ids"]) for rollout in rollouts] == [110] * 6
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
-    assert law_p_value(rollouts, tight.model) > 1e-4
+    assert distribution_p_value(rollouts, tight.model) > 1e-4
 
 
 def test_the_client_begins_no_more_than_the_cache_holds(tight: Pairs) -> None:
@@ -120,13 +120,13 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample:
     assert all(mine["token_ids"] != other["token_ids"] for mine, other in zip(at_ease, others, strict=False))
 
 
-def test_first_tokens_follow_the_law(ample: Pairs) -> None:
+def test_first_tokens_follow_the_distribution(ample: Pairs) -> None:
     """1000 rollouts of one pair of prompts. Chi-square, false alarm one in 10,000."""
     prompts: Prompts = (list(range(30, 60)), list(range(100, 145)))
     rollouts = ample.rollouts([prompts] * 1000, [{"max_tokens": 1}] * 1000)
-    law = np.exp(laws_of(rollouts[0], ample.model, ample.model)[2][0])
+    distribution = np.exp(distributions_of(rollouts[0], ample.model, ample.model)[2][0])
     drawn = np.bincount([rollout["token_ids"][0] for rollout in rollouts], minlength=VOCAB_SIZE)
-    assert chi_square_p_value(drawn, 1000 * law) > 1e-4
+    assert chi_square_p_value(drawn, 1000 * distribution) > 1e-4
 
 
 def test_every_method_in_one_batch(ample: Pairs) -> None:
@@ -136,7 +136,7 @@ def test_every_method_in_one_batch(ample: Pairs) -> None:
         rule, temperature = METHODS[name]
         logps = [
             np.log(np.exp(logp / temperature) / np.exp(logp / temperature).sum(1, keepdims=True))
-            for logp in laws_of(rollout, ample.model, ample.model)[:2]
+            for logp in distributions_of(rollout, ample.model, ample.model)[:2]
         ]
         assert rollout["alpha"] == pytest.approx(expected_alpha(rule, *logps), abs=1e-3), name
         chosen = np.arange(20), rollout["token_ids"]
@@ -153,11 +153,11 @@ def test_without_a_target_tokens_are_the_policys(ample: Pairs) -> None:
     rollouts = ample.rollouts(prompts, [{"max_tokens": 40}] * 16)
     assert all((rollout["alpha"] == 0).all() for rollout in rollouts)
     assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
-    assert law_p_value(rollouts, ample.model) > 1e-4
+    assert distribution_p_value(rollouts, ample.model) > 1e-4
 
 
 def test_ordinary_requests_are_left_alone(ample: Pairs) -> None:
-    """64 beside 64 pairs: greedy ones say what the model says, sampled ones have its log-probabilities and law.
+    """64 beside 64 pairs: greedy ones say what the model says, sampled ones have its distribution.
     Chi-square, false alarm one in 10,000."""
 
     async def work(session: aiohttp.ClientSession) -> list[Any]:
@@ -188,13 +188,13 @@ def test_ordinary_requests_are_left_alone(ample: Pairs) -> None:
 
     found = in_session(work)
     assert max(largest_errors(found[:64], ample.model).values()) < TOLERANCE
-    assert law_p_value(found[:64], ample.model) > 1e-4
+    assert distribution_p_value(found[:64], ample.model) > 1e-4
     sampled = [
         {"prompts": (prompt, None), "token_ids": tokens, "alpha": np.zeros(12)}
         for i, (prompt, tokens) in enumerate(zip(ragged_prompts(64, seed=40), found[64:], strict=True))
         if i % 4
     ]
-    assert law_p_value(sampled, ample.model) > 1e-4
+    assert distribution_p_value(sampled, ample.model) > 1e-4
 
 
 def test_a_stop_token_ends_the_rollout(ample: Pairs) -> None:
