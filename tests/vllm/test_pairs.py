@@ -1,4 +1,4 @@
-"""Two requests of one vLLM engine that are one rollout: its distribution and numbers, whatever the engine does meanwhile."""
+"""Two requests of one vLLM engine that are one rollout: its distribution and numbers, whatever the engine does."""
 
 from __future__ import annotations
 
