@@ -463,6 +463,7 @@ _ABILITIES = (
     "named_logprobs",
     "generate_endpoint",
     "cached_rows",
+    "sessions",
     "detokenizes",
     "reloads_weights",
     "resets_prefix_cache",
