@@ -99,9 +99,12 @@ def one_process(recipe: Path, *flags: str) -> list[str]:
 
 def two_processes(recipe: Path, *flags: str) -> list[str]:
     """The command that `recipes/accelerate_configs/two_cpu.yaml` is for."""
+    return two_processes_of("dual_rollout.training.script", "--config", str(recipe), *flags)
+
+
+def two_processes_of(module: str, *arguments: str) -> list[str]:
     config = str(ROOT / "recipes/accelerate_configs/two_cpu.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    return [*launch, "-m", "dual_rollout.training.script", "--config", str(recipe), *flags]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", module, *arguments]
 
 
 def wait_until(done: Callable[[], bool], *runs: subprocess.Popen[str], timeout: float = HANG) -> None:

@@ -8,6 +8,7 @@ models; what the tools answer is in the prompt of the next turn.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from dual_rollout.types import GenerationOutput
 from tests.integration.conftest import TinyPair
 from tests.integration.test_distillation import distillation_config
 from tests.integration.test_training import grpo_config
+from tests.runs import finish, start, two_processes_of
 from tests.tool_model import call, make_tool_pair, tool_tokenizer
 from tests.warm_servers import WarmServer
 
@@ -151,7 +153,8 @@ def dual_config(pair: TinyPair) -> CoordinatorConfig:
     return CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=len(tool_tokenizer(CALLS)), seed=3)
 
 
-def run(pair: TinyPair, folder: Path, **options: Any) -> ObservedGRPO:
+def run(pair: TinyPair, folder: Path, copies: int = 1, **options: Any) -> ObservedGRPO:
+    """Train two steps; `copies` of the rows are the questions of a step in as many processes."""
     grpo = {
         "max_completion_length": LENGTH,
         "max_steps": 2,
@@ -161,7 +164,7 @@ def run(pair: TinyPair, folder: Path, **options: Any) -> ObservedGRPO:
     trainer = ObservedGRPO(
         model=str(pair.theta_model),
         args=grpo_config(folder, **grpo),
-        train_dataset=Dataset.from_list(rows()),
+        train_dataset=Dataset.from_list(rows() * copies),
         dual_config=dual_config(pair),
         **options,
     )
@@ -243,6 +246,15 @@ def test_every_turn_with_tools_is_drawn_from_q_star(pair: TinyPair, tmp_path: Pa
             assert len(row["generated_tokens"]) == len(given["alpha"])
             np.testing.assert_array_equal(row["alpha_history"], np.float32(given["alpha"]))
             np.testing.assert_array_equal(np.isnan(row["kl_theta"]), np.isnan(given["alpha"]))
+
+
+def test_two_processes_go_through_their_own_turns(pair: TinyPair, tmp_path: Path) -> None:
+    """Each checks every number of its rows, see `tests/tools_of_two_processes.py`."""
+    where = (pair.theta_model, pair.t_model, pair.theta_url, pair.t_url, tmp_path)
+    finish(start(two_processes_of("tests.tools_of_two_processes", *map(str, where)), tmp_path))
+    first, second = (json.loads((tmp_path / f"found-{process}.json").read_text()) for process in (0, 1))
+    assert len(first["rows"]) == len(second["rows"]) == 2 * 8
+    assert first["turns"] != second["turns"] and min(max(first["turns"]), max(second["turns"])) > 1
 
 
 def test_distillation_with_tools(pair: TinyPair, tmp_path: Path) -> None:

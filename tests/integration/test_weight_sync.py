@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dual_rollout import DualRollout
-from dual_rollout.exceptions import EngineError
+from dual_rollout.exceptions import EngineError, WeightSyncError
 from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.policy_state_dict import merged, plain_tensors
 from dual_rollout.training.weight_sync import (
@@ -191,3 +192,22 @@ def test_the_way_is_chosen_by_model_and_server(tiny_pair: TinyPair, lora_pair: T
     with DualRollout(dual_config(tiny_pair)) as rollout:
         sync = choose_weight_sync(nccl, rollout, "auto", tmp_path)
     assert type(sync) is TrlWeightSync
+
+
+def test_a_transfer_of_trls_own_that_fails_says_which_servers_it_takes(tiny_pair: TinyPair) -> None:
+    """It is asked for again by the next rollout, whose tokens would else be recorded under weights that never came."""
+
+    def refused() -> None:
+        raise RuntimeError("404 /update_weights")
+
+    generation = SimpleNamespace(sync_weights=refused)
+    trainer = SimpleNamespace(
+        use_vllm=True, state=SimpleNamespace(global_step=3), _last_loaded_step=2, vllm_generation=generation
+    )
+    with DualRollout(dual_config(tiny_pair)) as rollout:
+        with pytest.raises(WeightSyncError, match=r"404 /update_weights.*vLLM 0\.22 to 0\.31.*use_vllm=False"):
+            TrlWeightSync().sync(trainer, rollout)
+        assert trainer._last_loaded_step == 2 and rollout.weight_version is None
+        generation.sync_weights = lambda: None
+        TrlWeightSync().sync(trainer, rollout)
+        assert trainer._last_loaded_step == rollout.weight_version == 3
