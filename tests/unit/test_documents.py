@@ -43,7 +43,7 @@ def commands(page: Path) -> list[list[str]]:
     """The `dual-rollout` commands in its blocks of code, as words."""
     lines = [line.split(" # ")[0] for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     found = [re.search(r"\bdual-rollout (.*)", line) for line in lines if not line.startswith("#")]
-    return [shlex.split(re.split(r"\s[&|>;]", match[1])[0]) for match in found if match]
+    return [shlex.split(re.split(r"\s[&|>]|;\s", match[1])[0]) for match in found if match]
 
 
 @functools.cache
