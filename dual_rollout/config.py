@@ -189,10 +189,14 @@ class CoordinatorConfig:
                 'set support to "tail"'
             )
         _ = self.alpha_rule  # which checks itself
-        if self.engine == "native" and (not isinstance(self.theta_url, str) or self.targets):
+        if self.engine == "native":
+            self._check_native()
+
+    def _check_native(self) -> None:
+        if not isinstance(self.theta_url, str) or self.targets:
             raise ValueError('engine "native" has one server, which holds its target: give one theta_url, no targets')
         low, high = NATIVE_TEMPERATURES
-        if self.engine == "native" and not low <= self.temperature <= high:
+        if not low <= self.temperature <= high:
             raise ValueError(f'temperature must be in [{low:g}, {high:g}] with engine "native", got {self.temperature}')
 
     @functools.cached_property  # every round of decoding asks for it

@@ -19,7 +19,7 @@ import pytest
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.engine import GrowingText
 from dual_rollout.exceptions import EngineReplacedError
-from dual_rollout.servers import HttpTransport, SGLangEngine, VLLMEngine, identity, replicas
+from dual_rollout.servers import HttpTransport, SGLangEngine, VLLMEngine, identity, replica_pool
 from tests import fault_proxy
 from tests.fault_proxy import FaultProxy
 from tests.hang import HANG
@@ -44,7 +44,7 @@ LONGER_THAN_IDLE_S = identity._IDLE_S + 0.1
 
 @pytest.fixture(autouse=True)
 def _short_probation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_FIRST_PROBATION_S", 0.1)
+    monkeypatch.setattr(replica_pool, "_FIRST_PROBATION_S", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from aiohttp import web
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.exceptions import EngineProtocolError, EngineRestartedError, EngineUnavailableError
 from dual_rollout.server.launch import EmbeddedServer
-from dual_rollout.servers import HttpTransport, Replicas, VLLMEngine, identity, replicas
+from dual_rollout.servers import HttpTransport, Replicas, VLLMEngine, identity, replica_pool
 from tests import fault_proxy
 from tests.fault_proxy import Exchange, FaultProxy
 from tests.hang import HANG
@@ -38,7 +38,7 @@ def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def _short_probation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_FIRST_PROBATION_S", 0.1)
+    monkeypatch.setattr(replica_pool, "_FIRST_PROBATION_S", 0.1)
 
 
 @pytest.mark.parametrize("options", [{}, {"decoding": "block"}, {"support": "tail", "top_k": 3}], ids=str)
@@ -212,11 +212,11 @@ def test_a_replica_that_does_not_confirm_new_weights_stays_out_until_it_does() -
         both = Replicas(servers, max_retries=0)  # type: ignore[arg-type]
         await both.reload_weights("new")
         assert [server.weights for server in servers] == ["new", "new", "old"]
-        assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b"]
+        assert await both.each(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b"]
         while servers[2].weights != "new":
             await both.health()
             await asyncio.sleep(0.05)
-        assert await both._ask_all(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b", "c"]
+        assert await both.each(lambda engine: asyncio.sleep(0, engine.url)) == ["a", "b", "c"]
 
     asyncio.run(asyncio.wait_for(run(), HANG))
 
