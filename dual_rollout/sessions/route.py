@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
@@ -303,9 +304,12 @@ class SessionServer:
         self._sessions: dict[str, Session] = {}
         self._held = 0  # tokens of all sessions
         self._changes = 0  # under way, of the model
+        self._unchanging = asyncio.Event()  # whether none is
+        self._unchanging.set()
         self._at_work = 0
         self._together = state.engine_client.vllm_config.scheduler_config.scheduler_cls == SCHEDULER
         self._reaper: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     def limits(self) -> Limits:
         model, served = self._state.engine_client.model_config, self._state.openai_serving_models
@@ -325,10 +329,11 @@ class SessionServer:
             ValueError, VLLMClientError: a text is refused; its session has ended, the others have gone on.
             RuntimeError: the engine has aborted some.
         """
-        params = ListOf(question.k, float(question.temperature))
-        before = [self._answered(text, question.model, params) for text in question.texts]
+        await self._unchanging.wait()
         for name in question.ended:
             await self._end(name)
+        params = ListOf(question.k, float(question.temperature))
+        before = [self._answered(text, question.model, params) for text in question.texts]
         asked = [text for text, lists in zip(question.texts, before, strict=True) if lists is None]
         found = await self._lists(asked, question.model, params)
         answers = iter([_raised(lists) for lists in found])
@@ -344,8 +349,9 @@ class SessionServer:
 
     @contextlib.asynccontextmanager
     async def without_sessions(self) -> AsyncIterator[None]:
-        """No session is in the engine during the block, and none has what it computed before."""
+        """No session is in the engine during the block, and none has what it computed before; questions wait."""
         self._changes += 1
+        self._unchanging.clear()
         try:
             deadline = time.monotonic() + _LONGEST_WAIT_S
             # What is at work in a paused engine has not begun, and does so afterwards.
@@ -359,6 +365,8 @@ class SessionServer:
             yield
         finally:
             self._changes -= 1
+            if not self._changes:
+                self._unchanging.set()
 
     def _answered(self, text: Text, model: str, params: ListOf) -> Lists | None:
         """The list after a text where it was given before; raises `UnknownSessionError` where it cannot be gone on."""
@@ -375,43 +383,43 @@ class SessionServer:
         return lists
 
     async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists | BaseException]:
-        """The lists after all texts, or why there is none."""
+        """The lists after all texts, or why there is none. Up to the last line nothing else runs in between."""
         engine = self._state.engine_client
-        together = [text for text in texts if text.known] if self._together else []
-        others = [(self._sessions[str(text.session)].engine_id(engine), text.token_ids) for text in together[1:]]
-        carries = {id(text): Carry(by_another=True) for text in together[1:]}
-        carries |= {id(text): Carry(others) for text in together[:1]}
-        tasks = [asyncio.create_task(self._next(text, model, params, carries.get(id(text), Carry()))) for text in texts]
+        going_on = [(text, self._sessions[str(text.session)]) for text in texts if text.known]
+        together = going_on if self._together else []
+        others = [(session.engine_id(engine), text.token_ids) for text, session in together[1:]]
+        carries = {id(text): Carry(by_another=True) for text, _ in together[1:]}
+        carries |= {id(text): Carry(others) for text, _ in together[:1]}
+        for _, session in going_on:
+            session.idle_since = None
+        self._at_work += len(texts)
+        tasks = {}
+        for text in texts:
+            task = asyncio.create_task(self._asked(text, model, params, carries.get(id(text), Carry())))
+            task.add_done_callback(functools.partial(self._left, text))
+            tasks[id(text)] = task
+        if others:
+            carrier, *carried = (tasks[id(text)] for text, _ in together)
+            carrier.add_done_callback(functools.partial(_give_up, carried))
+        return await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-        def brought(task: asyncio.Task[Lists]) -> None:
-            """What a message carries that has not arrived would be waited for in vain."""
-            if task.cancelled() or task.exception() is not None:
-                for text, other in zip(texts, tasks, strict=True):
-                    if id(text) in carries:
-                        other.cancel()
-
-        for text, task in zip(texts, tasks, strict=True):
-            if text in together[:1]:
-                task.add_done_callback(brought)
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _next(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
-        self._at_work += 1
-        try:
-            return await self._asked(text, model, params, carry)
-        finally:
-            self._at_work -= 1
+    def _left(self, text: Text, task: asyncio.Task[Lists]) -> None:
+        """A text is not at work any more. If it has no list, its session ends."""
+        self._at_work -= 1
+        if _failed(task) and text.session is not None and text.session in self._sessions:
+            self._ending = {ending for ending in self._ending if not ending.done()}
+            self._ending.add(asyncio.create_task(self._end(text.session)))
 
     async def _asked(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
         """The list after a text: of its session, which may begin here, or of a request of one token."""
         engine, lora = self._state.engine_client, self._state.openai_serving_models.lora_requests.get(model)
         name = text.session
         if name is not None and not text.known:
-            await self._end(name)
+            await self._end(name)  # it is begun again
             if self._room_for(len(text.token_ids)):
                 self._sessions[name] = Session(model)
                 self._watch()
-        if name is None or name not in self._sessions:
+        if name is None or (name not in self._sessions and not text.known):
             stream = engine.generate(
                 tokens_input(text.token_ids),
                 params.sampling(RequestOutputKind.FINAL_ONLY),
@@ -422,11 +430,7 @@ class SessionServer:
                 return _lists(await anext(stream, None), params.k)
         session = self._sessions[name]
         self._held += len(text.token_ids)
-        try:
-            lists = await session.go_on(engine, text.token_ids, params, lora, carry)
-        except BaseException:
-            await self._end(name)
-            raise
+        lists = await session.go_on(engine, text.token_ids, params, lora, carry)
         if session.ends or not self._room_for(0):
             await self._end(name)
         return lists
@@ -502,6 +506,17 @@ def _lists(output: Any, k: int) -> Lists:
         raise RuntimeError("the engine aborted a request, as it does on /pause")
     arrays = output.outputs[0].logprobs[-1]
     return Lists(arrays.logprob_token_ids[0, 1 : k + 1].copy(), arrays.logprobs[0, 1 : k + 1].copy())
+
+
+def _give_up(carried: Sequence[asyncio.Task[Any]], carrier: asyncio.Task[Any]) -> None:
+    """What a message carries that does not arrive would be waited for in vain."""
+    if _failed(carrier):
+        for task in carried:
+            task.cancel()
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 def _raised(lists: Lists | BaseException) -> Lists:

@@ -158,6 +158,29 @@ def test_new_weights_and_an_empty_cache_end_sessions(vllm_pair: ServerPair) -> N
     asyncio.run(main())
 
 
+def test_questions_beside_changes_get_the_right_lists(url: str) -> None:
+    async def main() -> None:
+        async with client(url) as engine:
+
+            async def rounds(seed: int) -> None:
+                these = texts(4, seed)
+                for step in range(12):
+                    await assert_as_sent_whole(engine, these)
+                    grow(these, 100 * seed + step)
+
+            async def changes() -> None:
+                while True:
+                    await engine.reset_prefix_cache()
+                    await asyncio.sleep(0.03)
+
+            changing = asyncio.create_task(changes())
+            await asyncio.wait_for(asyncio.gather(*(rounds(seed) for seed in (1, 2, 3))), HANG)
+            assert not changing.done(), changing.exception()
+            changing.cancel()
+
+    asyncio.run(main())
+
+
 def test_a_question_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
