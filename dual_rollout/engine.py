@@ -324,5 +324,5 @@ class Engine(ScoringEngine, WeightReceiver, Protocol):
         ...
 
     async def health(self) -> None:
-        """Return if the server says that it is well."""
+        """Return if the health check of the server passes."""
         ...

@@ -272,7 +272,7 @@ class Probe:
         return await self._http.retries.query(lambda: self._http.post("/inference/v1/generate", payload))
 
     async def _optional(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer, or None from a server that refuses, or answers nonsense."""
+        """The answer, or None from a server that refuses, or whose answer is invalid."""
         try:
             return await self._http.retries.query(ask)
         except (EngineRejectedError, EngineProtocolError):

@@ -69,7 +69,7 @@ class ReplicaPool:
         self._sync: Callable[[Engine], Awaitable[None]] | None = None
         self._returning: dict[Replica, asyncio.Task[None]] = {}
         self._last_error: EngineError | None = None
-        self._door = asyncio.Lock()
+        self._return_lock = asyncio.Lock()
 
     async def ask(
         self,
@@ -81,9 +81,9 @@ class ReplicaPool:
     ) -> list[tuple[list[int], T]]:
         """The answers to parts of `prompts`, each with the numbers of its prompts.
 
-        A replica that does not answer is taken out, and another one asked. One that answers nonsense is taken out
+        A replica that does not answer is taken out, and another one asked. One whose answer is invalid is taken out
         if the other does better; otherwise the prompts are to blame, and the error is raised. A request that none
-        answers in `attempts` (each replica once, and `max_retries` more) is given up, however well they say they are.
+        answers in `attempts` (each replica once, and `max_retries` more) is given up, whatever their health checks say.
         """
         if attempts is None:
             attempts = len(self.replicas) + (0 if sending_once() else self._max_retries)
@@ -209,7 +209,7 @@ class ReplicaPool:
                 self._returning[replica] = asyncio.create_task(self._try(replica))
         if any(replica.out_until is None for replica in self.replicas):
             return
-        async with self._door:
+        async with self._return_lock:
             for attempt in range(self._max_retries + 1):
                 if any(replica.out_until is None for replica in self.replicas):
                     return
@@ -220,7 +220,7 @@ class ReplicaPool:
                 raise EngineUnavailableError(f"no replica is left, last: {self._last_error}", url=self.url)
 
     async def _try(self, replica: Replica) -> None:
-        """Let a replica come back if it is well and serves what the others serve."""
+        """Let a replica come back if it is healthy and serves what the others serve."""
         try:
             try:
                 await replica.engine.health()

@@ -91,8 +91,8 @@ def add_route(app: FastAPI) -> SessionServer | None:
     @router.post(PATH)
     async def next_top_k(request: Request) -> JSONResponse:
         try:
-            question = Question.from_json(await request.json(), server.limits())
-            return JSONResponse(await _while_connected(request, server.answer(question)))
+            list_request = ListRequest.from_json(await request.json(), server.limits())
+            return JSONResponse(await _while_connected(request, server.answer(list_request)))
         except UnknownSessionError as error:
             return _refusal(UNKNOWN_SESSION, str(error))
         except UnknownModelError as error:
@@ -116,7 +116,7 @@ class UnknownModelError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a question must keep to; `names` are those of the model, `adapters` of what is loaded on top of it."""
+    """What a request must keep to; `names` are those of the model, `adapters` of what is loaded on top of it."""
 
     vocab_size: int
     max_logprobs: int
@@ -147,7 +147,7 @@ class ListOf:
 
 @dataclass(frozen=True)
 class Text:
-    """One text of a question.
+    """One text of a request.
 
     Attributes:
         session: its name, unless it is asked for once.
@@ -161,7 +161,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Question:
+class ListRequest:
     """The body of a request.
 
     Attributes:
@@ -181,17 +181,17 @@ class Question:
     request_id: str | None
 
     @classmethod
-    def from_json(cls, body: Any, limits: Limits) -> Question:
+    def from_json(cls, body: Any, limits: Limits) -> ListRequest:
         """Raises `ValueError` with the field to mend, `UnknownModelError` for a model that is not served."""
         try:
             texts = [Text(*text) for text in body["texts"]]
-            question = cls(
+            made = cls(
                 body["model"], body["k"], body["temperature"], texts, body.get("ended", []), body.get("request_id")
             )
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a question for lists ({type(error).__name__}: {error})") from error
-        question._check(limits)
-        return question
+            raise ValueError(f"not a request for lists ({type(error).__name__}: {error})") from error
+        made._check(limits)
+        return made
 
     def _check(self, limits: Limits) -> None:
         if self.model not in limits.names | limits.adapters:
@@ -292,7 +292,7 @@ class Session:
 
 
 class SessionServer:
-    """Answers questions with the engine of an API server, whose `app.state` it is given.
+    """Answers requests with the engine of an API server, whose `app.state` it is given.
 
     Attributes:
         paused: whether the engine is, so that new requests wait.
@@ -321,7 +321,7 @@ class SessionServer:
     def describe(self) -> dict[str, int]:
         return {"sessions": len(self._sessions), "places": self._places() if self._keeps() else 0}
 
-    async def answer(self, question: Question) -> dict[str, Any]:
+    async def answer(self, request: ListRequest) -> dict[str, Any]:
         """The lists after all texts, as the answer's JSON.
 
         Raises:
@@ -330,26 +330,26 @@ class SessionServer:
             RuntimeError: the engine has aborted some.
         """
         await self._unchanging.wait()
-        for name in question.ended:
+        for name in request.ended:
             await self._end(name)
-        params = ListOf(question.k, float(question.temperature))
-        before = [self._answered(text, question.model, params) for text in question.texts]
-        asked = [text for text, lists in zip(question.texts, before, strict=True) if lists is None]
-        found = await self._lists(asked, question.model, params)
+        params = ListOf(request.k, float(request.temperature))
+        before = [self._answered(text, request.model, params) for text in request.texts]
+        asked = [text for text, lists in zip(request.texts, before, strict=True) if lists is None]
+        found = await self._lists(asked, request.model, params)
         answers = iter([_raised(lists) for lists in found])
         rows = [next(answers) if lists is None else lists for lists in before]
-        kept = [text.session in self._sessions for text in question.texts]
+        kept = [text.session in self._sessions for text in request.texts]
         return {
-            "request_id": question.request_id,
-            "model": question.model,
-            "usage": {"prompt_tokens": sum(text.known + len(text.token_ids) for text in question.texts)},
+            "request_id": request.request_id,
+            "model": request.model,
+            "usage": {"prompt_tokens": sum(text.known + len(text.token_ids) for text in request.texts)},
             "kept": kept,
             **encoded(np.stack([row.token_ids for row in rows]), np.stack([row.logprobs for row in rows])),
         }
 
     @contextlib.asynccontextmanager
     async def without_sessions(self) -> AsyncIterator[None]:
-        """No session is in the engine during the block, and none has what it computed before; questions wait."""
+        """No session is in the engine during the block, and none has what it computed before; requests wait."""
         self._changes += 1
         self._unchanging.clear()
         try:

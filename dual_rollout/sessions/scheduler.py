@@ -1,4 +1,4 @@
-"""vLLM's own scheduler, to which all sessions of a question go on at once: `--scheduler-cls`.
+"""vLLM's own scheduler, to which all sessions of a request go on at once: `--scheduler-cls`.
 
 Without it each further token is a message to the engine, which begins a step with the first few that have come, so that
 a round of lockstep takes several steps. With it one session's message carries the tokens of all.
@@ -27,7 +27,7 @@ class _TogetherScheduler(Scheduler):
         for request_id, token_ids in carried:
             session = self.requests.get(request_id)
             if update is None or session is None or session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
-                logger.error("session %s is not there to go on: its question waits in vain", request_id)
+                logger.error("session %s is not there to go on: its request gets no answer", request_id)
                 continue
             # As for a message of its own, see `Scheduler.add_request`.
             self._update_request_as_session(session, dataclasses.replace(update, prompt_token_ids=token_ids))

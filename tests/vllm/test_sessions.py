@@ -158,7 +158,7 @@ def test_new_weights_and_an_empty_cache_end_sessions(vllm_pair: ServerPair) -> N
     asyncio.run(main())
 
 
-def test_questions_beside_changes_get_the_right_lists(url: str) -> None:
+def test_requests_beside_changes_get_the_right_lists(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
 
@@ -181,7 +181,7 @@ def test_questions_beside_changes_get_the_right_lists(url: str) -> None:
     asyncio.run(main())
 
 
-def test_a_question_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting(url: str) -> None:
+def test_a_request_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
             these = texts(3)
@@ -253,7 +253,7 @@ def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
         {"model": "tiny", "k": 5, "temperature": 0.0, "texts": [["a", 0, [3]], ["a", 0, [4]]]},
     ],
 )
-def test_malformed_questions_are_refused(url: str, body: Any) -> None:
+def test_malformed_requests_are_refused(url: str, body: Any) -> None:
     async def main() -> None:
         async with aiohttp.ClientSession() as http, http.post(url + PATH, json=body) as response:
             assert response.status == 400, await response.text()
