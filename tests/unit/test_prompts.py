@@ -7,7 +7,9 @@ from typing import Any
 
 import orjson
 import pytest
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 
 from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.prompts import check_prompt_is_text, target_prompt, without_nulls
@@ -63,6 +65,11 @@ def test_nulls_that_arrow_adds_reach_no_template():
     assert rendered(of_arrow(prompt), template) == rendered(prompt, template) == "".join(map(json.dumps, parts))
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24.0.dev0"),
+    reason="transformers takes null keys out of messages before the template sees them",
+    strict=True,
+)
 def test_a_template_may_ask_whether_a_call_has_content():
     expected = f"user: w.\nassistant: {json.dumps([CALL, OTHER_CALL])}\ntool: 7.\n"
     for prompt in (TURNS[1:], of_arrow(TURNS[1:])):
