@@ -126,7 +126,7 @@ class NativeEngine(VLLMEngine):
             "temperature": temperature,
             **asdict(rule),
         }
-        return await self._requests.ask(
+        return await self._checked.ask(
             f"{PATH}/generate",
             payload,
             lambda answer: self._sample(answer, max_tokens, stop_token_ids),

@@ -51,7 +51,7 @@ def grow(these: list[GrowingText], seed: int) -> None:
 
 async def assert_as_sent_whole(engine: VLLMEngine, these: list[GrowingText], k: int = K) -> None:
     kept = await engine.next_top_k(these, k)
-    whole = await engine._lists_of([list(text) for text in these], k, 1.0)
+    whole = await engine._requests.lists([list(text) for text in these], k, 1.0)
     np.testing.assert_array_equal(np.sort(kept.token_ids), np.sort(whole.token_ids))
     np.testing.assert_allclose(kept.logprobs, whole.logprobs, atol=1e-4)
 
@@ -196,7 +196,7 @@ def test_a_request_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting
             finally:
                 await engine._http.post("/resume")
             answer = await asyncio.wait_for(asked, HANG)
-            whole = await engine._lists_of([list(text) for text in these], K, 1.0)
+            whole = await engine._requests.lists([list(text) for text in these], K, 1.0)
             np.testing.assert_allclose(answer.logprobs, whole.logprobs, atol=1e-4)
             grow(these, 1)
             await assert_as_sent_whole(engine, these)
