@@ -24,6 +24,7 @@ NATIVE_TEMPERATURES = (0.01, 100.0)
 """What a native server takes."""
 
 
+ServerKind = Literal["vllm", "sglang"]
 AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 """How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha_methods` say what each is."""
 
@@ -106,7 +107,7 @@ class CoordinatorConfig:
     t_url: str | list[str] = _option(
         "http://127.0.0.1:8001", "Base URL of the target's server (π_t), or several of replicas."
     )
-    theta_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_θ.")
+    theta_engine: ServerKind = _option("vllm", "What serves π_θ.")
     targets: dict[str, str | list[str]] | None = _option(
         None, "Further targets by name: URLs of their servers, all of t_engine. generate_batch takes the names."
     )
@@ -115,7 +116,7 @@ class CoordinatorConfig:
         'When π_t is gone for longer than the retries allow: "fail" ends the sequences with an error, "policy" goes on '
         'from π_θ alone (α = 0, weight 1, each such token marked), "wait" tries for ever.',
     )
-    t_engine: Literal["vllm", "sglang"] = _option("vllm", "What serves π_t.")
+    t_engine: ServerKind = _option("vllm", "What serves π_t.")
     theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.", _NAME)
     t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.", _NAME)
     tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.", _NAME)

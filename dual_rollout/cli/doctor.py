@@ -17,7 +17,9 @@ from collections.abc import Awaitable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from dual_rollout.config import ServerKind
 
 if TYPE_CHECKING:
     from dual_rollout.config import CoordinatorConfig
@@ -72,8 +74,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--engine", choices=["dual", "native"], default="dual", help="two servers, or one native one")
     parser.add_argument("--theta-url", required=True, help="URL of the policy's server (π_θ), or of the native one")
     parser.add_argument("--t-url", help="URL of the target's server (π_t); not with --engine native")
-    parser.add_argument("--theta-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_θ")
-    parser.add_argument("--t-engine", choices=["vllm", "sglang"], default="vllm", help="what serves π_t")
+    parser.add_argument("--theta-engine", choices=get_args(ServerKind), default="vllm", help="what serves π_θ")
+    parser.add_argument("--t-engine", choices=get_args(ServerKind), default="vllm", help="what serves π_t")
     parser.add_argument("--top-k", type=int, default=100, help="candidates the rollout will ask for")
     parser.add_argument(
         "--train",

@@ -3,7 +3,7 @@
 What the client needs, without torch and vLLM: `wire.py` (what both sides tell each other), `client.py`, `capacity.py`.
 
 In the API server: `route.py` (the HTTP route), `refusals.py`. In the engine: `scheduler.py` (both requests of a rollout
-come at once), `processor.py` and `table.py` (which rows are drawn together), `draw.py`, `solver.py`, `alpha_methods.py`
+come at once), `processor.py` and `table.py` (which rows are drawn together), `draw.py`, `q_star.py`, `alpha_methods.py`
 and `kernel.py` (α, q* and the draw), `ordinary_requests.py` (other requests, where these are drawn from q* too),
 `model.py` (the class that holds two models, which vLLM finds by `register`, through the entry point
 `vllm.general_plugins`). `serving.py` starts it all.

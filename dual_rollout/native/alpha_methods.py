@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.solver import common_logprobs, log_softmax, on_common
+from dual_rollout.native.q_star import common_logprobs, log_softmax, on_common
 
 _ROUNDS = 12
 

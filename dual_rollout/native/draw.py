@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from dual_rollout.native.solver import Choice, q_star
+from dual_rollout.native.q_star import Choice, q_star
 from dual_rollout.native.wire import Member
 
 FORCED = 1e30

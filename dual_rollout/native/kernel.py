@@ -1,6 +1,6 @@
 """`draw.draw` as one Triton kernel, a program per pair: launching its parts one by one costs more than their work.
 
-Constants and arithmetic are those of `draw.py` and `solver.py`; `tests/gpu/test_pairs.py` compares them.
+Constants and arithmetic are those of `draw.py` and `kl_symmetry.py`; `tests/gpu/test_pairs.py` compares them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _peak(theta, t, size, temperature, normaliser_theta, normaliser_t, alpha, fl
 def _balanced_alpha(
     theta, t, size, temperature, normaliser_theta, normaliser_t, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`solver.balanced_alpha`."""
+    """`q_star.balanced_alpha`."""
     lanes = tl.arange(0, BLOCK)
     alpha = tl.full((), 0.5, tl.float32)
     low = -0.5

@@ -12,7 +12,7 @@ from torch._dynamo import maybe_mark_dynamic
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.draw import at_least_two
-from dual_rollout.native.solver import Choice, q_star
+from dual_rollout.native.q_star import Choice, q_star
 
 
 def q_star_logits(logits_theta: Tensor, logits_t: Tensor, choice: Choice) -> Tensor:

@@ -10,7 +10,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from dual_rollout.config import CoordinatorConfig, did_you_mean, field_hints
 from dual_rollout.field_types import expected, from_text
-from dual_rollout.training.recipe_file import SECRETS, check_recipe_file
+from dual_rollout.training.recipe_validation import SECRETS, check_recipe_file
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.yaml_file import read_mapping
 

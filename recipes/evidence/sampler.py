@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dual_rollout.native.solver import balanced_alpha, log_softmax
+from dual_rollout.native.q_star import balanced_alpha, log_softmax
 from dual_rollout.training.rollout_batch import RolloutBatch
 
 torch._dynamo.config.recompile_limit = 64  # one for each number of rows and each method

@@ -27,7 +27,7 @@ from dual_rollout.production.shard_columns import output_schema
 from dual_rollout.production.shards import Journal, _write_parquet
 from dual_rollout.text import encode_prompt, names_special_token
 from dual_rollout.training.arguments import DualArguments
-from dual_rollout.training.recipe_file import check_recipe_file
+from dual_rollout.training.recipe_validation import check_recipe_file
 from dual_rollout.yaml_file import read_mapping
 from tests.tiny_model import SPECIAL_TOKENS, make_tokenizer
 

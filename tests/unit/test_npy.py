@@ -114,14 +114,14 @@ class FewRows(HttpTransport):
 @pytest.mark.parametrize("uncached", [None, 0, 2])
 def test_named_rows_that_the_cache_holds_are_asked_for_without_it(uncached: int | None) -> None:
     transport = FewRows(uncached, whole=3)
-    rows = asyncio.run(VLLMEngine(transport)._named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
+    rows = asyncio.run(VLLMEngine(transport)._requests.named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
     assert transport.asked == [False, True]
     assert rows.tolist() == [[-2.0, -2.0]] * 3
 
 
 def test_named_rows_that_are_not_there_at_all_are_a_fault() -> None:
     with pytest.raises(EngineProtocolError, match=r"\(2, 2\) floats in 16 bytes instead of floats \(3, 2\)"):
-        asyncio.run(VLLMEngine(FewRows(2, whole=2))._named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
+        asyncio.run(VLLMEngine(FewRows(2, whole=2))._requests.named_rows([1, 2, 3, 4, 5], 3, [[7, 9], [], [7]]))
 
 
 @pytest.mark.parametrize("form", ["per row", "shared"])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_rollout import CoordinatorConfig, generate_with_optimal_sampling
-from tests.unit.test_native_solver import BALANCED, q_star
+from tests.unit.test_native_q_star import BALANCED, q_star
 from tests.vllm.servers import REPOSITORY, VllmServer, running
 
 MODEL = REPOSITORY / "outputs/models/SmolLM2-135M-Instruct"

@@ -8,9 +8,9 @@ import torch
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
-from dual_rollout.native import solver
+from dual_rollout.native import q_star as native
 from dual_rollout.native.ordinary_requests import q_star_logits
-from dual_rollout.native.solver import Choice, QStar
+from dual_rollout.native.q_star import Choice, QStar
 
 BALANCED = AlphaRule()
 
@@ -22,7 +22,7 @@ def choice(rows: int, rule: AlphaRule, temperature: float, device: str = "cpu") 
 
 
 def q_star(theta: torch.Tensor, t: torch.Tensor, rule: AlphaRule = BALANCED, temperature: float = 1.0) -> QStar:
-    return solver.q_star(theta, t, choice(len(theta), rule, temperature, str(theta.device)))
+    return native.q_star(theta, t, choice(len(theta), rule, temperature, str(theta.device)))
 
 
 def pair(rows: int, vocab: int, scale: float, correlation: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What sampling from q* adds to a step of two models on a GPU: the solver against the matrix product before it.
 
-python -m tests.gpu.bench_solver
+python -m tests.gpu.bench_q_star
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.ordinary_requests import q_star_logits
-from tests.unit.test_native_solver import choice
+from tests.unit.test_native_q_star import choice
 
 SHAPES = ((16, 49_152, 576), (16, 151_936, 1536), (64, 151_936, 1536), (64, 151_936, 3584), (256, 151_936, 3584))
 

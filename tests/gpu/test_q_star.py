@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dual_rollout.native.ordinary_requests import q_star_logits
-from dual_rollout.native.solver import QStar
-from tests.unit.test_native_solver import BALANCED, alpha_error, choice, kl_difference, pair, q_star
+from dual_rollout.native.q_star import QStar
+from tests.unit.test_native_q_star import BALANCED, alpha_error, choice, kl_difference, pair, q_star
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
