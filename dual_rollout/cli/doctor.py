@@ -36,10 +36,6 @@ TIMEOUT_S = 8.5  # for everything, so that the command answers in less than 10
 REQUEST_SHARE = 0.7  # of it at most for one request
 
 _REFUSED = "speed: a rollout works without it; the server's own words say what it lacks"
-SESSION_FLAGS = (
-    "--middleware dual_rollout.sessions.route.SessionMiddleware "
-    "--scheduler-cls dual_rollout.sessions.scheduler.session_scheduler"
-)
 NEEDED_TO_TRAIN = {"disk": "weight reload", "lora": "LoRA loading"}
 """By the way in which a run sends weights, the row that must be there."""
 _NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
@@ -218,9 +214,12 @@ def weights_check(name: str, root: str | None, found: tuple[str | None, float | 
 
 def sessions_check(name: str, found: Capabilities) -> Check:
     """Whether a vLLM server keeps texts between requests."""
+    from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
+
     if found.sessions:
         return Check(name, "sessions", "ok", "yes")
-    return Check(name, "sessions", "optional", "no", f"speed: start it with {SESSION_FLAGS} (docs/serving.md)")
+    flags = f"--middleware {MIDDLEWARE} --scheduler-cls {SCHEDULER}"
+    return Check(name, "sessions", "optional", "no", f"speed: start it with {flags} (docs/serving.md)")
 
 
 async def examine_native(config: CoordinatorConfig) -> tuple[list[Check], dict[str, dict[str, Any] | None]]:

@@ -1,6 +1,6 @@
 """`draw.draw` as one Triton kernel, a program per pair: launching its parts one by one costs more than their work.
 
-Constants and arithmetic are those of `draw.py` and `kl_symmetry.py`; `tests/gpu/test_pairs.py` compares them.
+Constants and arithmetic are those of `draw.py` and `q_star.py`; `tests/gpu/test_pairs.py` compares them.
 """
 
 from __future__ import annotations

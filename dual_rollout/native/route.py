@@ -13,7 +13,7 @@ import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from vllm import SamplingParams
-from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -30,6 +29,7 @@ from dual_rollout.config import AlphaRule
 from dual_rollout.native.capacity import Places
 from dual_rollout.native.refusals import refuse_config
 from dual_rollout.native.wire import NUMBERS, PATH, Member, Side, check_temperature
+from dual_rollout.vllm_routes import answered, cache_tokens, check_served, is_int, served_names
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +65,13 @@ def add_route(app: FastAPI) -> None:
 
     @router.post("/generate")
     async def generate(request: Request) -> JSONResponse:
-        try:
-            rollout = Rollout.from_json(await request.json(), server.limits())
+        async def work(body: Any) -> dict[str, Any]:
+            rollout = Rollout.from_json(body, server.limits())
             server.check_steps(rollout)
             server.check_adapters(rollout)
-            return JSONResponse(await _while_connected(request, server.generate(rollout)))
-        except UnknownModelError as error:
-            return _refusal(404, str(error))
-        except (ValueError, VLLMClientError) as error:
-            return _refusal(400, str(error))
-        except RuntimeError as error:
-            return _refusal(503, str(error))
+            return await server.generate(rollout)
+
+        return await answered(request, work)
 
     app.include_router(router)
 
@@ -89,10 +85,6 @@ class Limits:
     max_model_len: int
     names: frozenset[str]
     adapters: frozenset[str]
-
-
-class UnknownModelError(Exception):
-    """A model that is not served; vLLM's 404."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +139,9 @@ class Rollout:
             _check_tokens("t_prompt_token_ids", self.t_prompt_token_ids, seen_by_both, may_be_empty=False)
         check_temperature(self.temperature)
         _check_tokens("stop_token_ids", self.stop_token_ids, limits.vocab_size, may_be_empty=True)
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r:.80}")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
             raise ValueError(f"seed must be a whole number in [0, 2^63), got {self.seed!r:.80}")
         for name, prompt in (
             ("prompt_token_ids", self.prompt_token_ids),
@@ -160,13 +152,12 @@ class Rollout:
                     f"{name} has {len(prompt)} tokens, which leaves no room for max_tokens {self.max_tokens} in the "
                     f"server's context of {limits.max_model_len} (--max-model-len)"
                 )
-        if not _is_int(self.start) or self.start < 0:
+        if not is_int(self.start) or self.start < 0:
             raise ValueError(f"start must be a whole number >= 0, got {self.start!r:.80}")
         served = limits.names | limits.adapters
         for model in (self.model, self.t_model):
-            if model is not None and model not in served:
-                listed = ", ".join(sorted(served))
-                raise UnknownModelError(f"the model {model!r:.80} does not exist; served are {listed}")
+            if model is not None:
+                check_served(model, served)
 
 
 @dataclass
@@ -200,10 +191,9 @@ class RolloutServer:
 
     def limits(self) -> Limits:
         model, two_models = self._engine.model_config, self._two_models
-        served, vocab_size = self._state.openai_serving_models, model.get_vocab_size()
-        names = frozenset(path.name for path in served.base_model_paths)
+        vocab_size = model.get_vocab_size()
         common = min(vocab_size, two_models["vocab_size_t"]) if two_models else vocab_size
-        return Limits(vocab_size, common, model.max_model_len, names, frozenset(served.lora_requests))
+        return Limits(vocab_size, common, model.max_model_len, *served_names(self._state))
 
     def describe(self) -> dict[str, Any]:
         limits, two_models = self.limits(), self._two_models
@@ -400,29 +390,11 @@ class RolloutServer:
 
     def _cache_blocks(self) -> int:
         """Of the KV cache; vLLM keeps one for itself. Models with several kinds of layers take several for a token."""
-        cache = self._engine.vllm_config.cache_config
-        tokens = getattr(cache, "kv_cache_size_tokens", None)
-        return (cache.num_gpu_blocks if tokens is None else tokens // cache.block_size) - 1
+        config = self._engine.vllm_config
+        return cache_tokens(config) // config.cache_config.block_size - 1
 
     def _max_requests(self) -> int:
         return self._engine.vllm_config.scheduler_config.max_num_seqs
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives; it is cancelled when the client goes away."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        return await task
-    finally:
-        watch.cancel()
 
 
 def _agreed(record: np.ndarray, drawn: list[list[int]]) -> np.ndarray:
@@ -445,16 +417,7 @@ def _request_id(name: str, side: str) -> str:
 
 
 def _check_tokens(name: str, tokens: Any, vocab_size: int, *, may_be_empty: bool) -> None:
-    if not isinstance(tokens, list) or not (tokens or may_be_empty) or not all(map(_is_int, tokens)):
+    if not isinstance(tokens, list) or not (tokens or may_be_empty) or not all(map(is_int, tokens)):
         raise ValueError(f"{name} must be a list of token ids{'' if may_be_empty else ', at least one'}")
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise ValueError(f"{name} has a token id outside [0, {vocab_size})")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "ServiceUnavailableError")
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)

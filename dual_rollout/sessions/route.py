@@ -17,7 +17,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
-from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
 from dual_rollout.sessions.wire import CARRIED, PATH, SCHEDULER, SESSIONS_PATH, UNKNOWN_SESSION, encoded
+from dual_rollout.vllm_routes import RefusedError, answered, cache_tokens, check_served, is_int, served_names
 
 logger = logging.getLogger(__name__)
 
@@ -90,28 +90,19 @@ def add_route(app: FastAPI) -> SessionServer | None:
 
     @router.post(PATH)
     async def next_top_k(request: Request) -> JSONResponse:
-        try:
-            list_request = ListRequest.from_json(await request.json(), server.limits())
-            return JSONResponse(await _while_connected(request, server.answer(list_request)))
-        except UnknownSessionError as error:
-            return _refusal(UNKNOWN_SESSION, str(error))
-        except UnknownModelError as error:
-            return _refusal(404, str(error))
-        except (ValueError, VLLMClientError) as error:
-            return _refusal(400, str(error))
-        except RuntimeError as error:
-            return _refusal(503, str(error))
+        async def work(body: Any) -> dict[str, Any]:
+            return await server.answer(ListRequest.from_json(body, server.limits()))
+
+        return await answered(request, work)
 
     app.include_router(router)
     return server
 
 
-class UnknownSessionError(Exception):
+class UnknownSessionError(RefusedError):
     """A text that is gone on with is not here, or not at that position."""
 
-
-class UnknownModelError(Exception):
-    """A model that is not served; vLLM's 404."""
+    status = UNKNOWN_SESSION
 
 
 @dataclass(frozen=True)
@@ -194,19 +185,17 @@ class ListRequest:
         return made
 
     def _check(self, limits: Limits) -> None:
-        if self.model not in limits.names | limits.adapters:
-            listed = ", ".join(sorted(limits.names | limits.adapters))
-            raise UnknownModelError(f"the model {self.model!r:.80} does not exist; served are {listed}")
-        if not _is_int(self.k) or not 1 <= self.k <= limits.max_logprobs:
+        check_served(self.model, limits.names | limits.adapters)
+        if not is_int(self.k) or not 1 <= self.k <= limits.max_logprobs:
             raise ValueError(f"k must be in [1, {limits.max_logprobs}] (--max-logprobs), got {self.k!r:.80}")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float):
             raise ValueError(f"temperature must be a number, got {self.temperature!r:.80}")
         if not self.texts or not isinstance(self.ended, list):
             raise ValueError("texts must be a list of at least one, and ended a list")
         for text in self.texts:
-            if not isinstance(text.session, str | None) or not _is_int(text.known) or text.known < 0:
+            if not isinstance(text.session, str | None) or not is_int(text.known) or text.known < 0:
                 raise ValueError(f"a text must be [session or null, known >= 0, token ids], got {text!r:.200}")
-            if not isinstance(text.token_ids, list) or not text.token_ids or not all(map(_is_int, text.token_ids)):
+            if not isinstance(text.token_ids, list) or not text.token_ids or not all(map(is_int, text.token_ids)):
                 raise ValueError("token ids of a text must be a list of at least one whole number")
             if not 0 <= min(text.token_ids) <= max(text.token_ids) < limits.vocab_size:
                 raise ValueError(f"a token id outside [0, {limits.vocab_size})")
@@ -312,11 +301,8 @@ class SessionServer:
         self._ending: set[asyncio.Task[None]] = set()
 
     def limits(self) -> Limits:
-        model, served = self._state.engine_client.model_config, self._state.openai_serving_models
-        names = frozenset(path.name for path in served.base_model_paths)
-        return Limits(
-            model.get_vocab_size(), model.max_logprobs, model.max_model_len, names, frozenset(served.lora_requests)
-        )
+        model = self._state.engine_client.model_config
+        return Limits(model.get_vocab_size(), model.max_logprobs, model.max_model_len, *served_names(self._state))
 
     def describe(self) -> dict[str, int]:
         return {"sessions": len(self._sessions), "places": self._places() if self._keeps() else 0}
@@ -438,7 +424,7 @@ class SessionServer:
     def _room_for(self, tokens: int) -> bool:
         """Whether one session more, or a longer one, leaves room for other requests."""
         places = self._places() - (tokens > 0)
-        fits = self._held + tokens <= _cache_tokens(self._state.engine_client.vllm_config) * _SHARE_OF_CACHE
+        fits = self._held + tokens <= cache_tokens(self._state.engine_client.vllm_config) * _SHARE_OF_CACHE
         return not self._changes and self._keeps() and len(self._sessions) <= places and fits
 
     def _keeps(self) -> bool:
@@ -523,36 +509,3 @@ def _raised(lists: Lists | BaseException) -> Lists:
     if isinstance(lists, BaseException):
         raise lists
     return lists
-
-
-def _cache_tokens(config: Any) -> int:
-    """What the KV cache holds."""
-    cache = config.cache_config
-    tokens = getattr(cache, "kv_cache_size_tokens", None)
-    return cache.num_gpu_blocks * cache.block_size if tokens is None else tokens
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives; it is cancelled when the client goes away."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        return await task
-    finally:
-        watch.cancel()
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    kind = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}.get(status, "ConflictError")
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,8 +16,10 @@ UNKNOWN_SESSION = 409
 CARRIED = "dual_rollout_carried"
 """The key of `SamplingParams.extra_args` under which one session brings the engine the tokens of others, see
 `scheduler.py`."""
+MIDDLEWARE = "dual_rollout.sessions.route.SessionMiddleware"
+"""The --middleware that has the routes."""
 SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
-"""The --scheduler-cls that takes them."""
+"""The --scheduler-cls that takes the tokens of all."""
 
 _TYPES = {"token_ids": "<i4", "logprobs": "<f4"}
 

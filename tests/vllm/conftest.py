@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.vllm.servers import LORA_FLAGS, VllmServer, running
 
-SESSION_FLAGS = ("--middleware", "dual_rollout.sessions.route.SessionMiddleware")
-TOGETHER_FLAGS = ("--scheduler-cls", "dual_rollout.sessions.scheduler.session_scheduler")
+SESSION_FLAGS = ("--middleware", MIDDLEWARE)
+TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
 
 
 @dataclass(frozen=True)

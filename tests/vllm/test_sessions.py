@@ -49,6 +49,14 @@ def grow(these: list[GrowingText], seed: int) -> None:
         text.extend(rng.integers(3, VOCAB, rng.integers(1, 4)).tolist())
 
 
+async def begun(engine: VLLMEngine, count: int) -> list[GrowingText]:
+    """Texts in sessions, each with tokens more than its session has."""
+    these = texts(count)
+    await engine.next_top_k(these, K)
+    grow(these, 0)
+    return these
+
+
 async def assert_as_sent_whole(engine: VLLMEngine, these: list[GrowingText], k: int = K) -> None:
     kept = await engine.next_top_k(these, k)
     whole = await engine._requests.lists([list(text) for text in these], k, 1.0)
@@ -184,9 +192,7 @@ def test_requests_beside_changes_get_the_right_lists(url: str) -> None:
 def test_a_request_during_a_pause_is_answered_after_it_and_keeps_nothing_waiting(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
-            these = texts(3)
-            await engine.next_top_k(these, K)
-            grow(these, 0)
+            these = await begun(engine, 3)
             await engine._http.post("/pause?mode=wait")
             try:
                 asked = asyncio.create_task(engine.next_top_k(these, K))
@@ -227,9 +233,7 @@ def test_a_request_that_is_sent_again_gets_the_same_answer(url: str) -> None:
 def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
-            these = texts(3)
-            await engine.next_top_k(these, K)
-            grow(these, 0)
+            these = await begun(engine, 3)
             too_long, unknown = GrowingText([5] * 512), GrowingText([5, 10**6])
             for bad, words in ((too_long, "max-model-len"), (unknown, "token id outside")):
                 with pytest.raises(EngineRejectedError, match=words):
