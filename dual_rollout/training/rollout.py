@@ -79,7 +79,7 @@ class DualRollout(ServerConnections):
         self.allow_uncorrected = allow_uncorrected
         self.schedule = AlphaSchedule() if schedule is None else schedule
         self.schedule.at(config, 1.0)
-        self._streams = RandomStreams(config.seed)
+        self._streams = RandomStreams()
         self._contexts = TargetContextsByPrompt()
         self._warned: set[str] = set()
         self._compared = False  # whether a rollout has shown that π_t differs from π_θ, or not
@@ -254,7 +254,7 @@ class DualRollout(ServerConnections):
                 [GenerationRequest(*row) for row in rows],
                 max_tokens=max(each),
                 temperature=temperature,
-                seed=self._streams.next_seed(*stream),
+                seed=self._seed(*stream),
                 alpha_rule=alpha_rule,
                 eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
                 return_diagnostics=True,
@@ -324,3 +324,6 @@ class DualRollout(ServerConnections):
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+    def _seed(self, mode: str, step: int, process: int) -> int | None:
+        return self._streams.next_seed(self.config.seed, mode, step, process)

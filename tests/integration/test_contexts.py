@@ -319,16 +319,16 @@ def test_streams(tiny_pair: TinyPair) -> None:
     """Without a seed each call is fresh, and decoding may draft; with one, calls differ and repeat in another life."""
     prompts = ["the user", "what is that of"]
     with DualRollout(CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20)) as rollout:
-        assert rollout._streams.next_seed("train", 0, 0) is None
+        assert rollout._seed("train", 0, 0) is None
         first, second = (rollout.generate(prompts, max_tokens=6).completion_ids for _ in range(2))
         assert first.shape != second.shape or not torch.equal(first, second)
     lives = []
     for _ in range(2):
         rollout = DualRollout(dual_config(tiny_pair))
-        lives.append([rollout._streams.next_seed(mode, step, process) for mode, step, process in STREAMS])
+        lives.append([rollout._seed(mode, step, process) for mode, step, process in STREAMS])
     assert lives[0] == lives[1] and len(set(lives[0])) == len(STREAMS)
     resumed = DualRollout(dual_config(tiny_pair))
-    assert [resumed._streams.next_seed("train", 1, 0), resumed._streams.next_seed("eval", 1, 0)] == lives[0][-2:]
+    assert [resumed._seed("train", 1, 0), resumed._seed("eval", 1, 0)] == lives[0][-2:]
 
 
 STREAMS = [("train", 0, 0), ("train", 0, 0), ("eval", 0, 0), ("eval", 0, 0), ("train", 0, 1), ("loop", 0, 0)]
@@ -419,7 +419,7 @@ def test_generate_has_a_stream_for_each_process_and_call(monkeypatch: pytest.Mon
         rollout = DualRollout(CoordinatorConfig(seed=3))
 
         def generated(*args: Any, stream: tuple[str, int, int], rollout: DualRollout = rollout, **_: Any) -> Any:
-            seeds.append(rollout._streams.next_seed(*stream))
+            seeds.append(rollout._seed(*stream))
             raise RolloutError("enough")
 
         monkeypatch.setattr(rollout, "_generate", generated)
