@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import textwrap
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dual_rollout.training.alarms import alarms
+from dual_rollout.training.display import Display, display_for_stdout
 
 COLUMNS = (
     ("reward q*", 10, "reward", "{:.3f}"),
@@ -24,7 +22,6 @@ COLUMNS = (
 )
 """Heading, width, metric and form of what a line shows of a step; with the step's number it fits 80 columns."""
 
-WIDTH = 80
 STEP_WIDTH = 6
 HEADING = f"{'step':>{STEP_WIDTH}}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
 HEADING_EVERY = 20
@@ -36,8 +33,8 @@ class Console(TrainerCallback):
     Every figure is in `metrics.jsonl` and goes to the trackers; here are those that one looks at while a run works.
     """
 
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+    def __init__(self, display: Display) -> None:
+        self.display = display
         self._lines = 0
         self._said: set[str] = set()
 
@@ -46,53 +43,42 @@ class Console(TrainerCallback):
         """A console in the place of the trainer's own."""
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        console = cls()
+        console = cls(display_for_stdout())
         trainer.add_callback(console)
         return console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="training",
-                unit="step",
-                disable=args.disable_tqdm,
-                dynamic_ncols=True,
-                leave=False,
-            )
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.display.begin(state.global_step, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.display.show_bar()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.display.show_bar()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        self.display.advance(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         if "reward" in logs:
             if self._lines % HEADING_EVERY == 0:
-                self._print(HEADING)
+                self.display.heading(HEADING)
             self._lines += 1
-            self._print(step_line(state.global_step, logs))
+            self.display.line(step_line(state.global_step, logs))
         for line in evaluation_lines(state.global_step, logs):
-            self._print(line)
+            self.display.line(line)
         for name, text in alarms(logs).items():
             if name not in self._said:
                 self._said.add(name)
-                self._print(textwrap.fill(f"! {text}", WIDTH, subsequent_indent="  "))
+                self.display.alarm(text)
+        if getattr(args, "log_completions", False):
+            self.display.hide_bar()  # TRL now prints its table past our display
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar away, also after an error."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _print(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)  # above the bar
-        sys.stdout.flush()
+        self.display.end()
 
 
 def step_line(step: int, logs: dict[str, Any]) -> str:

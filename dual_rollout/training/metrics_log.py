@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dual_rollout.training.display import plain_table
 from dual_rollout.training.evaluation import before_and_after
 
+SUMMARY_HEADINGS = ("", "first", "last", "mean")
 _ROWS = (
     ("reward of q*", "reward", "{:.3f}"),
     ("reward of the policy", "eval_reward", "{:.3f}"),  # in the evaluations
@@ -80,21 +82,23 @@ class MetricsLog(TrainerCallback):
         """The policy's own reward before and after the run, with its rows and intervals, where it was evaluated."""
         return before_and_after(self._entries)
 
-    def table(self, unlogged: dict[str, float] | None = None) -> str:
-        """First entry, last entry and mean over the entries of each figure, in 54 columns; nothing where there is none.
+    def summary(self, unlogged: dict[str, float] | None = None) -> list[tuple[str, ...]]:
+        """Name, first entry, last entry and mean over the entries of each figure that there is, as `SUMMARY_HEADINGS`.
 
         Args:
             unlogged: figures of the steps since the last entry, of a run that has stopped.
         """
         entries = [*self._entries, *([unlogged] if unlogged else [])]
-        lines = []
+        rows = []
         for label, name, form in _ROWS:
             values = [entry[name] for entry in entries if entry.get(name) is not None]
             if values:
-                cells = (values[0], values[-1], sum(values) / len(values))
-                lines.append(f"{label:24}" + "".join(f"{form.format(cell):>10}" for cell in cells))
-        heading = f"{'':24}{'first':>10}{'last':>10}{'mean':>10}"
-        return "\n".join(["", heading, *lines, ""]) if lines else ""
+                rows.append((label, *map(form.format, (values[0], values[-1], sum(values) / len(values)))))
+        return rows
+
+    def table(self) -> str:
+        """The summary as plain text, in 54 columns; nothing where there is none."""
+        return plain_table(SUMMARY_HEADINGS, self.summary())
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
 from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import with_t_prompts
+from dual_rollout.training.metrics_log import SUMMARY_HEADINGS
 from dual_rollout.training.output_dir import check_output_dir, checkpoint_to_resume, what_is_kept
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.tasks import hold_out, load_rows, load_task, task_options
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
             trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
-        print(trainer.report.table())
+        console.display.table(SUMMARY_HEADINGS, trainer.report.summary())
         logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
         print(trainer.report.before_and_after())
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
@@ -110,9 +111,10 @@ def _told_when_it_stops(trainer: DualGRPOTrainer, console: Console) -> Iterator[
     try:
         yield
     except BaseException as error:
-        console.close()
+        console.display.end()
         if trainer.accelerator.is_main_process:
-            print(trainer.report.table(unlogged=trainer.unlogged_metrics()))
+            unlogged = trainer.unlogged_metrics()
+            console.display.table(SUMMARY_HEADINGS, trainer.report.summary(unlogged))
             print(what_is_kept(trainer.args, trainer.state), flush=True)
             if _is_of_the_target(error, trainer.rollout.config):
                 print("dual_on_target_failure: policy goes on without π_t, and wait waits for its server.", flush=True)
