@@ -24,6 +24,7 @@ NATIVE_TEMPERATURES = (0.01, 100.0)
 """What a native server takes."""
 
 
+EngineKind = Literal["dual", "native"]
 ServerKind = Literal["vllm", "sglang"]
 AlphaMethod = Literal["kl_symmetry", "fixed", "ess_balance", "entropy", "kl_budget"]
 """How α is chosen for each token: `functional.kl_symmetry` and `functional.alpha_methods` say what each is."""
@@ -96,7 +97,7 @@ class CoordinatorConfig:
         ValueError: a value out of range, naming the field and what to set it to; an unknown field, naming the nearest.
     """
 
-    engine: Literal["dual", "native"] = _option(
+    engine: EngineKind = _option(
         "dual",
         '"dual": a server for each model. "native": one server at theta_url that samples from q* itself (dual-rollout '
         "serve-native); t_url, top_k, support, missing and decoding then mean nothing.",
@@ -234,9 +235,29 @@ def _check_value(name: str, value: Any, hint: Any, bound: _Bound | None) -> None
         raise ValueError(f"{name} must be {expected(hint, bound and bound.words)}, got {value!r:.80}")
 
 
-def server_fields(engine: str) -> tuple[str, ...]:
-    """The fields of `CoordinatorConfig` that name the servers of an engine: a native one holds both models."""
-    return ("theta_url",) if engine == "native" else ("theta_url", "t_url")
+@dataclass(frozen=True, slots=True)
+class EngineServers:
+    """How the servers of an engine are named.
+
+    Attributes:
+        fields: of `CoordinatorConfig`, that hold their URLs.
+        can_be_embedded: whether a `dual-rollout serve`, which holds one model, can be each of them.
+        missing: what to set where one is not named; `{prefix}` comes before the names of fields.
+    """
+
+    fields: tuple[str, ...]
+    can_be_embedded: bool
+    missing: str
+
+
+ENGINE_SERVERS: Mapping[str, EngineServers] = {
+    "dual": EngineServers(
+        ("theta_url", "t_url"), True, "both {prefix}theta_url and {prefix}t_url, or neither to start embedded servers"
+    ),
+    "native": EngineServers(
+        ("theta_url",), False, "{prefix}theta_url to the server that holds both models (dual-rollout serve-native)"
+    ),
+}
 
 
 def url_list(urls: str | list[str]) -> list[str]:

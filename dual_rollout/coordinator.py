@@ -42,8 +42,9 @@ class DualVLLMCoordinator:
         tokenizer: a loaded tokenizer to use instead of `config.tokenizer`.
 
     Attributes:
+        servers: the policy's server and the target's, to be described and examined.
         theta: the client of the policy's server, which takes new weights.
-        t: the client of the server at `t_url`; None where the policy's server holds the target too.
+        t: the client of the server at `t_url`, or of the policy's where that holds the target too.
         stats: counts and times.
 
     Raises:
@@ -60,7 +61,8 @@ class DualVLLMCoordinator:
         self._weights = PolicyWeights()
         decoding = DecodingStats()
         samplers = choose_samplers(config, self._clients, self._weights, decoding)
-        self.theta, self.t = samplers.theta, samplers.t
+        self.servers = samplers.servers
+        self.theta, self.t = samplers.servers.theta, samplers.servers.t
         self.stats = CoordinatorStats.of(decoding, samplers.traffic)
         self.stats.tuners = samplers.tuners
         self._prompts = PromptEncoder(config, tokenizer, self.stats.prompts)

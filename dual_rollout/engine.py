@@ -319,6 +319,10 @@ class Engine(ScoringEngine, WeightReceiver, Protocol):
         """The answers of all servers behind this engine: of itself, or of its replicas that are in use."""
         ...
 
+    async def software_version(self) -> str | None:
+        """The version of what runs as the server; None where it does not say."""
+        ...
+
     async def detokenize(self, token_ids: TokenIds) -> str:
         """The server's text of these tokens."""
         ...

@@ -20,6 +20,9 @@ Prompt = str | ChatMessages | Sequence[int]
 
 FinishReason = Literal["stop", "length"]
 
+Role = Literal["theta", "t"]
+"""What a server's model is: the policy π_θ or the target π_t."""
+
 NO_TOKEN = -1
 """Padding in arrays of token ids."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +15,7 @@ from dual_rollout import __version__
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.decoding.outage import ask_target
-from dual_rollout.exceptions import EngineRejectedError
+from dual_rollout.engine import Engine
 from dual_rollout.preflight import fingerprint
 from dual_rollout.production.progress import Progress
 from dual_rollout.production.rows import Columns, Row, Source, open_source
@@ -41,7 +40,6 @@ _OPERATION = frozenset(
     }
 )
 _MOST = 2**31 - 1  # of anything that is counted
-_ANY_PROMPT = (1, 2, 3, 4)  # ids that any vocabulary has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,23 +221,21 @@ async def _versions(coordinator: DualVLLMCoordinator) -> dict[str, Any]:
 
     None for a π_t that is not there, where `on_target_failure` says that the rows are made without.
     """
-    config = coordinator.config
 
-    async def ask(engine: Any) -> dict[str, Any]:
-        info, server = await engine.describe(), None
-        if coordinator.t is not None:  # the probe would disturb a server that samples from q* itself
-            with contextlib.suppress(EngineRejectedError):
-                server = (await engine.probe(_ANY_PROMPT)).version
-        weights = {"weights": await engine.weight_version(), "logprob": await fingerprint(engine)}
-        return {"model": info.model, "root": info.root, "server": server, **weights}
+    async def ask(engine: Engine) -> dict[str, Any]:
+        info = await engine.describe()
+        return {
+            "model": info.model,
+            "root": info.root,
+            "server": await engine.software_version(),
+            "weights": await engine.weight_version(),
+            "logprob": await fingerprint(engine),
+        }
 
-    async def ask_of_target() -> dict[str, Any] | None:
-        t = coordinator.t
-        if t is None:  # the policy's server holds it
-            return await ask(coordinator.theta)
-        return await ask_target(lambda: ask(t), t.url, config.on_target_failure)
-
-    theta, t = await asyncio.gather(ask(coordinator.theta), ask_of_target())
+    theta, t = await asyncio.gather(
+        ask(coordinator.theta),
+        ask_target(lambda: ask(coordinator.t), coordinator.t.url, coordinator.config.on_target_failure),
+    )
     return {"dual_rollout": __version__, "theta": theta, "t": t or dict.fromkeys(theta)}
 
 

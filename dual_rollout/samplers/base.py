@@ -1,16 +1,17 @@
-"""What the coordinator asks of a way to get sequences."""
+"""What the coordinator asks of a way to get sequences, and what is asked of the servers behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.engine import EngineInfo
-from dual_rollout.types import GenerationRequest
+from dual_rollout.engine import Engine, EngineInfo
+from dual_rollout.samplers.examination import Examination
+from dual_rollout.types import GenerationRequest, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +55,32 @@ class Sampler(Protocol):
         `sequences` is consumed as places become free. A fault of one prompt ends that sequence only, with its `failure`
         set. Once a server is gone for longer than the retries allow, no more are begun: they end with the same error.
         """
+        ...
+
+
+class Servers(Protocol):
+    """The servers that a config's samplers draw from, for whoever trains with them, describes or examines them.
+
+    Attributes:
+        theta: the client of the policy's server, which takes new weights.
+        t: the client of the server of the target at `t_url`, or of `theta`'s where that holds the target too.
+        policy_name: the name of `theta`'s server in a report.
+        list_settings: the fields of the config that say which top-k lists are asked for, and how they are used.
+    """
+
+    theta: Engine
+    t: Engine
+    policy_name: str
+    list_settings: tuple[str, ...]
+
+    def in_words(self, describe: Callable[[Role], EngineInfo | None]) -> str:
+        """What serves the models, without names and addresses.
+
+        Args:
+            describe: what a model's server says of itself; None where it does not answer.
+        """
+        ...
+
+    async def examine(self) -> Examination:
+        """All that can be found out without harm within the config's `total_timeout`, for people to read."""
         ...

@@ -1,4 +1,4 @@
-"""From a config to its samplers: with `config.server_fields`, the one place that asks for the kind of engine."""
+"""From a config to its samplers: besides `config.py` the one place that asks for the kind of engine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dual_rollout.config import NO_TARGET, CoordinatorConfig, url_list
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.decoding.tuner import Tuner
 from dual_rollout.decoding.weight_version import PolicyWeights
-from dual_rollout.engine import Engine
 from dual_rollout.native.client import NativeEngine
-from dual_rollout.samplers.base import Sampler
+from dual_rollout.samplers.base import Sampler, Servers
 from dual_rollout.samplers.native import NativeSampler
+from dual_rollout.samplers.native_server import NativeServer
 from dual_rollout.samplers.policy_alone import PolicyAloneSampler
+from dual_rollout.samplers.server_pair import ServerPair
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.from_config import Clients
 from dual_rollout.servers.http import HttpStats
@@ -24,15 +25,13 @@ class Samplers:
     """What a coordinator draws with.
 
     Attributes:
-        theta: the policy's server, for new weights.
-        t: the server of the target at `t_url`; None where the policy's holds it too.
+        servers: the policy's server and that of the target at `t_url`.
         by_target: a sampler for each name of a target; None for the one at `t_url`, "none" for π_θ alone.
         traffic: requests and bytes of each server, "theta", "t" or the target's name.
         tuners: what chooses between lockstep and block, for "t_url" and each further target with a server of its own.
     """
 
-    theta: Engine
-    t: Engine | None
+    servers: Servers
     by_target: Mapping[str | None, Sampler]
     traffic: Mapping[str, HttpStats]
     tuners: dict[str, Tuner]
@@ -46,7 +45,8 @@ def choose_samplers(
     if config.engine == "native":
         native = NativeEngine(clients.transport(url_list(config.theta_url)[0], traffic["theta"]), config.theta_model)
         alone = NativeSampler(native, weights, stats, without_target=True)
-        return Samplers(native, None, {None: NativeSampler(native, weights, stats), NO_TARGET: alone}, traffic, {})
+        both = {None: NativeSampler(native, weights, stats), NO_TARGET: alone}
+        return Samplers(NativeServer(config, native), both, traffic, {})
 
     theta = clients.client(config.theta_engine, config.theta_url, config.theta_model, traffic["theta"])
     t = clients.client(config.t_engine, config.t_url, config.t_model, traffic["t"])
@@ -55,4 +55,5 @@ def choose_samplers(
         target = clients.client(config.t_engine, urls, None, traffic[name])
         between[name] = TwoServerSampler(theta, target, f"targets[{name!r}]", weights, stats)
     tuners = {name or "t_url": sampler.tuner for name, sampler in between.items()}
-    return Samplers(theta, t, {**between, NO_TARGET: PolicyAloneSampler(theta, weights, stats)}, traffic, tuners)
+    by_target: dict[str | None, Sampler] = {**between, NO_TARGET: PolicyAloneSampler(theta, weights, stats)}
+    return Samplers(ServerPair(config, theta, t), by_target, traffic, tuners)

@@ -45,6 +45,7 @@ class Probe:
 
     Args:
         prompt: token ids the model surely has; made longer by repetition.
+        version: of the server's software.
         lists: the most likely next tokens: `(prompts, k, temperature) -> TopK`.
         named: log-probabilities of named tokens: `(prompt, ids, temperature) -> array`.
         loads_lora: whether the server takes adapters.
@@ -57,6 +58,7 @@ class Probe:
         info: EngineInfo,
         prompt: TokenIds,
         *,
+        version: Callable[[], Awaitable[str | None]],
         lists: Callable[[Sequence[TokenIds], int, float], Awaitable[TopK]],
         named: Callable[[TokenIds, TokenIds, float], Awaitable[np.ndarray]],
         loads_lora: Callable[[], Awaitable[bool]],
@@ -66,6 +68,7 @@ class Probe:
         self._info = info
         length = min(_PROMPT_LENGTH, (info.max_model_len or 4096) - _TAIL_LENGTH - 1)
         self.prompt = list(islice(cycle(prompt), max(length, 1)))
+        self._version = version
         self._lists = lists
         self._named = named
         self._loads_lora = loads_lora
@@ -80,7 +83,7 @@ class Probe:
             EngineError: it cannot be reached, or its answers are not usable.
         """
         version, schema, metrics = await asyncio.gather(
-            self._optional(lambda: self._http.get("/version")),
+            self._version(),
             self._optional(lambda: self._http.get("/openapi.json")),
             self._optional(lambda: self._http.get_text("/metrics")),
         )
@@ -96,7 +99,7 @@ class Probe:
             model=self._info.model,
             root=self._info.root,
             max_model_len=self._info.max_model_len,
-            version=version.get("version") if isinstance(version, dict) else None,
+            version=version,
             vocab_size=vocab_size,
             max_logprobs=max_logprobs,
             logprobs_mode=mode,

@@ -188,10 +188,10 @@ class Replicas:
         return await self._pool.ask_all(ask)
 
     async def weight_version(self) -> str | None:
-        versions = {
-            str(version) for version in await self._pool.ask_all(lambda engine: engine.weight_version()) if version
-        }
-        return " and ".join(sorted(versions)) or None
+        return _named_together(await self._pool.ask_all(lambda engine: engine.weight_version()))
+
+    async def software_version(self) -> str | None:
+        return _named_together(await self._pool.ask_all(lambda engine: engine.software_version()))
 
     async def dtype(self) -> str | None:
         return (await self._pool.ask_all(lambda engine: engine.dtype()))[0]
@@ -256,3 +256,8 @@ def _in_order(parts: Sequence[tuple[list[int], TopK]], counts: Sequence[int]) ->
     prompts = [i for indices, _ in parts for i in indices]
     order = np.argsort(np.repeat(prompts, [counts[i] for i in prompts]), kind="stable")
     return taken(top, order)
+
+
+def _named_together(names: Sequence[str | None]) -> str | None:
+    """The names that replicas give something that should be the same."""
+    return " and ".join(sorted({name for name in names if name})) or None

@@ -86,6 +86,10 @@ class SGLangEngine(SGLangModelWeights):
     async def _next_tokens(self, texts: Sequence[TokenIds]) -> NextTokens:
         return listed(await self._lists(texts, _PROBED_TOKENS, 1.0, watched=False))
 
+    async def software_version(self) -> str | None:
+        version = (await self._server_settings()).get("version")
+        return version if isinstance(version, str) else None
+
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
             if self._capabilities is None:
@@ -105,7 +109,7 @@ class SGLangEngine(SGLangModelWeights):
             model=info.model,
             root=info.root,
             max_model_len=info.max_model_len,
-            version=self._settings.get("version"),
+            version=await self.software_version(),
             vocab_size=self._parser.vocab_size,
             logprobs_mode="processed" if await self._reports_processed(prompt) else "raw",
             named_logprobs=True,

@@ -101,6 +101,10 @@ class VLLMEngine(VLLMModelWeights):
     async def _served_model(self) -> tuple[EngineInfo, set[str]]:
         return await served_model(self._http, self._wanted)
 
+    async def software_version(self) -> str | None:
+        version = (await self._told("/version")).get("version")
+        return version if isinstance(version, str) else None
+
     async def probe(self, prompt: TokenIds) -> Capabilities:
         async with self._probing:
             if self._capabilities is None:
@@ -108,6 +112,7 @@ class VLLMEngine(VLLMModelWeights):
                     self._http,
                     await self.describe(),
                     prompt,
+                    version=self.software_version,
                     lists=self._lists,
                     named=self._named_alone,
                     loads_lora=self.loads_lora,

@@ -8,7 +8,7 @@ import secrets
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
@@ -18,6 +18,7 @@ from dual_rollout.exceptions import EngineError
 from dual_rollout.servers import Engine, EngineInfo
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.processes import fail_together, process_index
+from dual_rollout.types import Role
 
 logger = logging.getLogger(__name__)
 
@@ -108,23 +109,20 @@ class ServerConnections:
         """The answers of π_θ's server, or of each of its replicas that is in use."""
         return self._run(self._open().theta.each(ask))
 
-    def served_model(self, which: Literal["theta", "t"]) -> str:
+    def served_model(self, which: Role) -> str:
         """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
         info = self._describe(which)
         return "unknown" if info is None else info.model
 
-    def server_kind(self, which: Literal["theta", "t"]) -> str:
-        """What serves π_θ or π_t: the engine of the config, or "embedded" for a `dual-rollout serve`."""
-        info = self._describe(which)
-        embedded = info is not None and info.owned_by == "dual_rollout"
-        return "embedded" if embedded else getattr(self.config, f"{which}_engine")
+    def servers_in_words(self) -> str:
+        """What serves π_θ and π_t, such as "vllm, sglang" or "one native server"; no names and addresses."""
+        return self._open().servers.in_words(self._describe)
 
-    def _describe(self, which: Literal["theta", "t"]) -> EngineInfo | None:
+    def _describe(self, which: Role) -> EngineInfo | None:
         if which not in self._served_models:
-            coordinator = self._open()
-            describe = (getattr(coordinator, which) or coordinator.theta).describe  # a native server holds both
+            engine: Engine = getattr(self._open().servers, which)
             try:
-                self._served_models[which] = self._run(asyncio.wait_for(describe(), _NAME_WITHIN_S))
+                self._served_models[which] = self._run(asyncio.wait_for(engine.describe(), _NAME_WITHIN_S))
             except (EngineError, TimeoutError) as error:
                 logger.warning("the name of the model that serves as %s is not known: %s", which, error)
         return self._served_models.get(which)
@@ -135,9 +133,9 @@ class ServerConnections:
         return self._open().stats
 
     @property
-    def has_target_server(self) -> bool:
-        """Whether π_t has a server of its own, so that both are asked for top-k lists; else π_θ's holds both models."""
-        return self._open().t is not None
+    def list_settings(self) -> dict[str, Any]:
+        """The config's settings for top-k lists, by name; empty where a server that draws from q* itself gives none."""
+        return {name: getattr(self.config, name) for name in self._open().servers.list_settings}
 
     @property
     def weight_version(self) -> int | None:

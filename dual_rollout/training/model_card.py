@@ -16,7 +16,6 @@ _BEFORE = "### Framework versions"
 """The heading of TRL's card in front of which the section stands."""
 
 _ALPHA = ("alpha_method", "fixed_alpha", "kl_budget", "alpha_min", "alpha_max")
-_LISTS = ("top_k", "support", "missing", "decoding")  # of two servers; one that holds both models gives none
 
 
 def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
@@ -30,8 +29,8 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
     config, schedule = trainer.rollout.config, trainer.rollout.schedule
     routes = _routes(trainer)
     named = sorted(name for name in routes if name not in (None, NO_TARGET))
-    names = [*_ALPHA, *(_LISTS if trainer.rollout.has_target_server else ())]
-    settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    alpha = {name: getattr(config, name) for name in _ALPHA if getattr(config, name) is not None}
+    settings = {**alpha, **trainer.rollout.list_settings}
     settings["temperature"] = trainer.temperature
     for name, end in schedule.ends.items():
         settings[name] = f"{settings[name]} to {end}, {schedule.shape} over the training steps"
@@ -40,7 +39,7 @@ def rollout_section(trainer: Any, mode: str, clip: Mapping[str, float]) -> str:
         "target π_t": _target(trainer, routes),
         **({"further targets": ", ".join(named)} if named else {}),
         **({"rows without a target": "drawn from π_θ"} if NO_TARGET in routes else {}),
-        "servers": _server_kinds(trainer),
+        "servers": trainer.rollout.servers_in_words(),
         **{f"`{name}`": value for name, value in settings.items()},
         "weights π_θ/q\\* in the loss": _correction(trainer, mode, clip),
     }
@@ -79,13 +78,6 @@ def _target(trainer: Any, routes: set[Any]) -> str:
     columns = getattr(trainer.train_dataset, "column_names", None) or []
     name = _without_folders(trainer.rollout.served_model("t"))
     return f"{name}, which saw prompts of its own" if T_PROMPT_COLUMN in columns else name
-
-
-def _server_kinds(trainer: Any) -> str:
-    if not trainer.rollout.has_target_server:
-        return "one native server"
-    theta, t = (trainer.rollout.server_kind(which) for which in ("theta", "t"))
-    return "two embedded servers" if theta == t == "embedded" else f"{theta}, {t}"
 
 
 def _without_folders(model: str) -> str:

@@ -278,9 +278,9 @@ class DualRollout(ServerConnections):
         return check
 
     def _warn_of_settings(self, trainer: Any) -> None:
-        config = self.config
-        named = config.support == "tail" or config.missing == "exact"
-        if named and self.has_target_server and trainer.accelerator.num_processes > 1:
+        lists = self.list_settings
+        named = lists.get("support") == "tail" or lists.get("missing") == "exact"
+        if named and trainer.accelerator.num_processes > 1:
             self._warn_once(
                 'support "tail" and missing "exact" ask for tokens by name, and some vLLM versions then garble the '
                 "lists of other requests in the same step, here those of other trainer processes. Lists that cannot be "

@@ -20,12 +20,12 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from dual_rollout.config import CoordinatorConfig, server_fields
+from dual_rollout.config import ENGINE_SERVERS, CoordinatorConfig
 from dual_rollout.exceptions import DualRolloutError
 from dual_rollout.exit_status import exit_status
 from dual_rollout.report.page import write_report
 from dual_rollout.server.launch import EmbeddedServer
-from dual_rollout.training.arguments import DualArguments, Recipe, parse_recipe
+from dual_rollout.training.arguments import PREFIX, DualArguments, Recipe, parse_recipe
 from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import with_t_prompts
 from dual_rollout.training.metrics_log import SUMMARY_HEADINGS
@@ -213,12 +213,10 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
         ValueError: a URL is not set, and not all servers can be embedded ones.
     """
     if not starts_servers(recipe.dual):
-        given = _given_urls(recipe.dual)
-        found = [url for url in given.values() if url is not None]
+        engine, given = recipe.dual.dual_engine, _given_urls(recipe.dual)
+        found = [url for url in given if url is not None]
         if len(found) < len(given):
-            both = "both dual_theta_url and dual_t_url, or neither to start embedded servers"
-            one = "dual_theta_url to the server that holds both models (dual-rollout serve-native)"
-            raise ValueError(f"dual_engine is {recipe.dual.dual_engine}: set {both if len(given) == 2 else one}")
+            raise ValueError(f"dual_engine is {engine}: set {ENGINE_SERVERS[engine].missing.format(prefix=PREFIX)}")
         yield found[0], found[-1]
         return
     with contextlib.ExitStack() as stack:
@@ -232,13 +230,12 @@ def servers(recipe: Recipe) -> Iterator[tuple[str | list[str], str | list[str]]]
 
 def starts_servers(dual: DualArguments) -> bool:
     """Whether the run has embedded servers of its own."""
-    urls = _given_urls(dual)
-    return "t_url" in urls and all(url is None for url in urls.values())  # an embedded server holds one model
+    return ENGINE_SERVERS[dual.dual_engine].can_be_embedded and all(url is None for url in _given_urls(dual))
 
 
-def _given_urls(dual: DualArguments) -> dict[str, str | list[str] | None]:
-    """What the recipe says of each server that its engine has, by the config's name for it."""
-    return {name: getattr(dual, f"dual_{name}") for name in server_fields(dual.dual_engine)}
+def _given_urls(dual: DualArguments) -> list[str | list[str] | None]:
+    """What the recipe says of each server that its engine has."""
+    return [getattr(dual, f"{PREFIX}{name}") for name in ENGINE_SERVERS[dual.dual_engine].fields]
 
 
 def _start_servers(recipe: Recipe, stack: contextlib.ExitStack) -> list[EmbeddedServer]:

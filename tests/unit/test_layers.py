@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dual_rollout.config import ENGINE_SERVERS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dual_rollout"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -157,6 +159,32 @@ def test_the_table_names_nothing_that_is_not_imported(row):
     libraries = {found.library for found in of(row)}
     assert row.ours | row.ours_late <= used
     assert row.libraries | row.libraries_late <= libraries
+
+
+def test_one_file_chooses_between_engines():
+    """And the config, which checks its own keys. Others are given what they need, and ask nobody what he is."""
+    asking = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(asks_for_the_engine(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert asking == {"config.py", "samplers/from_config.py"}
+    of_one_engine = re.compile(r"dual_rollout\.(native\.client|samplers\.(native|two|server_pair|policy).*)")
+    wrong = [str(found) for found in IMPORTS if of_one_engine.fullmatch(found.module) and found.layer != "samplers"]
+    assert wrong == [], "a class that others could ask for with isinstance"
+
+
+def asks_for_the_engine(node: ast.AST) -> bool:
+    """Whether it compares something with an engine's name, or looks which clients a coordinator has."""
+    if not isinstance(node, ast.Compare):
+        return False
+    sides = [node.left, *node.comparators]
+    clients = [side for side in sides if re.search(r"(coordinator|servers|_open\(\))\.(theta|t)$", ast.unparse(side))]
+    return bool(clients) or any(
+        (isinstance(side, ast.Constant) and side.value in ENGINE_SERVERS)
+        or (isinstance(side, ast.Attribute) and side.attr in ("engine", "dual_engine"))
+        for side in sides
+    )
 
 
 def test_libraries_are_declared():
