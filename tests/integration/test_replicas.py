@@ -143,7 +143,7 @@ def test_a_replica_that_answers_nonsense_is_replaced(tiny_pair: TinyPair) -> Non
             )
             async with DualVLLMCoordinator(config) as coordinator:
                 tokens(await coordinator.generate_batch([[10 + i, 20] for i in range(8)], max_tokens=30))
-            assert a.injected >= 3
+            assert a.injected >= 2, "asked once more before it is taken out"
 
     asyncio.run(asyncio.wait_for(run(), HANG))
 
