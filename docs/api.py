@@ -13,6 +13,7 @@ from typing import Any, is_typeddict
 import dual_rollout
 from dual_rollout.config import field_hints
 from dual_rollout.training.async_grpo import DualRolloutWorker
+from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from dual_rollout.training.connections import ServerConnections
 from dual_rollout.training.rollout_mixin import RolloutTrainerMixin
 from dual_rollout.training.schedules import AlphaSchedule
@@ -42,7 +43,15 @@ GROUPS = {
         "compute_diagnostics",
     ),
 }
-FURTHER = (CallOptions, ServerConnections, DualTrainerMixin, RolloutTrainerMixin, AlphaSchedule, DualRolloutWorker)
+FURTHER = (
+    CallOptions,
+    ServerConnections,
+    DualTrainerMixin,
+    RolloutTrainerMixin,
+    AlphaSchedule,
+    DualRolloutWorker,
+    AsyncPolicyCheck,
+)
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 
 HEAD = """# API

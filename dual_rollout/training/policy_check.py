@@ -30,6 +30,13 @@ all weights 0.26.
 """
 QUANTISED_BOUND = 1.0
 
+LIKELY_REASONS = (
+    "the server was started from another model than the trainer, or holds other full weights under the adapter "
+    "(restart it from the trainer's model, or set dual_weight_sync=disk); another trainer gives it weights (give each "
+    "its own server); it is quantised or computes otherwise, which makes every weight π_θ/q* wrong by that much (if "
+    "that is wanted, set dual_policy_check_bound)"
+)
+
 TEXTS = ("The capital of France is Paris, on the Seine.", "def add(a, b):\n    return a + b")
 _LONGEST = 24  # tokens of a text
 
@@ -57,12 +64,21 @@ class PolicyCheck:
     Args:
         owner: the version that this run gave the server's weights; None where it did not name them.
         bound: nats; by the number formats (`BOUNDS`) when None.
+        reasons: why a server may have other weights, and what to do, for the message.
     """
 
-    def __init__(self, trainer: Any, tokenizer: Any, *, owner: str | None, bound: float | None):
+    def __init__(
+        self,
+        trainer: Any,
+        tokenizer: Any,
+        *,
+        owner: str | None,
+        bound: float | None,
+        reasons: str = LIKELY_REASONS,
+    ):
         self.difference, started = math.nan, time.perf_counter()
         self._is_main = trainer.accelerator.is_main_process
-        self._owner, self._bound = owner, bound
+        self._owner, self._bound, self._reasons = owner, bound, reasons
         self._texts = fixed_texts(tokenizer, trainer.model)
         self._dtype = number_format(trainer)
         self._ours = trainer_logprobs(trainer.model, self._texts)
@@ -111,10 +127,7 @@ class PolicyCheck:
             f"{answer.url} does not serve the trainer's policy {when}: log π_θ of fixed texts differs by "
             f"{difference:.3g} nats per token, and rounding explains {bound:g} (the trainer computes in {self._dtype}, "
             f"the server in {answer.dtype or 'a format that it does not say'}; its weights are named "
-            f"{version!r}). Likely reasons: the server was started from another model than the trainer, or holds "
-            "other full weights under the adapter (restart it from the trainer's model, or set dual_weight_sync=disk); "
-            "another trainer gives it weights (give each its own server); it is quantised or computes otherwise, which "
-            "makes every weight π_θ/q* wrong by that much (if that is wanted, set dual_policy_check_bound)"
+            f"{version!r}). Likely reasons: {self._reasons}"
         )
 
 

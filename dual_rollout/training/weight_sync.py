@@ -232,6 +232,9 @@ class TrlWeightSync:
 
     def sync(self, trainer: Any, rollout: DualRollout) -> None:
         if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
+            client = getattr(trainer.vllm_generation, "vllm_client", None)  # in the main process
+            with fail_together():
+                check_nccl_is_on(getattr(client, "communicator", None))
             try:
                 trainer.vllm_generation.sync_weights()
             except Exception as error:
@@ -242,6 +245,28 @@ class TrlWeightSync:
                 ) from error
             trainer._last_loaded_step = trainer.state.global_step
         rollout.weight_version = trainer.state.global_step
+
+
+def check_nccl_is_on(communicator: Any) -> None:
+    """Refuse a transfer of TRL's that sends nothing.
+
+    vLLM's communicator turns itself off, without a word, where vLLM cannot use the NCCL library that it finds. The
+    server then loads memory that nobody has written, and every request of the transfer succeeds.
+
+    Args:
+        communicator: TRL's, a `PyNcclCommunicator` of vLLM's; None where there is none.
+
+    Raises:
+        WeightSyncError: it is off.
+    """
+    if getattr(communicator, "disabled", False):
+        raise WeightSyncError(
+            "TRL's weight transfer sends nothing: vLLM cannot use NCCL in the trainer's process, and π_θ's server "
+            "would load whatever stands in its memory (if it has, start it again). Install vLLM with the PyTorch that "
+            "it asks for, for trainer and server, or set VLLM_NCCL_SO_PATH for both to a newer libnccl.so.2: vLLM 0.32 "
+            "needs NCCL 2.29.7, which `pip install 'nvidia-nccl-cu13>=2.29.7'` brings. VLLM_DISABLE_PYNCCL must not be "
+            "set"
+        )
 
 
 def check_visible(folder: Path, rollout: DualRollout) -> None:

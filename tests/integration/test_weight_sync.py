@@ -194,7 +194,7 @@ def test_the_way_is_chosen_by_model_and_server(tiny_pair: TinyPair, lora_pair: T
     assert type(sync) is TrlWeightSync
 
 
-def test_a_transfer_of_trls_own_that_fails_says_which_servers_it_takes(tiny_pair: TinyPair) -> None:
+def test_a_transfer_of_trls_own_that_fails_or_sends_nothing_says_why(tiny_pair: TinyPair) -> None:
     """It is asked for again by the next rollout, whose tokens would else be recorded under weights that never came."""
 
     def refused() -> None:
@@ -209,5 +209,10 @@ def test_a_transfer_of_trls_own_that_fails_says_which_servers_it_takes(tiny_pair
             TrlWeightSync().sync(trainer, rollout)
         assert trainer._last_loaded_step == 2 and rollout.weight_version is None
         generation.sync_weights = lambda: None
+        generation.vllm_client = SimpleNamespace(communicator=SimpleNamespace(disabled=True))  # vLLM without NCCL
+        with pytest.raises(WeightSyncError, match=r"sends nothing.*VLLM_NCCL_SO_PATH"):
+            TrlWeightSync().sync(trainer, rollout)
+        assert trainer._last_loaded_step == 2 and rollout.weight_version is None
+        generation.vllm_client.communicator.disabled = False
         TrlWeightSync().sync(trainer, rollout)
         assert trainer._last_loaded_step == rollout.weight_version == 3
