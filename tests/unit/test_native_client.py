@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dual_rollout import CoordinatorConfig
+from dual_rollout import CoordinatorConfig, DualRollout
 from dual_rollout.config import AlphaRule
 from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
@@ -166,6 +166,15 @@ def test_the_server_says_what_it_is() -> None:
     assert asyncio.run(found(Server(target="/t"))) == NativeServerInfo(target="/t", **SERVER)
     with pytest.raises(PreflightError, match="start it with dual-rollout serve-native"):
         asyncio.run(found(Server(native=False)))
+
+
+def test_a_model_card_of_its_rollouts_names_one_server_and_no_lists() -> None:
+    """Which needs no answer from it."""
+    with DualRollout(CoordinatorConfig(engine="native", theta_url="http://127.0.0.1:9", max_retries=0)) as rollout:
+        assert rollout.servers_in_words() == "one native server" and rollout.list_settings == {}
+        assert rollout.served_model("theta") == rollout.served_model("t") == "unknown"
+    with DualRollout(CoordinatorConfig(top_k=7)) as rollout:
+        assert rollout.list_settings == {"top_k": 7, "support": "union", "missing": "floor", "decoding": "auto"}
 
 
 def test_every_number_is_in_the_record() -> None:

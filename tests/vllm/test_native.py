@@ -507,6 +507,18 @@ def test_doctor_knows_it(native: Native) -> None:
     assert (server["vocab_size"], server["target"]) == (VOCAB_SIZE, str(native.server.target))
 
 
+def test_generated_rows_name_the_server_for_both_models(native: Native, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [1, 2, 3]}\n')
+    flags = ["--engine", "native", "--theta-url", native.url, "--format", "jsonl", "--max-tokens", "4"]
+    command = ["generate", "--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out"), *flags]
+    assert main(command) == 0
+    (shard,) = (tmp_path / "out").glob("train-*.jsonl")
+    versions = json.loads(json.loads(shard.read_text())["versions"])
+    assert versions["theta"] == versions["t"] and versions["theta"]["root"] == str(native.server.model)
+    assert re.match(r"0\.\d+", versions["theta"]["server"]) and versions["theta"]["logprob"] < 0
+    assert main(command) == 0, "it goes on from the same server"
+
+
 def test_what_two_models_cannot_do_is_refused(native: Native) -> None:
     """As the engine builds the model, without the rest of a server."""
     program = f"""
