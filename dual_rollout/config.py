@@ -114,8 +114,8 @@ class CoordinatorConfig:
     )
     on_target_failure: Literal["fail", "policy", "wait"] = _option(
         "fail",
-        'When π_t is gone for longer than the retries allow: "fail" ends the sequences with an error, "policy" goes on '
-        'from π_θ alone (α = 0, weight 1, each such token marked), "wait" tries for ever.',
+        'When π_t is gone for longer than the retries allow: "fail" ends the sequences with an error. "policy" goes on '
+        'from π_θ alone (α = 0, weight 1, each such token marked). "wait" tries for ever.',
     )
     t_engine: ServerKind = _option("vllm", "What serves π_t.")
     theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.", _NAME)

@@ -49,8 +49,8 @@ class DualRollout(ServerConnections):
         config: the servers and how q* is defined. Under a trainer, `temperature` and `max_completion_length` are the
             trainer's.
         tokenizer: the policy's; the trainer's, or the one `config` names, when None.
-        eos_token_ids: the tokens that end a completion; when None, the trainer's, so that what it counts as finished is
-            what was finished, and without a trainer those of the tokenizer's and the served model's files.
+        eos_token_ids: the tokens that end a completion. When None, the trainer's, so that what it counts as finished is
+            what was finished; without a trainer, those of the tokenizer's and the served model's files.
         schedule: how the bounds on α move over the trainer's steps. `generate`, which knows no steps, uses `config`.
         allow_uncorrected: whether a trainer may use the rollouts that neither sends its weights to π_θ's server nor
             applies importance weights, as a plain `GRPOTrainer` with `use_vllm=False`.

@@ -17,8 +17,8 @@ _SCHEDULED = ("kl_budget", "fixed_alpha", "alpha_min", "alpha_max")
 class AlphaSchedule:
     """What chooses or bounds α, moving from what `CoordinatorConfig` says to what is said here.
 
-    Over training progress p in [0, 1], a value v becomes v + (end − v)·s with s = p for "linear" and
-    s = (1 − cos πp)/2 for "cosine"; "constant" leaves all as it is. `kl_budget_end=0` ends on-policy.
+    Over training progress p in [0, 1], a value v becomes v + (end − v)·s. For "linear" s = p, for "cosine"
+    s = (1 − cos πp)/2; "constant" leaves all as it is. `kl_budget_end=0` ends on-policy.
 
     Args:
         shape: "constant", "linear" or "cosine".
