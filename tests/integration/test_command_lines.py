@@ -1,4 +1,7 @@
-"""Every command line in the documents is one that its program takes. The program itself parses it; nothing is run."""
+"""Every command line in the documents and in docstrings of scripts is one that its program takes.
+
+The program itself parses it, and nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,20 @@ from tests.hang import HANG
 
 SHELL = {"mkdir", "printf", "sleep", "done", "kill", "exit"}
 SCRIPTS = {".ci/run", "tests/vllm/install.sh"}
-RUN_AS_IT_IS = {"docs/api.py"}  # test_documents.py; it has no arguments
+WITHOUT_ARGUMENTS = {ROOT / "docs/api.py", ROOT / "tests/bench_report.py"}
 NOT_INSTALLED = {"vllm", "sglang"}  # the flags of vLLM: tests/vllm
 RECIPE = "recipes/quickstart/grpo_cpu.yaml"  # where a document names no recipe of ours
-LINES = sorted({tuple(words) for page in PAGES for words in commands(page)})
+
+
+def usages() -> list[list[str]]:
+    """The commands in the docstrings of scripts, with what is optional in them."""
+    scripts = [*ROOT.glob("recipes/*/*.py"), *ROOT.glob("tests/bench_*.py")]
+    texts = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in scripts]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("    python ")]
+    return [words for line in lines for words in commands_of(re.sub(r"[\[\]]|\.\.\.", "", line))]
+
+
+LINES = sorted({tuple(words) for words in [*usages(), *(words for page in PAGES for words in commands(page))]})
 
 
 class Parsed(BaseException):
@@ -86,7 +99,7 @@ def check_python(*words: str) -> None:
         ast.parse(words[1])
     elif words[0] == "-m":
         check_module(*words[1:])
-    elif words[0] not in RUN_AS_IT_IS:
+    else:
         check_script(*words)
 
 
@@ -102,6 +115,9 @@ def check_module(name: str, *words: str) -> None:
 
 
 def check_script(path: str, *words: str) -> None:
+    if Path(path).resolve() in WITHOUT_ARGUMENTS:
+        assert not words
+        return
     assert "parse_args(" in Path(path).read_text(encoding="utf-8"), f"{path} would be run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path, *words])
