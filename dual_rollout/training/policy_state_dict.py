@@ -7,7 +7,7 @@ adapters are merged by PEFT itself. What a plain model cannot hold is refused wi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,19 @@ def policy_weights(trainer: Any) -> Iterator[tuple[Any, dict[str, torch.Tensor]]
         raise ValueError(reason)
     with merged(model) as base:
         yield base, plain_tensors(base)
+
+
+def with_tied_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors to save with the output embedding as one of its own, though the model ties it to the input's.
+
+    vLLM's CPU build (0.32) packs a tied head when it starts, and goes on with the old one after a reload that does not
+    name it. It costs a folder as much again as the embeddings.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return tensors
+    name = next(name for name, module in model.named_modules() if module is head) + ".weight"
+    return {**tensors, name: tensors[name].clone()}
 
 
 def why_not_disk(model: Any, accelerator: Accelerator) -> str | None:

@@ -30,6 +30,7 @@ from dual_rollout.training.policy_state_dict import (
     trained_tensors,
     unwrapped,
     why_not_disk,
+    with_tied_head,
 )
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import DualRollout
@@ -174,6 +175,8 @@ class DiskWeightSync:
         version = trainer.state.global_step
         with policy_weights(trainer) as (model, tensors), fail_together():
             if trainer.accelerator.is_main_process:
+                if trainer.accelerator.device.type == "cpu":
+                    tensors = with_tied_head(model, tensors)
                 self._send(model, tensors, _version_folder(self._folder, version), rollout)
         rollout.share_policy_weights(version)
 
