@@ -7,7 +7,7 @@ adapters are merged by PEFT itself. What a plain model cannot hold is refused wi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def policy_weights(trainer: Any) -> Iterator[tuple[Any, dict[str, torch.Tensor]]
         yield base, plain_tensors(base)
 
 
-def with_tied_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def with_tied_head(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors to save with the output embedding as one of its own, though the model ties it to the input's.
 
     vLLM's CPU build (0.32) packs a tied head when it starts, and goes on with the old one after a reload that does not
