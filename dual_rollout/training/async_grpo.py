@@ -11,6 +11,7 @@ environment showed first, and then the text of each turn; π_t sees the row's `t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_TARGET_COLUMN, TargetContexts, same_turns
 from dual_rollout.training.trl_settings import check_sampling_is_plain
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,6 +129,11 @@ class DualRolloutWorker(AsyncRolloutWorker):
     Set the trainer's `epsilon=1.0` and `epsilon_high=2.0`. Around 1 its clip would cut off most weights, since q* is
     far from the policy by design. This way it bounds them at 3 where the advantage is positive, and nothing else.
 
+    `AsyncPolicyCheck` compares what that server serves with the trainer's policy; a run without it is warned of.
+
+    Attributes:
+        policy_is_checked: whether an `AsyncPolicyCheck` does so.
+
     Args:
         dual_config: the servers and how q* is defined.
         options: as for `AsyncRolloutWorker`, which needs vLLM to be installed beside the trainer.
@@ -141,3 +149,14 @@ class DualRolloutWorker(AsyncRolloutWorker):
         if options.get("lora_name") is not None:
             raise ValueError("lora_name: q* is asked from the served model; let TRL send merged weights")
         super().__init__(dual_config=dual_config, **options)
+        self.policy_is_checked = False
+
+    def start(self) -> None:
+        """Begin to draw, in a process of its own; TRL calls it after its first weight transfer."""
+        if not self.policy_is_checked:
+            logger.warning(
+                "nothing compares what π_θ's server serves with the trainer's policy, and a transfer of TRL's may send "
+                "nothing without an error: trainer.add_callback(AsyncPolicyCheck(trainer, dual_config)), from "
+                "dual_rollout.training.async_policy_check"
+            )
+        super().start()

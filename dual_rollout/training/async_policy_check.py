@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dual_rollout.config import CoordinatorConfig
+from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.connections import ServerConnections
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together
@@ -50,6 +51,8 @@ class AsyncPolicyCheck(TrainerCallback):
         self._trainer, self._bound, self._began = trainer, bound, False
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._servers = ServerConnections(config, self._tokenizer)
+        if isinstance(trainer.rollout_worker, DualRolloutWorker):
+            trainer.rollout_worker.policy_is_checked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compare after TRL's first transfer."""

@@ -6,6 +6,7 @@ the sums of that kernel; the rest of the trainer is TRL's.
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +20,15 @@ import trl.experimental.async_grpo.packing as packing
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_rollout_worker
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from dual_rollout import CoordinatorConfig, DualRollout
 from dual_rollout.exceptions import WeightSyncError
+from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from tests.integration.conftest import TinyPair
-from tests.integration.test_training import dual_config
+from tests.integration.test_training import count_of_the, dual_config
 
 
 def attention(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *_: Any, softmax_scale: float, **__: Any) -> Any:
@@ -195,3 +197,19 @@ def test_what_it_cannot_compare_is_refused(make: Callable[..., Any]) -> None:
     trainer._lora_sync = True  # TRL's answer to a server with --enable-lora
     with pytest.raises(ValueError, match="without --enable-lora"):
         AsyncPolicyCheck(trainer, config)
+
+
+def test_a_worker_says_that_nobody_compares(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(async_rollout_worker, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(async_rollout_worker.AsyncRolloutWorker, "start", lambda self: None)  # its process needs vLLM
+    trainer, config = make(lambda tensor, number: tensor), CoordinatorConfig()
+    trainer.rollout_worker = DualRolloutWorker(dual_config=config, reward_funcs=[count_of_the])
+    with caplog.at_level(logging.WARNING, logger="dual_rollout"):
+        trainer.rollout_worker.start()
+        assert "add_callback(AsyncPolicyCheck(trainer, dual_config))" in caplog.text
+        caplog.clear()
+        AsyncPolicyCheck(trainer, config)
+        trainer.rollout_worker.start()
+        assert not caplog.messages
