@@ -29,6 +29,7 @@ from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from tests.integration.conftest import TinyPair
 from tests.integration.test_training import count_of_the, dual_config
+from tests.synced_training import lora_config
 
 
 def attention(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *_: Any, softmax_scale: float, **__: Any) -> Any:
@@ -113,7 +114,7 @@ def make(tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     config = dual_config(tiny_pair)
     with DualRollout(config) as rollout:
 
-        def make(send: Callable[[torch.Tensor, int], torch.Tensor], **options: Any) -> Any:
+        def make(send: Callable[[torch.Tensor, int], torch.Tensor], peft_config: Any = None, **options: Any) -> Any:
             args = AsyncGRPOConfig(
                 output_dir=str(tmp_path / "run"),
                 vllm_server_base_url=tiny_pair.theta_url,
@@ -133,6 +134,7 @@ def make(tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 args=args,
                 train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "what"}]}]),
                 processing_class=AutoTokenizer.from_pretrained(tiny_pair.theta_model),
+                peft_config=peft_config,
                 rollout_worker=cast(Any, Worker()),
                 weight_transfer=FolderTransfer(rollout, tmp_path / "weights", send),
             )
@@ -143,8 +145,9 @@ def make(tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         rollout.reload_policy_weights(str(tiny_pair.theta_model))
 
 
-def test_every_transfer_is_compared(make: Callable[..., Any]) -> None:
-    trainer = make(lambda tensor, number: tensor)
+@pytest.mark.parametrize("peft_config", [None, lora_config()], ids=["full", "merged adapter"])
+def test_every_transfer_is_compared(make: Callable[..., Any], peft_config: Any) -> None:
+    trainer = make(lambda tensor, number: tensor, peft_config)
     attention_before = trainer.model.config._attn_implementation
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
