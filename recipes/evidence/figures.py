@@ -143,14 +143,15 @@ def rates_table(results: dict[str, list[Result]]) -> str:
 
 def timing_table(folder: Path) -> str:
     """Median seconds of a step, without the first two, on a device that does nothing else."""
+    columns = ("rollout_s", "update_s", "seconds")
     rows = ["| arm | rollout, s | update, s | step, s |", "|---|---|---|---|"]
-    for path in sorted(folder.glob("*.jsonl")):
-        steps = [line for line in read(path) if line["kind"] == "step" and "rollout_s" in line][2:]
-        if steps:
-            cells = [
-                f"{np.median([step[name] for step in steps]):.2f}" for name in ("rollout_s", "update_s", "seconds")
-            ]
-            rows.append(f"| `{path.stem}` | {' | '.join(cells)} |")
+    for arm in ARMS:
+        if (path := folder / f"{arm}.jsonl").exists():
+            steps = [line for line in read(path) if line["kind"] == "step"][2:]
+            # TRL's distillation trainer does not time its parts; imitation has no rollouts.
+            found = [[step[name] for step in steps if name in step] for name in columns]
+            cells = [f"{np.median(values):.2f}" if values else "–" for values in found]
+            rows.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
