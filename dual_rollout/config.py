@@ -20,6 +20,16 @@ MAX_AUTO_TOP_K = 1000
 """What `top_k: auto` asks for at most, where the server sets no lower limit."""
 
 
+def longest_list(top_k: int | Literal["auto"], max_logprobs: int | None) -> int:
+    """The tokens that a server is asked for at most.
+
+    Args:
+        top_k: the config's.
+        max_logprobs: what the server gives at most; None for any number.
+    """
+    return min(max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K) if top_k == "auto" else top_k
+
+
 NATIVE_TEMPERATURES = (0.01, 100.0)
 """What a native server takes."""
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
+from dual_rollout.config import CoordinatorConfig, longest_list
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, PreflightError
 from dual_rollout.servers import Capabilities, Engine
@@ -132,7 +132,7 @@ async def _check_server(
 ) -> Capabilities:
     capabilities, context = await _probe(engine, contexts, flag)
     cap = capabilities.max_logprobs
-    k = min(cap or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K) if config.top_k == "auto" else config.top_k
+    k = longest_list(config.top_k, cap)
     if cap is not None and k > cap:
         raise PreflightError(
             f"top_k is {k}, but the server at {flag} ({engine.url}) gives at most {cap} log-probabilities. "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dual_rollout.config import MAX_AUTO_TOP_K, CoordinatorConfig
+from dual_rollout.config import CoordinatorConfig, longest_list
 from dual_rollout.decoding.stats import DecodingStats
 from dual_rollout.engine import ScoringEngine, TokenIds
 from dual_rollout.functional.top_k import TopK, most_likely, replaced, tokens_to_mass
@@ -48,7 +48,7 @@ class TopKSource:
         if self._config.top_k != "auto":
             return self._config.top_k
         if not self._steps:
-            most = min((await self.engine.probe(context)).max_logprobs or MAX_AUTO_TOP_K, MAX_AUTO_TOP_K)
+            most = longest_list(self._config.top_k, (await self.engine.probe(context)).max_logprobs)
             doubled = (_FEWEST_TOKENS << i for i in range(most.bit_length()))
             self._steps = [k for k in doubled if k < most] + [most]
         if not self._needs:

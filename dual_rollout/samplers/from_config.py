@@ -11,10 +11,10 @@ from dual_rollout.decoding.tuner import Tuner
 from dual_rollout.decoding.weight_version import PolicyWeights
 from dual_rollout.native.client import NativeEngine
 from dual_rollout.samplers.base import Sampler, Servers
+from dual_rollout.samplers.examine_native import NativeServer
+from dual_rollout.samplers.examine_two_servers import ServerPair
 from dual_rollout.samplers.native import NativeSampler
-from dual_rollout.samplers.native_server import NativeServer
 from dual_rollout.samplers.policy_alone import PolicyAloneSampler
-from dual_rollout.samplers.server_pair import ServerPair
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.servers.from_config import Clients
 from dual_rollout.servers.http import HttpStats

@@ -22,6 +22,7 @@ from aiohttp import web
 from dual_rollout import CoordinatorConfig, DualRollout, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.exceptions import EngineProtocolError, PreflightError
+from dual_rollout.samplers.examination import Examination
 from dual_rollout.servers import Capabilities, HttpTransport, VLLMEngine
 from dual_rollout.tokenizer_check import compare_tokens
 from dual_rollout.tokenizer_files import compare_vocabularies, read_vocabulary
@@ -112,6 +113,18 @@ def test_a_list_that_is_too_long(small_urls):
     found = report(*small_urls, "--top-k", "21")
     assert failed(found) == [("π_θ", "top_k"), ("π_t", "top_k")]
     assert "--max-logprobs 21" in str(found["checks"])
+
+
+def test_lists_as_long_as_they_have_to_be(small_urls):
+    """`top_k: auto` asks for what a server gives, so that no limit is too low for it."""
+    config = CoordinatorConfig(theta_url=small_urls[0], t_url=small_urls[1], top_k="auto", support="tail")
+
+    async def examine() -> Examination:
+        async with DualVLLMCoordinator(config) as coordinator:
+            return await coordinator.servers.examine()
+
+    rows = [check for check in asyncio.run(examine()).checks if check.name == "top_k"]
+    assert [(row.status, row.detail) for row in rows] == [("ok", "auto, up to 20 of at most 20")] * 2
 
 
 def test_dead_servers(small_urls):

@@ -169,7 +169,7 @@ def test_one_file_chooses_between_engines():
         if any(asks_for_the_engine(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     }
     assert asking == {"config.py", "samplers/from_config.py"}
-    of_one_engine = re.compile(r"dual_rollout\.(native\.client|samplers\.(native|two|server_pair|policy).*)")
+    of_one_engine = re.compile(r"dual_rollout\.(native\.client|samplers\.(native|examine_|two|policy).*)")
     wrong = [str(found) for found in IMPORTS if of_one_engine.fullmatch(found.module) and found.layer != "samplers"]
     assert wrong == [], "a class that others could ask for with isinstance"
 

@@ -1,13 +1,13 @@
-"""A server for each of the two models."""
+"""What `doctor` says of a server for each of the two models; `two_servers.py` draws from them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from dual_rollout.config import CoordinatorConfig
+from dual_rollout.config import CoordinatorConfig, longest_list
 from dual_rollout.engine import Capabilities, Engine, EngineInfo
 from dual_rollout.samplers.examination import LORA, Check, Examination, ability, answered, weights_check
 from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
@@ -40,8 +40,8 @@ class ServerPair:
         named = (("π_θ", self.theta), ("π_t", self.t))
         found = await asyncio.gather(*(answered(engine.probe(_PROMPT), deadline) for _, engine in named))
         checks = [
-            *_server_checks("π_θ", "theta_url", config.theta_url, found[0], int(config.top_k), takes_weights=True),
-            *_server_checks("π_t", "t_url", config.t_url, found[1], int(config.top_k), takes_weights=False),
+            *_server_checks("π_θ", "theta_url", config.theta_url, found[0], config.top_k, takes_weights=True),
+            *_server_checks("π_t", "t_url", config.t_url, found[1], config.top_k, takes_weights=False),
         ]
         theta, t = (None if isinstance(result, Exception) else result for result in found)
         for (name, engine), there in zip(named, (theta, t), strict=True):
@@ -68,14 +68,21 @@ def _kind(engine: str, info: EngineInfo | None) -> str:
 
 
 def _server_checks(
-    name: str, flag: str, url: str | list[str], found: Capabilities | Exception, top_k: int, *, takes_weights: bool
+    name: str,
+    flag: str,
+    url: str | list[str],
+    found: Capabilities | Exception,
+    top_k: int | Literal["auto"],
+    *,
+    takes_weights: bool,
 ) -> list[Check]:
     """The rows of one server. `takes_weights`: those about new weights are among them."""
     if isinstance(found, Exception):
         fix = f"start the server, or correct {flag}; one that has just started compiles at first (--timeout 300)"
         return [Check(name, "server", "failed", str(found) or type(found).__name__, fix)]
     cap = found.max_logprobs
-    enough = cap is None or cap >= top_k
+    asked = longest_list(top_k, cap)
+    enough = cap is None or cap >= asked
     processed = found.logprobs_mode == "processed"
     return [
         Check(name, "server", "ok", f"{found.model} at {url}, version {found.version or 'unknown'}"),
@@ -84,8 +91,8 @@ def _server_checks(
             name,
             "top_k",
             "ok" if enough else "failed",
-            f"{top_k} of at most {'any number' if cap is None else cap}",
-            "" if enough else f"start it with --max-logprobs {top_k}, or ask for less (--top-k {cap})",
+            f"{'auto, up to ' if top_k == 'auto' else ''}{asked} of at most {'any number' if cap is None else cap}",
+            "" if enough else f"start it with --max-logprobs {asked}, or ask for less (--top-k {cap})",
         ),
         Check(
             name,

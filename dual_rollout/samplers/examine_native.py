@@ -1,4 +1,4 @@
-"""One server that holds both models and draws from q* itself."""
+"""What `doctor` says of a server that draws from q* itself; `native.py` has its rollouts."""
 
 from __future__ import annotations
 
