@@ -9,13 +9,13 @@ not depend on what else is in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dual_rollout.server.adapters import Adapters
 from dual_rollout.server.prefix_cache import KVSequence, KVShape
 
 ATTENTION_NAME = "dual_rollout_ragged"
@@ -114,14 +114,13 @@ class ModelRunner:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=self.dtype,
         )
-        self._adapter: str | None = None
-        self._has_adapters = False
+        self.adapters = Adapters(self.model)
         self._self_test()
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk], adapter: str | None = None) -> torch.Tensor:
         """Logits ``(R, V)`` in float32 of the wanted rows, chunk by chunk; the buffers must have room."""
-        self._use_adapter(adapter)
+        self.adapters.use(adapter)
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -144,37 +143,6 @@ class ModelRunner:
     @property
     def _groups(self) -> int:
         return self.model.config.num_attention_heads // self.kv_shape.num_kv_heads
-
-    def load_adapter(self, name: str, path: str) -> None:
-        """Load a PEFT adapter under an internal name; nothing changes when it fails (ValueError, OSError)."""
-        if not Path(path, "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"No adapter found for {path}: there is no adapter_model.safetensors in it")
-        try:
-            self.model.load_adapter(path, adapter_name=name, is_trainable=False)
-        except Exception:
-            if name in getattr(self.model, "peft_config", {}):
-                self.unload_adapter(name)
-            raise
-        self._has_adapters = True
-        self._adapter = name
-        self.model.eval().requires_grad_(False)
-
-    def unload_adapter(self, name: str) -> None:
-        self.model.delete_adapter(name)
-        self._has_adapters = bool(getattr(self.model, "peft_config", {}))
-        # Deleting may have left another adapter active: make the next step choose.
-        self._adapter = "" if self._has_adapters else None
-
-    def _use_adapter(self, adapter: str | None) -> None:
-        if not self._has_adapters or adapter == self._adapter:
-            return
-        if adapter is None:
-            self.model.disable_adapters()
-        else:
-            self.model.enable_adapters()
-            self.model.set_adapter(adapter)
-            self.model.requires_grad_(False)
-        self._adapter = adapter
 
     def _self_test(self) -> None:
         """Refuse a model whose attention is not what we compute (sinks, soft caps, other masks...)."""

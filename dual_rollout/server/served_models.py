@@ -85,15 +85,15 @@ class ServedModels:
     def load_adapter(self, name: str, path: str) -> None:
         """In the model's thread. The new adapter replaces the old one only once it is loaded."""
         internal = f"lora_{next(self._adapter_numbers)}"
-        self.runner.load_adapter(internal, path)
+        self.runner.adapters.load(internal, path)
         old = self.adapters.get(name)
         self.adapters[name] = Adapter(path, internal)
         if old is not None:
             self._scheduler.move_adapter(old.internal_name, internal)
-            self.runner.unload_adapter(old.internal_name)
+            self.runner.adapters.unload(old.internal_name)
 
     def unload_adapter(self, name: str) -> None:
         """In the model's thread. Requests that use it fail."""
         internal = self.adapters.pop(name).internal_name
         self._scheduler.fail_adapter(internal, not_found(name))
-        self.runner.unload_adapter(internal)
+        self.runner.adapters.unload(internal)

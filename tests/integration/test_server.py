@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dual_rollout.exceptions import EngineUnavailableError  # noqa: E402
 from dual_rollout.server.launch import EmbeddedServer  # noqa: E402
@@ -555,9 +558,20 @@ def test_lora_adapters(model_dir: Path, reference: Any, tmp_path: Path) -> None:
         adapters.append(tmp_path / f"adapter{number}")
         adapted.save_pretrained(adapters[-1])
         expected.append(_expected(adapted, prompt)[-1])
-    misfit = tmp_path / "misfit"
+    wrong = {tmp_path / "misfit": "size mismatch", tmp_path / "part": "missing", tmp_path / "whole": "whole modules"}
+    wrong |= {tmp_path / "ia3": "type IA3", tmp_path / "broken": "broken safetensors"}
     wide = _load(make_tiny_model(tmp_path / "wide", hidden_size=32))
-    peft.get_peft_model(wide, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(misfit)
+    peft.get_peft_model(wide, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "misfit")
+    whole = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(_load(model_dir), whole).save_pretrained(tmp_path / "whole")
+    ia3 = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    peft.get_peft_model(_load(model_dir), ia3).save_pretrained(tmp_path / "ia3")
+    for name in ("part", "broken"):
+        shutil.copytree(adapters[0], tmp_path / name)
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "part/adapter_model.safetensors")
+    (tmp_path / "broken/adapter_model.safetensors").write_bytes(b"nothing")
     base = _expected(reference, prompt)[-1]
     assert min(np.abs(base - e).max() for e in expected) > 0.1
 
@@ -574,8 +588,10 @@ def test_lora_adapters(model_dir: Path, reference: Any, tmp_path: Path) -> None:
 
         assert error("tiny", base) < TOLERANCE
         assert load(tmp_path / "missing")[0] == 404
-        assert load(misfit)[0] in (400, 500)
-        assert error("tiny", base) < TOLERANCE
+        for folder, why in wrong.items():
+            status, answer = load(folder)
+            assert status == 500 and why in answer["error"]["message"]
+            assert error("tiny", base) < TOLERANCE
         assert load(adapters[0])[0] == 200
         assert error("ad", expected[0]) < TOLERANCE
         assert error("tiny", base) < TOLERANCE
