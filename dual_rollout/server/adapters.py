@@ -1,7 +1,7 @@
 """LoRA adapters on the embedded server's model, by PEFT's own functions.
 
-transformers' own methods for it (`model.load_adapter`, `set_adapter`, ...) refuse a PEFT older than one that transformers
-names, whatever they need of it: 5.24 names 0.22, while the newest PEFT was 0.21.2.
+transformers' own methods for it (`model.load_adapter`, `set_adapter`, ...) refuse a PEFT older than the one it names,
+whatever they need of it: 5.24 names 0.22, while the newest PEFT was 0.21.2.
 """
 
 from __future__ import annotations
