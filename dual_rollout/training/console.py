@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from dual_rollout.training.alarms import alarms
 from dual_rollout.training.display import Display, display_for_stdout
 
-COLUMNS = (
+Column = tuple[str, int, str, str]
+COLUMNS: tuple[Column, ...] = (
     ("reward q*", 10, "reward", "{:.3f}"),
     ("α", 6, "sampling/alpha/mean", "{:.2f}"),
     ("ESS", 6, "sampling/effective_sample_size_ratio", "{:.2f}"),
@@ -20,10 +23,13 @@ COLUMNS = (
     ("sync", 8, "perf/weight_sync_s", "{:.1f} s"),
     ("update", 8, "perf/update_s", "{:.1f} s"),
 )
-"""Heading, width, metric and form of what a line shows of a step; with the step's number it fits 80 columns."""
+"""Heading, width, metric and form of what a line shows of a step; with the step's number it fits 80 columns. A log
+entry without the first of them is not about steps."""
+
+WITHOUT_REWARDS = (("loss", 10, "loss", "{:.3g}"), *COLUMNS[1:])
+"""The same for a trainer that has no rewards, as those of distillation."""
 
 STEP_WIDTH = 6
-HEADING = f"{'step':>{STEP_WIDTH}}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
 HEADING_EVERY = 20
 
 
@@ -31,19 +37,21 @@ class Console(TrainerCallback):
     """Takes the place of transformers' callbacks that print all of a step's figures as a dictionary.
 
     Every figure is in `metrics.jsonl` and goes to the trackers; here are those that one looks at while a run works.
+    `trainer.remove_callback(Console)` makes a run silent.
     """
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, columns: Sequence[Column] = COLUMNS) -> None:
         self.display = display
+        self._columns = columns
         self._lines = 0
         self._said: set[str] = set()
 
     @classmethod
     def take_over(cls, trainer: Any) -> Console:
         """A console in the place of the trainer's own."""
-        for callback in (ProgressCallback, PrinterCallback):
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             trainer.remove_callback(callback)
-        console = cls(display_for_stdout())
+        console = cls(display_for_stdout(), COLUMNS if hasattr(trainer, "reward_funcs") else WITHOUT_REWARDS)
         trainer.add_callback(console)
         return console
 
@@ -63,11 +71,11 @@ class Console(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if "reward" in logs:
+        if self._columns[0][2] in logs:
             if self._lines % HEADING_EVERY == 0:
-                self.display.heading(HEADING)
+                self.display.heading(heading_line(self._columns))
             self._lines += 1
-            self.display.line(step_line(state.global_step, logs))
+            self.display.line(step_line(state.global_step, logs, self._columns))
         for line in evaluation_lines(state.global_step, logs):
             self.display.line(line)
         for name, text in alarms(logs).items():
@@ -81,10 +89,14 @@ class Console(TrainerCallback):
         self.display.end()
 
 
-def step_line(step: int, logs: dict[str, Any]) -> str:
-    """The figures of a step under `HEADING`; a dash for what it does not have."""
-    cells = [form.format(logs[name]) if logs.get(name) is not None else "–" for _, _, name, form in COLUMNS]
-    widths = [width for _, width, _, _ in COLUMNS]
+def heading_line(columns: Sequence[Column] = COLUMNS) -> str:
+    return f"{'step':>{STEP_WIDTH}}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in columns)
+
+
+def step_line(step: int, logs: dict[str, Any], columns: Sequence[Column] = COLUMNS) -> str:
+    """The figures of a step under `heading_line`; a dash for what it does not have."""
+    cells = [form.format(logs[name]) if logs.get(name) is not None else "–" for _, _, name, form in columns]
+    widths = [width for _, width, _, _ in columns]
     return f"{step:>{STEP_WIDTH}}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
 
 

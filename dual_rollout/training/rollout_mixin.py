@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.prompts import check_prompt_is_text, without_nulls
 from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
+from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
 from dual_rollout.training.evaluation import interval
@@ -43,7 +44,8 @@ class RolloutTrainerMixin(_Trainer):
     between server and trainer (`sampling/policy_check`), and beyond what rounding explains the run stops.
 
     Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
-    step and evaluation are also written to `metrics.jsonl` in the output folder (`report`).
+    step and evaluation are also written to `metrics.jsonl` in the output folder (`report`). On the terminal each logged
+    step is one line, and what looks wrong is said once, in words (`console`), instead of all figures as a dictionary.
 
     A resumed run goes on in the order of the data that it began with, in any epoch (TRL's sampler by itself would give
     the first epoch's order again). A checkpoint between two uses of one rollout does not hold that rollout: it is drawn
@@ -100,6 +102,7 @@ class RolloutTrainerMixin(_Trainer):
         for dataset in (self.train_dataset, *held_out):
             check_columns(dataset)
         self.report = MetricsLog(Path(self.args.output_dir))
+        self.console = Console.take_over(self)
         self.add_callback(self.report)
         self.add_callback(self._kept)
         self._trackers = Trackers(self)
@@ -122,7 +125,10 @@ class RolloutTrainerMixin(_Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._synced_step = None  # steps may count from 0 again
         self.remove_sent_weights()  # of a run that was killed
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.console.display.end()  # a bar that an error has left
 
     def unlogged_metrics(self) -> dict[str, float]:
         """Means of what was measured in training since the last log entry, by the metrics' names."""

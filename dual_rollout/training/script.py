@@ -26,7 +26,6 @@ from dual_rollout.exit_status import exit_status
 from dual_rollout.report.page import write_report
 from dual_rollout.server.launch import EmbeddedServer
 from dual_rollout.training.arguments import PREFIX, DualArguments, Recipe, parse_recipe
-from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import with_t_prompts
 from dual_rollout.training.metrics_log import SUMMARY_HEADINGS
 from dual_rollout.training.output_dir import check_output_dir, checkpoint_to_resume, what_is_kept
@@ -74,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             policy_check_bound=recipe.dual.dual_policy_check_bound,
             kept_rollouts=recipe.dual.dual_kept_rollouts,
         )
-        console = Console.take_over(trainer)
         with trainer.rollout:
-            with _told_when_it_stops(trainer, console):
+            with _told_when_it_stops(trainer):
                 trainer.train(resume_from_checkpoint=checkpoint)
                 if recipe.dual.dual_eval_rows and not trainer.report.evaluated_at(trainer.state.global_step):
                     trainer.evaluate()
@@ -84,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
             trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
-        console.display.table(SUMMARY_HEADINGS, trainer.report.summary())
+        trainer.console.display.table(SUMMARY_HEADINGS, trainer.report.summary())
         logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
         print(trainer.report.before_and_after())
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
@@ -106,15 +104,14 @@ def _write_report(output_dir: Path) -> str:
 
 
 @contextlib.contextmanager
-def _told_when_it_stops(trainer: DualGRPOTrainer, console: Console) -> Iterator[None]:
+def _told_when_it_stops(trainer: DualGRPOTrainer) -> Iterator[None]:
     """After Ctrl-C or an error, print the figures so far, what of the training is kept, and how to go on."""
     try:
         yield
     except BaseException as error:
-        console.display.end()
         if trainer.accelerator.is_main_process:
             unlogged = trainer.unlogged_metrics()
-            console.display.table(SUMMARY_HEADINGS, trainer.report.summary(unlogged))
+            trainer.console.display.table(SUMMARY_HEADINGS, trainer.report.summary(unlogged))
             print(what_is_kept(trainer.args, trainer.state), flush=True)
             if _is_of_the_target(error, trainer.rollout.config):
                 print("dual_on_target_failure: policy goes on without π_t, and wait waits for its server.", flush=True)

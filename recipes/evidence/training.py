@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
+from dual_rollout.training.console import Console
 from dual_rollout.training.schedules import training_progress
 from recipes.evidence.arms import SUPERVISED, Arm, Scale
 from recipes.evidence.models import Examiner, chat_ids, load_model, load_tokenizer
@@ -174,7 +175,7 @@ class _RunningArm:
                 tokenizer=self._tokenizer,
                 baseline=arm.baseline,
             )
-            trainer.remove_callback(PrinterCallback)  # every step is recorded
+            trainer.remove_callback(Console)  # every step is recorded
             trainer.train()
 
     def imitate(self, steps: int) -> None:

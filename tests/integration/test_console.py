@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console as RichConsole
 
+from dual_rollout import DualGRPOTrainer
 from dual_rollout.cli import main
 from dual_rollout.training.alarms import alarms
-from dual_rollout.training.console import COLUMNS, HEADING, STEP_WIDTH, evaluation_lines, step_line
+from dual_rollout.training.console import (
+    COLUMNS,
+    STEP_WIDTH,
+    WITHOUT_REWARDS,
+    evaluation_lines,
+    heading_line,
+    step_line,
+)
+from dual_rollout.training.display import RichDisplay
 from tests.integration.conftest import TinyPair
 from tests.integration.test_stopped_runs import stopping_recipe
+from tests.integration.test_training import chat_dataset, dual_config, grpo_config
 
 STEP = {
     "reward": 0.512,
@@ -29,8 +42,12 @@ STEP = {
 def test_a_step_is_one_line_under_its_heading() -> None:
     line = step_line(12, STEP)
     assert line.split() == ["12", "0.512", "0.49", "0.87", "2.13", "0.0021", "35", "12.3", "s", "1.2", "s", "9.8", "s"]
-    assert len(line) == len(HEADING) == STEP_WIDTH + sum(width for _, width, _, _ in COLUMNS) <= 80
+    assert len(line) == len(heading_line()) == STEP_WIDTH + sum(width for _, width, _, _ in COLUMNS) <= 80
     assert step_line(13, {"reward": 1.0}).split() == ["13", "1.000", *["–"] * 8], "what a step does not have"
+    assert step_line(14, {"loss": 0.1234}, WITHOUT_REWARDS).split() == ["14", "0.123", *["–"] * 8]
+    assert (
+        heading_line(WITHOUT_REWARDS).split()[:3] == ["step", "loss", "α"] and len(heading_line(WITHOUT_REWARDS)) <= 80
+    )
     large = dict.fromkeys(STEP, 123456.7)
     assert len(step_line(1234567, large).split()) == len(line.split()), "no two cells touch"
 
@@ -76,13 +93,35 @@ def test_a_run_shows_its_steps_and_each_alarm_once(
     recipe = stopping_recipe(tmp_path, tiny_pair, **same, save_strategy="steps", save_steps=1)
     out, err = run(recipe, capfd)
     lines = out.splitlines()
-    assert lines.count(HEADING) == 1 and out.count("! The target adds nothing") == 1
+    assert lines.count(heading_line()) == 1 and out.count("! The target adds nothing") == 1
     steps = [line for line in lines if line[:STEP_WIDTH].strip() in ("1", "2", "3") and "policy" not in line]
     assert len(steps) == 3 and all(len(line) <= 80 for line in steps)
     ours = out + "\n".join(line for line in err.splitlines() if not line.startswith("[transformers]"))
     assert "{'" not in ours, "no dictionaries"
     assert max(len(line) for line in lines if line.startswith(("! ", "  "))) <= 80
     assert "training:" in err and "model shards" not in err, "one bar, and none for what is saved"
+
+
+def test_an_error_leaves_no_bar_and_the_cursor_is_back(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """In a script of one's own, too."""
+
+    def failing(completions: list[Any], **_: Any) -> list[float]:
+        raise OSError("the judge is away")
+
+    trainer = DualGRPOTrainer(
+        model=str(tiny_pair.theta_model),
+        reward_funcs=failing,
+        args=grpo_config(tmp_path, disable_tqdm=False),
+        train_dataset=chat_dataset(),
+        dual_config=dual_config(tiny_pair),
+    )
+    file = io.StringIO()
+    trainer.console.display = RichDisplay(RichConsole(file=file, width=80, force_terminal=True))
+    with trainer.rollout, pytest.raises(OSError, match="judge"):
+        trainer.train()
+    shown = file.getvalue()
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert "0/2" in shown and shown.rindex(hide) < shown.rindex(show)
 
 
 def test_a_run_shorter_than_its_logging_steps_has_a_table(

@@ -14,6 +14,7 @@ from trl import DistillationConfig
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from dual_rollout import CoordinatorConfig, DualDistillationTrainer, DualRollout
+from dual_rollout.training.console import WITHOUT_REWARDS, heading_line
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.weight_sync import DiskWeightSync
 from tests.integration.conftest import TinyPair
@@ -51,7 +52,9 @@ def log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return logits[:, -length - 1 : -1][batch["completion_mask"].bool()].double().log_softmax(-1)
 
 
-def test_a_student_learns_on_texts_between_it_and_its_teacher(tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_a_student_learns_on_texts_between_it_and_its_teacher(
+    tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """TRB: the budget comes down with every step. Each step's server has that step's student, and the loss is
     TRL's own, KL(teacher‖student) here, at the tokens that were drawn."""
     trainer = Observed(
@@ -64,6 +67,7 @@ def test_a_student_learns_on_texts_between_it_and_its_teacher(tiny_pair: TinyPai
     )
     with trainer.rollout:
         trainer.train()
+    assert capsys.readouterr().out.count(heading_line(WITHOUT_REWARDS)) == 1
     trainer.create_model_card(model_name="student")
     assert "no importance weight enters the loss" in (tmp_path / "README.md").read_text()
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 import trl
 
+from dual_rollout.training.console import heading_line
 from tests.integration.conftest import TinyPair
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALL = {"max_steps": 1, "max_completion_length": 4, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+SMALL = {
+    "max_steps": 1,
+    "logging_steps": 1,
+    "max_completion_length": 4,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
 ON_A_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
@@ -34,10 +42,12 @@ def test_a_snippet_runs(
     ):
         snippet = snippet.replace(written, here)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    shown = capsys.readouterr().out
     if "trainer" in snippet:
+        assert heading_line() in shown and "{'" not in shown, "lines of steps, and no dictionaries"
         assert (tmp_path / "outputs/rollouts/rollouts_00001.parquet").exists(), "which dual-rollout report shows"
     else:
-        assert "[0." in capsys.readouterr().out, "α of the tokens"
+        assert "[0." in shown, "α of the tokens"
 
 
 def test_there_are_two() -> None:

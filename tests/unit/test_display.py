@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from dual_rollout.training.alarms import alarms
-from dual_rollout.training.console import HEADING, Console
+from dual_rollout.training.console import Console, heading_line
 from dual_rollout.training.display import Display, PlainDisplay, RichDisplay, display_for_stdout
 from dual_rollout.training.metrics_log import SUMMARY_HEADINGS, MetricsLog
 
@@ -64,7 +64,7 @@ def test_both_ways_show_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[s
     plain = capsys.readouterr().out
     rich = drawn_by_rich(lambda display: show_a_run(display, tmp_path / "rich"), terminal=False)
     assert len(alarms(STEP)) == plain.count("! ") == rich.count("alarm") == 2
-    assert HEADING in plain and "3.1e-12" in plain
+    assert heading_line() in plain and "3.1e-12" in plain
     assert words(rich) == words(plain)
     for text in (plain, rich):
         assert max(map(cell_len, text.splitlines())) <= 80
