@@ -11,22 +11,37 @@ import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.q_star import common_logprobs, log_softmax, on_common
+from dual_rollout.native.q_star import LOG_ZERO, common_logprobs, log_softmax, on_common
 
 _ROUNDS = 12
+_NEAREST_0, _NEAREST_1 = 2.0**-53, 1.0 - 2.0**-24  # in float32
 
 
 def alpha_of_rule(rule: AlphaRule, temperature: float | Tensor, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
-    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V_θ)` and `(n, V_t)` logits, before the bounds."""
+    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V_θ)` and `(n, V_t)` logits, before the bounds.
+
+    0 or 1 is that model itself. Where one model alone can say some token, an end is mostly the limit from inside (0, 1)
+    instead: then α is `_NEAREST_0` or `_NEAREST_1`, as in `functional.kl_symmetry`.
+    """
     if rule.alpha_method == "entropy":
         logps = (log_softmax(logits, temperature) for logits in (logits_theta, logits_t))
         theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in logps)
-        return torch.where(theta + t > 0, theta / (theta + t), 0.5)
-    base, slope = on_common(*common_logprobs(logits_theta, logits_t, temperature))
+        alpha = torch.where(theta + t > 0, theta / (theta + t), 0.5)
+    logp_theta, logp_t = common_logprobs(logits_theta, logits_t, temperature)
+    base, slope = on_common(logp_theta, logp_t)
     if rule.alpha_method == "ess_balance":
-        return _ess_balance(base, slope)
-    assert rule.kl_budget is not None
-    return _kl_budget(base, slope, rule.kl_budget)
+        alpha = _ess_balance(base, slope)
+    none = torch.zeros_like(base[:, :1], dtype=torch.bool)
+    if rule.alpha_method == "kl_budget":
+        assert rule.kl_budget is not None
+        alpha, none = _kl_budget(base, slope, rule.kl_budget)
+    low, high = (
+        ((logp > LOG_ZERO) & (other <= LOG_ZERO)).any(dim=1, keepdim=True)
+        for logp, other in ((logp_theta, logp_t), (logp_t, logp_theta))
+    )
+    alpha = torch.where(low, alpha.clamp(min=_NEAREST_0), alpha)
+    alpha = torch.where(high, alpha.clamp(max=_NEAREST_1), alpha)
+    return alpha.masked_fill(none, 0.0)
 
 
 def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
@@ -41,16 +56,19 @@ def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
     return _root(imbalance, zero + 0.5)
 
 
-def _kl_budget(base: Tensor, slope: Tensor, budget: float) -> Tensor:
+def _kl_budget(base: Tensor, slope: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """α, and the rows in which no α > 0 keeps to the budget."""
     half = torch.full_like(base[:, :1], 0.5)
 
     def excess(alpha: Tensor) -> tuple[Tensor, Tensor]:
         psi, mean, variance = _cumulants(base, slope, alpha)
         root = (alpha * mean - psi).clamp(min=0.0).sqrt()
-        return root - budget**0.5, alpha * variance / (2.0 * root)
+        # Where rounding leaves no divergence, no step can be taken from its slope: the bracket is halved.
+        return root - budget**0.5, alpha * variance / torch.where(root > 0, 2.0 * root, torch.nan)
 
     within = excess(2.0 * half)[0] <= 0
-    return torch.where(within, 1.0, _root(excess, half))
+    at_once = -base.logsumexp(dim=1, keepdim=True)  # −log of π_θ's mass on the common support is the price of any α > 0
+    return torch.where(within, 1.0, _root(excess, half)), ~within & (at_once >= budget)
 
 
 def _root(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], alpha: Tensor) -> Tensor:

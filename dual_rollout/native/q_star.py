@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ITERATIONS = 4
-_LOG_ZERO = -1e4  # stands for log 0: its weight underflows, and differences of it are finite
+LOG_ZERO = -1e4  # stands for log 0: its weight underflows, and differences of it are finite
 _ROUNDING = 1e-5
 _SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
 
@@ -68,11 +68,11 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, choice: Choice) -> QStar:
     # α is 0 or 1 by the user's choice: then q is that model itself, whatever the other can say.
     at_an_end = (choice.alpha == 0.0) | (choice.alpha == 1.0) | (choice.alpha_max == 0.0) | (choice.alpha_min == 1.0)
     slope = logp_t - logp_theta
-    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
+    common = torch.minimum(logp_theta, logp_t) > LOG_ZERO
     disjoint = ~(common.any(dim=1, keepdim=True) | at_an_end)
     alpha = alpha.masked_fill(disjoint, 0.0)
     path = (1.0 - alpha) * logp_theta + alpha * logp_t  # exact at both ends
-    path = path.where(common | disjoint | at_an_end, _LOG_ZERO)
+    path = path.where(common | disjoint | at_an_end, LOG_ZERO)
     peak = path.amax(dim=1, keepdim=True)
     weights = (path - peak).exp()
     total = weights.sum(dim=1, keepdim=True)
@@ -90,8 +90,8 @@ def common_logprobs(logits_theta: Tensor, logits_t: Tensor, temperature: float |
 
 def on_common(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
     """log π_θ and log π_t − log π_θ where neither model excludes the token, log 0 and 0 elsewhere."""
-    common = torch.minimum(logp_theta, logp_t) > _LOG_ZERO
-    return logp_theta.where(common, _LOG_ZERO), (logp_t - logp_theta).where(common, 0.0)
+    common = torch.minimum(logp_theta, logp_t) > LOG_ZERO
+    return logp_theta.where(common, LOG_ZERO), (logp_t - logp_theta).where(common, 0.0)
 
 
 def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """log-probabilities at `temperature`, a number or `(B, 1)`; float32, finite."""
-    return (logits.float() / temperature).log_softmax(dim=1).clamp(min=_LOG_ZERO)
+    return (logits.float() / temperature).log_softmax(dim=1).clamp(min=LOG_ZERO)
 
 
 def _side(weight: Tensor, distance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

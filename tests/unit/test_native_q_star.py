@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dual_rollout.config import AlphaRule
+from dual_rollout.functional.alpha_methods import entropy_alpha, ess_balance_alpha, kl_budget_alpha
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.native import q_star as native
+from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.ordinary_requests import q_star_logits
 from dual_rollout.native.q_star import Choice, QStar
 
@@ -144,6 +146,46 @@ def test_supports_that_overlap_in_part() -> None:
     for logits, bound in ((theta, 0.0), (t, 1.0)):  # an end that is asked for is the model itself
         end = q_star(theta, t, AlphaRule(alpha_min=bound, alpha_max=bound), 1.0)
         assert (end.logprobs.exp() - exact(logits).exp()).abs().max() < 1e-5
+
+
+def supports(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    theta, t = pair(60, 30, 2.0, 0.8)
+    generator = torch.Generator().manual_seed(3)
+    missing = torch.rand(theta.shape, generator=generator) < 0.3
+    missing[:, 0] = False
+    if kind in ("theta alone", "both alone"):
+        t[missing] = -torch.inf
+    if kind in ("t alone", "both alone"):
+        theta[missing.roll(1, dims=1) & (torch.arange(30) > 0)] = -torch.inf
+    if kind == "equal":
+        t = theta.clone()
+    if kind == "one token":
+        theta[:, 1] += 200.0
+    return theta, t
+
+
+@pytest.mark.parametrize("kind", ["the same support", "theta alone", "t alone", "both alone", "equal", "one token"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AlphaRule(alpha_method="ess_balance"),
+        AlphaRule(alpha_method="entropy"),
+        *(AlphaRule(alpha_method="kl_budget", kl_budget=budget) for budget in (0.0, 0.05, 0.5, 50.0)),
+    ],
+    ids=lambda rule: f"{rule.alpha_method} {rule.kl_budget}",
+)
+def test_the_other_methods_give_the_q_star_of_the_reference(rule: AlphaRule, kind: str) -> None:
+    """At the ends of (0, 1) too, which are a model itself or the limit from inside: there the support tells."""
+    theta, t = supports(kind)
+    rows = torch.full((len(theta), 1), 1.0)
+    alpha = alpha_of_rule(rule, 1.0, theta, t)
+    found = native.q_star(theta, t, Choice(rows, alpha, 0.0 * rows, rows))
+    logp_theta, logp_t = exact(theta).numpy(), exact(t).numpy()
+    methods = {"ess_balance": ess_balance_alpha, "entropy": entropy_alpha}
+    reference = methods.get(rule.alpha_method, lambda a, b: kl_budget_alpha(a, b, rule.kl_budget))(logp_theta, logp_t)
+    log_q, _ = log_q_star(logp_theta, logp_t, reference)
+    assert np.array_equal(found.logprobs.exp().numpy() > 0, np.exp(log_q.astype(np.float32)) > 0)
+    assert np.abs(found.logprobs.exp().numpy() - np.exp(log_q)).max() < 2e-3
 
 
 def test_without_a_common_token_the_policy_decides() -> None:
