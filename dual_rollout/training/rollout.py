@@ -173,7 +173,9 @@ class DualRollout(ServerConnections):
     ) -> RolloutBatch:
         """`num_generations` sequences per prompt, those of one prompt next to each other.
 
-        Successive calls draw from successive random streams of `config.seed`, in each process from its own.
+        Successive calls draw from successive random streams of `config.seed`, in each process from its own. A loop may
+        replace `config` between them: how α is chosen, `temperature` and `seed` are those of the moment, and what
+        concerns the servers is that of the beginning.
 
         Args:
             prompts: strings, chat message lists or token-id lists, as π_θ sees them.
@@ -181,7 +183,7 @@ class DualRollout(ServerConnections):
             targets: which π_t, one per prompt: a name in `config.targets`, None for the one at `config.t_url`, "none"
                 for no target (α = 0, weight 1).
             max_tokens: tokens per sequence at most.
-            temperature: overrides the config's.
+            temperature: instead of the config's.
 
         Raises:
             RolloutError: a sequence failed.
@@ -203,7 +205,8 @@ class DualRollout(ServerConnections):
             t_prompts=repeat(t_prompts),
             targets=repeat(targets),
             max_tokens=max_tokens,
-            temperature=temperature,
+            temperature=self.config.temperature if temperature is None else temperature,
+            alpha_rule=self.config.alpha_rule,
             stream=("loop", 0, process_index()),
             tokenizer=self.tokenizer,
         )
@@ -234,7 +237,7 @@ class DualRollout(ServerConnections):
         self,
         prompts: Sequence[Prompt],
         *,
-        alpha_rule: AlphaRule | None = None,
+        alpha_rule: AlphaRule,
         t_prompts: Sequence[Prompt | None] | None,
         targets: Sequence[str | None] | None,
         max_tokens: int | Sequence[int],

@@ -7,6 +7,7 @@ import logging
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -410,6 +411,20 @@ def test_columns_that_the_rollout_would_overwrite_are_refused() -> None:
 def test_generate_names_wrong_arguments(arguments: dict[str, Any], named: str) -> None:
     with DualRollout(CoordinatorConfig()) as rollout, pytest.raises(ValueError, match=named):
         rollout.generate(**{"prompts": ["a", "b"], **arguments})
+
+
+def test_generate_draws_by_the_config_of_the_moment(tiny_pair: TinyPair) -> None:
+    """A loop of one's own may bound α between two rollouts, as recipes/examples/ppo_loop.py does."""
+    config = CoordinatorConfig(theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=20, seed=3)
+    with DualRollout(config) as rollout:
+        free = rollout.generate(["5 6 7"], max_tokens=8)
+        rollout.config = replace(config, alpha_max=0.1, temperature=0.5)
+        bounded = rollout.generate(["5 6 7"], max_tokens=8)
+        rollout.config = replace(config, alpha_method="fixed", fixed_alpha=0.0)
+        policy = rollout.generate(["5 6 7"], max_tokens=8)
+    assert free.alpha.max() > 0.1
+    assert 0 < bounded.alpha[bounded.completion_mask.bool()].max() <= 0.1
+    assert policy.alpha.max() == 0.0
 
 
 def test_generate_has_a_stream_for_each_process_and_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,9 +358,12 @@ def reload_policy(native: Native, folder: Path) -> None:
 
 
 def log_of_first_update(server: NativeServer) -> str:
-    """What vLLM said of the first weight update; it names layers of its tree of modules that got no weights."""
-    _, update, *_ = server.log.read_text().split("Reloading weights inplace")
-    return update.split("Reloading and processing weights took")[0]
+    """What vLLM said of the first weight update: its V1 runner names layers that it visits and has no weights for.
+
+    Nothing where the V2 runner works on a GPU, which does not write where an update begins.
+    """
+    _, *updates = server.log.read_text().split("Reloading weights inplace")
+    return updates[0].split("Reloading and processing weights took")[0] if updates else ""
 
 
 class Checked(DualGRPOTrainer):
