@@ -12,13 +12,13 @@ import numpy as np
 from dual_rollout.config import AlphaRule
 from dual_rollout.engine import TokenIds
 from dual_rollout.exceptions import EngineRejectedError, PreflightError
-from dual_rollout.native.wire import NUMBERS, PATH
+from dual_rollout.native.wire import BOUNDS, NUMBERS, PATH
 from dual_rollout.servers.http import USUAL_RESPONSE_BYTES
 from dual_rollout.servers.parsing import read_as
 from dual_rollout.servers.vllm import VLLMEngine
 from dual_rollout.types import FinishReason
 
-_ROUNDING = 1e-4  # of float32, in a divergence that is 0 or a log-probability
+_ROUNDING = 1e-4  # of float32, in a number that is at the end of what it may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,21 @@ class NativeServerInfo:
 
 @dataclass(frozen=True, slots=True)
 class NativeSample:
-    """T tokens drawn from q*.
+    """T tokens drawn from q*; `NUMBERS` but for the first are here by their names, which are the record's.
 
     Attributes:
         token_ids: the stop token included when there was one.
-        alpha, log_q, log_theta, log_t, kl_theta, kl_t: `(T,)` float64, nats; of the request's temperature.
+        alpha, logprobs_q, logprobs_theta, logprobs_t, kl_theta, kl_t: `(T,)` float64, nats; of the request's
+            temperature.
         finish_reason: "stop" or "length".
         restarts: how often the two sides fell out of step and were begun again from the tokens so far.
     """
 
     token_ids: list[int]
     alpha: np.ndarray
-    log_q: np.ndarray
-    log_theta: np.ndarray
-    log_t: np.ndarray
+    logprobs_q: np.ndarray
+    logprobs_theta: np.ndarray
+    logprobs_t: np.ndarray
     kl_theta: np.ndarray
     kl_t: np.ndarray
     finish_reason: FinishReason
@@ -141,7 +142,7 @@ class NativeEngine(VLLMEngine):
         text: of both sides, and where a second model is π_t, which it does not score, of π_θ's alone."""
         prompts, worst = ((1, 2, 3), (4, 5, 6, 7, 8)), 0.0
         sample = await self.draw(*prompts, max_tokens=8, temperature=1.0, rule=AlphaRule(), seed=0)
-        sides = ((prompts[0], sample.log_theta), (prompts[1], sample.log_t))
+        sides = ((prompts[0], sample.logprobs_theta), (prompts[1], sample.logprobs_t))
         for prompt, drawn in sides[: 1 if (await self.native_server()).target else 2]:
             own, _ = await self.score([*prompt, *sample.token_ids], len(prompt))
             worst = max(worst, float(np.abs(own - drawn).max()))
@@ -157,17 +158,17 @@ class NativeEngine(VLLMEngine):
             raise self._parser.invalid(f"{len(token_ids)} tokens of {max_tokens}, and no stop")
         numbers = np.frombuffer(base64.b64decode(answer["numbers"]), "<f4").reshape(len(token_ids), -1)
         found = dict(zip(answer["columns"], numbers.T.astype(np.float64), strict=True))
-        columns = [found[name] for name in NUMBERS[1:]]
-        alpha, logprobs, divergences = columns[0], np.array(columns[1:4]), np.array(columns[4:])
-        if not np.isfinite(numbers).all() or (logprobs > _ROUNDING).any() or (divergences < -_ROUNDING).any():
-            raise self._parser.invalid("numbers that are no log-probabilities or divergences")
-        if ((alpha < 0.0) | (alpha > 1.0)).any():
-            raise self._parser.invalid("α outside [0, 1]")
-        ids = self._parser.ids(token_ids).tolist()
-        log_q, log_theta, log_t = np.minimum(logprobs, 0.0)
-        kl_theta, kl_t = np.maximum(divergences, 0.0)
-        restarts = int(answer["restarts"])
-        return NativeSample(ids, alpha, log_q, log_theta, log_t, kl_theta, kl_t, finish_reason, restarts)
+        columns = {name: self._within(name, found[name]) for name in NUMBERS[1:]}
+        ids, restarts = self._parser.ids(token_ids).tolist(), int(answer["restarts"])
+        return NativeSample(token_ids=ids, **columns, finish_reason=finish_reason, restarts=restarts)
+
+    def _within(self, name: str, column: np.ndarray) -> np.ndarray:
+        """The column without what rounding has put beyond its bounds."""
+        low, high = BOUNDS[name]
+        possible = np.isfinite(column) & (low - _ROUNDING <= column) & (column <= high + _ROUNDING)
+        if not possible.all():
+            raise self._parser.invalid(f"{column[~possible][0]:g} as {name}, which is in [{low:g}, {high:g}]")
+        return column.clip(low, high)
 
 
 def _info(answer: dict[str, Any]) -> NativeServerInfo:

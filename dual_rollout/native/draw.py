@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from dual_rollout.native.q_star import Choice, q_star
+from dual_rollout.native.q_star import AlphaChoice, q_star
 from dual_rollout.native.wire import Member
 
 FORCED = 1e30
@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
     rows_t: Tensor
     seeds: Tensor
     positions: Tensor
-    choice: Choice
+    choice: AlphaChoice
 
 
 def draw(logits: Tensor, logits_t: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def pack(
 def unpack(packed: Tensor) -> Pairs:
     """The pairs that `pack` was given, without their cells."""
     floats = packed[6:].int().view(torch.float32)[:, :, None]
-    return Pairs(packed[0], packed[1], packed[2:4].T.int(), packed[4].int()[:, None], Choice(*floats))
+    return Pairs(packed[0], packed[1], packed[2:4].T.int(), packed[4].int()[:, None], AlphaChoice(*floats))
 
 
 def set_alpha(packed: Tensor, columns: Tensor, alpha: Tensor) -> None:

@@ -12,10 +12,10 @@ from torch._dynamo import maybe_mark_dynamic
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.draw import at_least_two
-from dual_rollout.native.q_star import Choice, q_star
+from dual_rollout.native.q_star import AlphaChoice, q_star
 
 
-def q_star_logits(logits_theta: Tensor, logits_t: Tensor, choice: Choice) -> Tensor:
+def q_star_logits(logits_theta: Tensor, logits_t: Tensor, choice: AlphaChoice) -> Tensor:
     """`(n, V_θ)` τ log q* at the temperature τ of `choice`, by which vLLM divides; −∞ at tokens that π_t lacks."""
     q = q_star(logits_theta, logits_t, choice)
     beyond = logits_theta.shape[1] - q.logprobs.shape[1]
@@ -55,7 +55,7 @@ class OrdinaryRows:
             alpha = alpha_of_rule(rule, temperature, theta, t)
         bounds = (torch.full_like(temperature, bound) for bound in (rule.alpha_min, rule.alpha_max))
         theta, t = at_least_two(theta), at_least_two(t)
-        choice = Choice(*map(at_least_two, (temperature, alpha, *bounds)))
+        choice = AlphaChoice(*map(at_least_two, (temperature, alpha, *bounds)))
         for tensor in (theta, t, *choice):
             maybe_mark_dynamic(tensor, 0)
         logits[rows] = self._compiled(theta, t, choice)[: len(rows)]

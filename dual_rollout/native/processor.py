@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from dual_rollout.config import AlphaRule
 from dual_rollout.native.ordinary_requests import OrdinaryRows
-from dual_rollout.native.table import Record, RowTable
+from dual_rollout.native.table import DrawnRollout, RowTable
 from dual_rollout.native.wire import Member, Side
 
 _tables: list[RowTable] = []
@@ -85,7 +85,7 @@ class _OnV1(Processor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self._set_up(vllm_config, device)
-        self._rows: dict[int, tuple[Record, Side, list[int]]] = {}
+        self._rows: dict[int, tuple[DrawnRollout, Side, list[int]]] = {}
         self._temperatures: dict[int, float] = {}
 
     def update_state(self, batch_update: Any) -> None:
@@ -93,7 +93,7 @@ class _OnV1(Processor):
             self._update_rows(batch_update)
         rows = self._rows
         positions = np.array([len(tokens) for _, _, tokens in rows.values()], dtype=np.int64)
-        members = [(record, side) for record, side, _ in rows.values()]
+        members = [(rollout, side) for rollout, side, _ in rows.values()]
         self._table.place(np.array(list(rows), dtype=np.int64), members, positions, same=not batch_update)
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class _OnV2(Processor):
     def __init__(self, vllm_config: Any, req_states: Any):
         self._set_up(vllm_config, req_states.device)
         self._prompt_len, self._prefill_len = req_states.prompt_len, req_states.prefill_len
-        self._members: dict[int, tuple[Record, Side]] = {}
+        self._members: dict[int, tuple[DrawnRollout, Side]] = {}
         self._temperatures: dict[int, float] = {}
         self._requests = np.empty(0, dtype=np.int64)
         self._indices: list[int] = []

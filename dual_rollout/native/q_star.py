@@ -16,7 +16,7 @@ _ROUNDING = 1e-5
 _SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
 
 
-class Choice(NamedTuple):
+class AlphaChoice(NamedTuple):
     """How α is chosen in each of n rows, and at what temperature; `(n, 1)` float32 each.
 
     Attributes:
@@ -52,7 +52,7 @@ class QStar(NamedTuple):
     kl_t: Tensor
 
 
-def q_star(logits_theta: Tensor, logits_t: Tensor, choice: Choice) -> QStar:
+def q_star(logits_theta: Tensor, logits_t: Tensor, choice: AlphaChoice) -> QStar:
     """q* of n pairs of rows.
 
     Args:

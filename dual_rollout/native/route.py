@@ -66,7 +66,7 @@ def add_route(app: FastAPI) -> None:
     @router.post("/generate")
     async def generate(request: Request) -> JSONResponse:
         async def work(body: Any) -> dict[str, Any]:
-            rollout = Rollout.from_json(body, server.limits())
+            rollout = RolloutRequest.from_json(body, server.limits())
             server.check_steps(rollout)
             server.check_adapters(rollout)
             return await server.generate(rollout)
@@ -88,7 +88,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
+class RolloutRequest:
     """The body of a request.
 
     Attributes:
@@ -117,7 +117,7 @@ class Rollout:
     request_id: str | None = None
 
     @classmethod
-    def from_json(cls, body: Any, limits: Limits) -> Rollout:
+    def from_json(cls, body: Any, limits: Limits) -> RolloutRequest:
         """Raises `ValueError`, saying which field to mend."""
         if not isinstance(body, Mapping):
             raise ValueError("the body must be a JSON object")
@@ -209,7 +209,7 @@ class RolloutServer:
             **asdict(self._counts),
         }
 
-    def check_steps(self, rollout: Rollout) -> None:
+    def check_steps(self, rollout: RolloutRequest) -> None:
         """Raise `ValueError` where both prompts can never be read to their end in the same step."""
         config = self._engine.vllm_config
         budget = config.scheduler_config.max_num_batched_tokens - config.scheduler_config.max_num_seqs
@@ -226,7 +226,7 @@ class RolloutServer:
                 f"{needed + config.scheduler_config.max_num_seqs} or more, --max-num-seqs and {why}"
             )
 
-    def check_adapters(self, rollout: Rollout) -> None:
+    def check_adapters(self, rollout: RolloutRequest) -> None:
         """Raise `ValueError` where vLLM's CPU build would show an adapter to a side that has none.
 
         There (0.31) a request without an adapter, in a step with one that has, gets the last of the --max-loras places.
@@ -244,7 +244,7 @@ class RolloutServer:
                     f"server with --max-loras {len(loaded) + 1}"
                 )
 
-    async def generate(self, rollout: Rollout) -> dict[str, Any]:
+    async def generate(self, rollout: RolloutRequest) -> dict[str, Any]:
         """One rollout, as the answer's JSON.
 
         Raises:
@@ -280,7 +280,7 @@ class RolloutServer:
             "numbers": base64.b64encode(numbers[:, 1:].astype("<f4").tobytes()).decode(),
         }
 
-    async def _attempt(self, rollout: Rollout, tokens: Sequence[int], seed: int) -> np.ndarray:
+    async def _attempt(self, rollout: RolloutRequest, tokens: Sequence[int], seed: int) -> np.ndarray:
         """`(n, 7)` numbers of the tokens that come after `tokens`; n may be 0."""
         name, mark = uuid.uuid4().hex, self._engine.model_config.get_vocab_size() - 1
         prompts, rule = self._prompts_of(rollout), rollout.rule
@@ -379,7 +379,7 @@ class RolloutServer:
         if vain > 1:
             await asyncio.sleep(min(_FIRST_PAUSE_S * 2.0 ** (vain - 2), _LONGEST_PAUSE_S))
 
-    def _prompts_of(self, rollout: Rollout) -> dict[Side, list[int]]:
+    def _prompts_of(self, rollout: RolloutRequest) -> dict[Side, list[int]]:
         """The prompt of each request that the rollout is."""
         theta, t = rollout.prompt_token_ids, rollout.t_prompt_token_ids
         if t is None:

@@ -28,8 +28,8 @@ _SOLVED_IN_DRAW = ("kl_symmetry", "fixed")
 
 
 @dataclass(eq=False)
-class Record:
-    """A rollout's pages of numbers: those of position i are in `pages[i // PAGE]`."""
+class DrawnRollout:
+    """A rollout of the batch. The numbers of its position i are in page `pages[i // PAGE]` of the table."""
 
     member: Member
     pages: list[int] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Row:
     """A row of the logits that is a side of a rollout, or both; `position` counts the tokens its request has drawn."""
 
     index: int
-    record: Record
+    rollout: DrawnRollout
     side: Side
     position: int
 
@@ -77,20 +77,20 @@ class RowTable:
     ):
         self._device = device
         self._target_logits = target_logits
-        self._records: dict[str, Record] = {}
+        self._rollouts: dict[str, DrawnRollout] = {}
         self._free = list(range(2 * max_rows))
         self._numbers = torch.full((len(self._free) * PAGE, len(NUMBERS)), torch.nan, device=device)
         self._draw = _draw_of(device, backend)
         self._expected: np.ndarray | None = None
-        self._drawn: list[Record] = []
+        self._drawn: list[DrawnRollout] = []
         self._columns: dict[bool, _Columns] = {}
         self._apart: list[Row] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._warm_up(vocab_size, vocab_size_t)
 
-    def open(self, member: Member) -> Record:
-        """The record of a request that enters the batch; its partner's, where it has one."""
-        return self._records.setdefault(member.rollout, Record(member))
+    def open(self, member: Member) -> DrawnRollout:
+        """The rollout of a request that enters the batch; its partner's, where it has one."""
+        return self._rollouts.setdefault(member.rollout, DrawnRollout(member))
 
     def take(self, names: Iterable[str]) -> dict[str, bytes]:
         """The numbers of rollouts that have ended, float32 `(length, 7)` in C order, NaN where a row was alone; their
@@ -101,31 +101,31 @@ class RowTable:
         taken = {}
         stream = torch.cuda.stream(self._copies) if self._copies else contextlib.nullcontext()
         for name in names:
-            if (record := self._records.pop(name, None)) is None:
+            if (rollout := self._rollouts.pop(name, None)) is None:
                 continue
             with stream:
-                cells = np.array(record.pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)
-                numbers = self._numbers[torch.from_numpy(cells.flatten()[: record.length]).to(self._device)].cpu()
+                cells = np.array(rollout.pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)
+                numbers = self._numbers[torch.from_numpy(cells.flatten()[: rollout.length]).to(self._device)].cpu()
             taken[name] = numbers.numpy().tobytes()
-            self._free += record.pages
+            self._free += rollout.pages
             self._expected = None
         return taken
 
     def place(
-        self, indices: np.ndarray, members: Sequence[tuple[Record, Side]], positions: np.ndarray, same: bool
+        self, indices: np.ndarray, members: Sequence[tuple[DrawnRollout, Side]], positions: np.ndarray, same: bool
     ) -> None:
         """Say what the rows of the step are, before `apply`.
 
         Args:
             indices: `(m,)` rows of the logits that belong to rollouts.
-            members: record and side of each.
+            members: rollout and side of each.
             positions: `(m,)` tokens that each row's request has drawn.
             same: `indices` and `members` are those of the step before.
         """
         moved_on = same and self._expected is not None and not self._apart and (positions == self._expected).all()
         if moved_on and (positions % PAGE).all():  # what `apply` left on the device is right
-            for record in self._drawn:
-                record.length += 1
+            for rollout in self._drawn:
+                rollout.length += 1
         else:
             rows = zip(indices.tolist(), members, positions.tolist(), strict=True)
             self._rebuild([Row(index, *member, position) for index, member, position in rows])
@@ -150,11 +150,11 @@ class RowTable:
             self._numbers[cells] = torch.nan
 
     def _rebuild(self, rows: list[Row]) -> None:
-        sides: dict[Record, dict[str, Row]] = {}
+        sides: dict[DrawnRollout, dict[str, Row]] = {}
         for row in rows:
-            known = self._records.get(row.record.member.rollout)
-            if known is row.record:  # else it was taken, and what its request still draws is dropped
-                sides.setdefault(row.record, {})[row.side] = row
+            known = self._rollouts.get(row.rollout.member.rollout)
+            if known is row.rollout:  # else it was taken, and what its request still draws is dropped
+                sides.setdefault(row.rollout, {})[row.side] = row
         complete: dict[bool, list[tuple[Row, Row]]] = {}
         self._apart = []
         for found in sides.values():
@@ -164,15 +164,15 @@ class RowTable:
                 complete.setdefault("alone" in found, []).append((theta, t))
             else:
                 self._apart += found.values()
-        self._drawn = [theta.record for pairs in complete.values() for theta, _ in pairs]
+        self._drawn = [theta.rollout for pairs in complete.values() for theta, _ in pairs]
         self._columns = {alone: self._columns_of(pairs) for alone, pairs in complete.items()}
         if self._apart:
-            marks = [row.record.member.mark for row in self._apart]
+            marks = [row.rollout.member.mark for row in self._apart]
             cells = [self._cell(row) for row in self._apart]
             self._alone = self._send(np.array([[row.index for row in self._apart], marks, cells]))
 
     def _columns_of(self, pairs: list[tuple[Row, Row]]) -> _Columns:
-        members = [theta.record.member for theta, _ in pairs]
+        members = [theta.rollout.member for theta, _ in pairs]
         packed = pack(
             rows=[(theta.index, t.index) for theta, t in pairs],
             members=members,
@@ -188,13 +188,13 @@ class RowTable:
         return _Columns(self._send(packed), elsewhere)
 
     def _cell(self, row: Row) -> int:
-        record = row.record
-        record.length = max(record.length, row.position + 1)
-        while len(record.pages) * PAGE < record.length:
+        rollout = row.rollout
+        rollout.length = max(rollout.length, row.position + 1)
+        while len(rollout.pages) * PAGE < rollout.length:
             if not self._free:
                 self._grow()
-            record.pages.append(self._free.pop())
-        return record.pages[row.position // PAGE] * PAGE + row.position % PAGE
+            rollout.pages.append(self._free.pop())
+        return rollout.pages[row.position // PAGE] * PAGE + row.position % PAGE
 
     def _grow(self) -> None:
         pages = len(self._numbers) // PAGE
@@ -218,10 +218,10 @@ class RowTable:
                 self._target_logits = lambda: _zeros(vocab_size_t, padded, self._device)  # noqa: B023
             for side in ("both", "alone") if vocab_size_t is not None else ("both",):
                 name = f"warm-up {side}"
-                record = self.open(
+                rollout = self.open(
                     Member(rollout=name, side=side, seed=0, start=0, mark=0, rule=AlphaRule(), temperature=1.0)
                 )
-                self.place(np.arange(1), [(record, side)], np.zeros(1, dtype=np.int64), same=False)
+                self.place(np.arange(1), [(rollout, side)], np.zeros(1, dtype=np.int64), same=False)
                 self.apply(_zeros(vocab_size, padded, self._device))
                 self.take([name])
         self._target_logits = target_logits

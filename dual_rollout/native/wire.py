@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -9,8 +10,18 @@ from typing import Any, Literal, Self, get_args
 from dual_rollout.config import NATIVE_TEMPERATURES, AlphaRule
 
 PATH = "/v1/dual_rollout"
-NUMBERS = ("token", "alpha", "log_q", "log_theta", "log_t", "kl_theta", "kl_t")
-"""What is recorded of each drawn token, as float32."""
+BOUNDS = {
+    "token": (0.0, math.inf),
+    "alpha": (0.0, 1.0),
+    "logprobs_q": (-math.inf, 0.0),
+    "logprobs_theta": (-math.inf, 0.0),
+    "logprobs_t": (-math.inf, 0.0),
+    "kl_theta": (0.0, math.inf),
+    "kl_t": (0.0, math.inf),
+}
+"""What is recorded of each drawn token, as float32 and in this order, and between which ends it is: nats, all but the
+first two. To add one, compute it in `draw.py` and `kernel.py` and give it a field in `client.NativeSample`."""
+NUMBERS = tuple(BOUNDS)
 EXTRA_ARGS = "dual_rollout"
 """The key of `SamplingParams.extra_args` under which a request of a rollout has its `Member`."""
 

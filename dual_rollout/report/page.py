@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from dual_rollout.report.read import SHOWN, Rollout, Source, finite, read
+from dual_rollout.report.read import SHOWN, ShownRollout, Source, finite, read
 from dual_rollout.report.token_texts import TokenTexts
 from dual_rollout.text import load_tokenizer
 
@@ -86,7 +86,7 @@ def render(data: dict[str, Any]) -> str:
 _FILES = ("page.html", "page.css", "page.js")
 
 
-def _column(rollouts: Sequence[Rollout], name: str) -> list[np.ndarray]:
+def _column(rollouts: Sequence[ShownRollout], name: str) -> list[np.ndarray]:
     return [rollout.numbers.get(name, np.full(len(rollout.token_ids), np.nan, np.float32)) for rollout in rollouts]
 
 

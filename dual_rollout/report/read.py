@@ -24,7 +24,7 @@ NUMBERS = {
 """The numbers of each token, and their columns. Weights are π_θ/q*, which two of them give."""
 
 SHOWN = (*(name for name in NUMBERS if not name.startswith("coverage")), "coverage")
-"""Those that a `Rollout` has: the coverage is that of the list that holds less."""
+"""Those that a `ShownRollout` has: the coverage is that of the list that holds less."""
 
 REQUIRED = ("generated_tokens", *(NUMBERS[name] for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t")))
 _PLAIN = ("step", "index", "generation", "prompt", "t_prompt", "t_target", "reward", "advantage", "error")
@@ -32,7 +32,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass
-class Rollout:
+class ShownRollout:
     """One sequence.
 
     Attributes:
@@ -56,7 +56,7 @@ class Source:
         tokenizers: names and folders where the tokenizer may be, the likeliest first.
     """
 
-    rollouts: list[Rollout]
+    rollouts: list[ShownRollout]
     found: int
     steps: list[dict[str, Any]] = field(default_factory=list)
     tokenizers: list[str] = field(default_factory=list)
@@ -172,7 +172,7 @@ def _rows(path: Path, numbers: np.ndarray) -> Iterator[Mapping[str, Any]]:
         start += count
 
 
-def _rollout(row: Mapping[str, Any], path: Path) -> Rollout:
+def _rollout(row: Mapping[str, Any], path: Path) -> ShownRollout:
     missing = [name for name in REQUIRED if name not in row]
     if missing:
         raise ValueError(
@@ -191,7 +191,7 @@ def _rollout(row: Mapping[str, Any], path: Path) -> Rollout:
     for name in ("prompt", "t_prompt"):
         if name in about:
             about[name] = as_text(about[name])
-    return Rollout(about, ids, numbers)
+    return ShownRollout(about, ids, numbers)
 
 
 def finite(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

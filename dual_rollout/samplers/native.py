@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,21 +86,20 @@ class NativeSampler:
 
     def _append(self, sequence: DecodingSequence, sample: NativeSample, settings: CallSettings) -> None:
         alone = self._without_target
-        columns = {
-            "token": sample.token_ids,
-            "alpha": sample.alpha.tolist(),
-            "logprobs_q": (sample.log_theta if alone else sample.log_q).tolist(),
-            "logprobs_theta": sample.log_theta.tolist(),
-            "logprobs_t": (np.full_like(sample.log_t, np.nan) if alone else sample.log_t).tolist(),
+        columns = {name: getattr(sample, name) for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t")}
+        if alone:
+            columns |= {"logprobs_q": sample.logprobs_theta, "logprobs_t": np.full_like(sample.logprobs_t, np.nan)}
+        diagnostics = {
+            "kl_theta": sample.kl_theta,
+            "kl_t": sample.kl_t,
+            "kl_diff": np.abs(sample.kl_theta - sample.kl_t),
+            "coverage_theta": np.ones_like(sample.kl_theta),
+            "coverage_t": np.ones_like(sample.kl_t),
         }
-        kl = np.transpose((sample.kl_theta, sample.kl_t, np.abs(sample.kl_theta - sample.kl_t))).tolist()
-        for row, divergences in zip(zip(*columns.values(), strict=True), kl, strict=True):
-            diagnostics = dict(zip(("kl_theta", "kl_t", "kl_diff"), divergences, strict=True))
-            diagnostics |= {"coverage_theta": 1.0, "coverage_t": 1.0}
+        tokens = zip(sample.token_ids, _rows(columns), _rows(diagnostics), strict=True)
+        for token, numbers, further in tokens:
             sequence.append(
-                **dict(zip(columns, row, strict=True)),
-                without_target=alone,
-                diagnostics=diagnostics if settings.with_diagnostics else None,
+                token, **numbers, without_target=alone, diagnostics=further if settings.with_diagnostics else None
             )
             self._stats.positions += 1
             self._stats.tokens += 1
@@ -107,3 +107,9 @@ class NativeSampler:
             if settings.on_token is not None:
                 settings.on_token(sequence)
         self._stats.restarts += sample.restarts
+
+
+def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A table of columns, row by row."""
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]

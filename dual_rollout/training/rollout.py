@@ -20,7 +20,7 @@ from dual_rollout.training.rollout_batch import RolloutBatch
 from dual_rollout.training.rollout_metrics import mode_of
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args, uncorrected
-from dual_rollout.training.turns import ROLLOUT_COLUMNS, RolloutSession
+from dual_rollout.training.turns import ROLLOUT_COLUMNS, RolloutInProgress
 from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt
 
 logger = logging.getLogger(__name__)
@@ -100,15 +100,15 @@ class DualRollout(ServerConnections):
             ValueError: the trainer asks for what q* cannot honour, or a prompt's contexts cannot be looked up, or the
                 trainer corrects nothing and `allow_uncorrected` is not set.
         """
-        session = self.begin(trainer)
+        in_progress = self.begin(trainer)
         with fail_together():
             check_rollout_is_all(trainer, prompts)
             contexts = TargetContexts()
-            if not session.of_policy:
+            if not in_progress.of_policy:
                 known = getattr(trainer, "rollout", None) is self
                 contexts = trainer.contexts if known else self._contexts.find(prompts, trainer)
-            outputs = session.draw(prompts, contexts)
-        session.finish([[output] for output in outputs])
+            outputs = in_progress.draw(prompts, contexts)
+        in_progress.finish([[output] for output in outputs])
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [output.generated_tokens for output in outputs],
@@ -116,7 +116,7 @@ class DualRollout(ServerConnections):
             **{name: [getattr(output, name) for output in outputs] for name in ROLLOUT_COLUMNS},
         }
 
-    def begin(self, trainer: Any) -> RolloutSession:
+    def begin(self, trainer: Any) -> RolloutInProgress:
         """A rollout of a trainer; every process begins it.
 
         Raises:
@@ -129,7 +129,7 @@ class DualRollout(ServerConnections):
                 raise ValueError(f"{fault}. To train like that on purpose, set allow_uncorrected=True in DualRollout")
             self._warn_once(fault)
         self._warn_of_settings(trainer)
-        return RolloutSession(self, trainer)
+        return RolloutInProgress(self, trainer)
 
     def draw_for(
         self,
@@ -139,7 +139,7 @@ class DualRollout(ServerConnections):
         max_tokens: int | Sequence[int],
         config: CoordinatorConfig,
     ) -> list[GenerationOutput]:
-        """Sequences under a trainer's settings; `RolloutSession.draw` is what calls it.
+        """Sequences under a trainer's settings; `RolloutInProgress.draw` is what calls it.
 
         Args:
             config: what chooses α at this step.

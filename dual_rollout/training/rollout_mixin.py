@@ -44,7 +44,7 @@ class RolloutTrainerMixin(_Trainer):
     between server and trainer (`sampling/policy_check`), and beyond what rounding explains the run stops.
 
     Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
-    step and evaluation are also written to `metrics.jsonl` in the output folder (`report`). On the terminal each logged
+    step and evaluation are also written to `metrics.jsonl` in the output folder (`metrics_log`). On the terminal each logged
     step is one line, and what looks wrong is said once, in words (`console`), instead of all figures as a dictionary.
 
     A resumed run goes on in the order of the data that it began with, in any epoch (TRL's sampler by itself would give
@@ -101,9 +101,9 @@ class RolloutTrainerMixin(_Trainer):
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         for dataset in (self.train_dataset, *held_out):
             check_columns(dataset)
-        self.report = MetricsLog(Path(self.args.output_dir))
+        self.metrics_log = MetricsLog(Path(self.args.output_dir))
         self.console = Console.take_over(self)
-        self.add_callback(self.report)
+        self.add_callback(self.metrics_log)
         self.add_callback(self._kept)
         self._trackers = Trackers(self)
         self.add_callback(self._trackers)
@@ -203,7 +203,7 @@ class RolloutTrainerMixin(_Trainer):
             generated = super()._generate(prompts)
             self._rollout_columns = _checked_columns(generated[5], generated[1])
             return generated
-        self._session = self.rollout.begin(self)
+        self._in_progress = self.rollout.begin(self)
         generated = super()._generate(prompts)
         self._rollout_columns = self._turns.finish(generated[1])
         return generated
@@ -223,7 +223,7 @@ class RolloutTrainerMixin(_Trainer):
                 t_ids = self.rollout.encode(shown, self, tools)
                 given = zip(t_ids, contexts.t_prompts, strict=True)
                 contexts = replace(contexts, t_prompts=[None if other is None else ids for ids, other in given])
-            self._turns = Turns(self._session, prompt_ids, contexts, self.max_completion_length)
+            self._turns = Turns(self._in_progress, prompt_ids, contexts, self.max_completion_length)
         return prompt_ids, None, {}
 
     def _tools_of_prompts(self, count: int) -> list[Any]:

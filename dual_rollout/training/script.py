@@ -76,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
         with trainer.rollout:
             with _told_when_it_stops(trainer):
                 trainer.train(resume_from_checkpoint=checkpoint)
-                if recipe.dual.dual_eval_rows and not trainer.report.evaluated_at(trainer.state.global_step):
+                if recipe.dual.dual_eval_rows and not trainer.metrics_log.evaluated_at(trainer.state.global_step):
                     trainer.evaluate()
             trainer.save_model(str(output_dir))
             trainer.create_model_card(model_name=output_dir.name, dataset_name=recipe.script.dataset_name)
             trainer.remove_sent_weights()
     if trainer.accelerator.is_main_process:
-        trainer.console.display.table(SUMMARY_HEADINGS, trainer.report.summary())
+        trainer.console.display.table(SUMMARY_HEADINGS, trainer.metrics_log.summary())
         logs = ", the servers' logs" if starts_servers(recipe.dual) else ""
-        print(trainer.report.before_and_after())
+        print(trainer.metrics_log.before_and_after())
         print(f"The run is in {output_dir}/: the model and its card, metrics.jsonl{logs}.")
         print(f"Its rollouts, token by token: {_write_report(output_dir)}")
     if recipe.training.push_to_hub:
@@ -111,7 +111,7 @@ def _told_when_it_stops(trainer: DualGRPOTrainer) -> Iterator[None]:
     except BaseException as error:
         if trainer.accelerator.is_main_process:
             unlogged = trainer.unlogged_metrics()
-            trainer.console.display.table(SUMMARY_HEADINGS, trainer.report.summary(unlogged))
+            trainer.console.display.table(SUMMARY_HEADINGS, trainer.metrics_log.summary(unlogged))
             print(what_is_kept(trainer.args, trainer.state), flush=True)
             if _is_of_the_target(error, trainer.rollout.config):
                 print("dual_on_target_failure: policy goes on without π_t, and wait waits for its server.", flush=True)

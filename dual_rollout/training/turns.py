@@ -33,7 +33,7 @@ ROLLOUT_COLUMNS = (*FLOAT_COLUMNS, "weight_version")
 weights that the row was drawn from."""
 
 
-class RolloutSession:
+class RolloutInProgress:
     """One rollout of a trainer, from the check of π_θ's servers before its first token to that after its last.
 
     All processes make one together and finish it together. Between these each may draw as often as it has to, for no
@@ -115,13 +115,13 @@ class Turns:
         limit: tokens of a completion, other people's among them.
     """
 
-    def __init__(self, session: RolloutSession, prompts: list[list[int]], contexts: TargetContexts, limit: int):
-        self._session, self._prompts, self._contexts, self._limit = session, prompts, contexts, limit
+    def __init__(self, rollout: RolloutInProgress, prompts: list[list[int]], contexts: TargetContexts, limit: int):
+        self._rollout, self._prompts, self._contexts, self._limit = rollout, prompts, contexts, limit
         self._turns: list[list[_Turn]] = [[] for _ in prompts]
 
     def first(self) -> list[SequenceRecord]:
         """Draw the first turn of every row. `prompts` then are what π_θ saw of them (`long_prompts`)."""
-        outputs = self._session.draw(self._prompts, self._contexts)
+        outputs = self._rollout.draw(self._prompts, self._contexts)
         for turns, output in zip(self._turns, outputs, strict=True):
             turns.append(_Turn(0, output))
         self._prompts[:] = [output.prompt_token_ids for output in outputs]
@@ -141,13 +141,13 @@ class Turns:
             [self._seen_by_target(*item) for item in drawn.items()],
             None if targets is None else [targets[row] for row in drawn],
         )
-        outputs = self._session.draw(list(drawn.values()), seen, [self._left(*item) for item in drawn.items()])
+        outputs = self._rollout.draw(list(drawn.values()), seen, [self._left(*item) for item in drawn.items()])
         for (row, context), output in zip(drawn.items(), outputs, strict=True):
             self._turns[row].append(_Turn(len(context) - len(self._prompts[row]), output))
         return [self._turns[row][-1].output.record if row in drawn else SequenceRecord() for row in rows]
 
     def finish(self, completions: Sequence[list[int]]) -> dict[str, list[Any]]:
-        """End the session.
+        """End the rollout.
 
         Args:
             completions: the tokens of each row as the trainer has them, drawn or not.
@@ -156,7 +156,7 @@ class Turns:
             `ROLLOUT_COLUMNS` and `KEPT_DIAGNOSTICS`, one entry per row. Of tokens that were not drawn the floats are
             NaN.
         """
-        self._session.finish([[turn.output for turn in turns] for turns in self._turns])
+        self._rollout.finish([[turn.output for turn in turns] for turns in self._turns])
         both = list(zip(self._turns, completions, strict=True))
         return {name: [_column(name, *row) for row in both] for name in (*FLOAT_COLUMNS, *KEPT_DIAGNOSTICS)} | {
             "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns]

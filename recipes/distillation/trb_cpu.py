@@ -62,7 +62,7 @@ def main() -> None:
         with trainer.rollout:
             trainer.train()
     if trainer.accelerator.is_main_process:
-        print(trainer.report.table())
+        print(trainer.metrics_log.table())
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
         trainer.train()
         trainer.create_model_card(model_name="a-model")
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(folder, reporter, entries, columns, trainer.report)
+    return Run(folder, reporter, entries, columns, trainer.metrics_log)
 
 
 def test_every_name_reaches_the_reporters_at_every_step(run: Run) -> None:

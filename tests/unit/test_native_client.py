@@ -24,7 +24,7 @@ from dual_rollout.samplers.native import NativeSampler
 from dual_rollout.servers.http import HttpStats
 from dual_rollout.servers.retry import RetryPolicy
 
-COLUMNS = ["alpha", "log_q", "log_theta", "log_t", "kl_theta", "kl_t"]
+COLUMNS = ["alpha", "logprobs_q", "logprobs_theta", "logprobs_t", "kl_theta", "kl_t"]
 SERVER = {
     "vocab_size": 20,
     "common_vocab_size": 18,
@@ -108,8 +108,8 @@ INVALID: dict[str, Change] = {
     "no numbers": lambda answer: answer.pop("numbers"),
     "other columns": lambda answer: answer.update(columns=COLUMNS[1:]),
     "α beyond 1": numbers(alpha=1.5),
-    "NaN": numbers(log_t=math.nan),
-    "a positive log-probability": numbers(log_q=0.5),
+    "NaN": numbers(logprobs_t=math.nan),
+    "a positive log-probability": numbers(logprobs_q=0.5),
     "a negative divergence": numbers(kl_theta=-0.1),
     "another request's": lambda answer: answer.update(request_id=answer["request_id"] + "1"),
     "another model's": lambda answer: answer.update(model="other"),

@@ -15,7 +15,7 @@ from dual_rollout.functional import entropy_alpha, ess_balance_alpha, kl_budget_
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from dual_rollout.native import table as table_module
 from dual_rollout.native.draw import FORCED, DrawInPlace, compiled_draw, draw, exponential, pack, unpack
-from dual_rollout.native.table import PAGE, Record, RowTable
+from dual_rollout.native.table import PAGE, DrawnRollout, RowTable
 from dual_rollout.native.wire import NUMBERS, Member, Side
 from tests.chi_square import chi_square_p_value
 
@@ -116,7 +116,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> RowTable:
     return RowTable(torch.device("cpu"), VOCAB, max_rows=4)
 
 
-def step(table: RowTable, rows: list[tuple[int, Record, Side, int]], logits: torch.Tensor) -> list[int]:
+def step(table: RowTable, rows: list[tuple[int, DrawnRollout, Side, int]], logits: torch.Tensor) -> list[int]:
     """One step of `(row, pair, side, position)`; the tokens that vLLM then takes, one per row of the logits."""
     indices, pairs, sides, positions = zip(*rows, strict=True)
     table.place(np.array(indices), list(zip(pairs, sides, strict=True)), np.array(positions), same=False)
@@ -219,7 +219,7 @@ def test_steps_advance_on_the_device_as_they_would_anew(table: RowTable, monkeyp
     monkeypatch.setattr(table, "_send", lambda array: sent.append(1) or torch.from_numpy(array))
     pairs = {name: table.open(member(name, seed=i, start=10 * i)) for i, name in enumerate("ab")}
     drawn: dict[str, list[int]] = {"a": [], "b": []}
-    before: list[tuple[int, Record, str]] = []
+    before: list[tuple[int, DrawnRollout, str]] = []
     for k in range(300):
         rows = [(3, pairs["a"], "theta", k), (1, pairs["a"], "t", k)]
         if 100 <= k < 240:

@@ -12,15 +12,15 @@ from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.native import q_star as native
 from dual_rollout.native.alpha_methods import alpha_of_rule
 from dual_rollout.native.ordinary_requests import q_star_logits
-from dual_rollout.native.q_star import Choice, QStar
+from dual_rollout.native.q_star import AlphaChoice, QStar
 
 BALANCED = AlphaRule()
 
 
-def choice(rows: int, rule: AlphaRule, temperature: float, device: str = "cpu") -> Choice:
+def choice(rows: int, rule: AlphaRule, temperature: float, device: str = "cpu") -> AlphaChoice:
     alpha = np.nan if rule.fixed_alpha is None else rule.fixed_alpha
     numbers = (temperature, alpha, rule.alpha_min, rule.alpha_max)
-    return Choice(*(torch.full((rows, 1), number, device=device) for number in numbers))
+    return AlphaChoice(*(torch.full((rows, 1), number, device=device) for number in numbers))
 
 
 def q_star(theta: torch.Tensor, t: torch.Tensor, rule: AlphaRule = BALANCED, temperature: float = 1.0) -> QStar:

@@ -100,9 +100,9 @@ def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None
         logp_theta, logp_t, log_q = distributions_of(rollout, theta, t or theta)
         q, chosen = np.exp(log_q), (np.arange(len(log_q)), rollout["token_ids"])
         expected = {
-            "log_q": log_q[chosen],
-            "log_theta": logp_theta[chosen],
-            "log_t": logp_t[chosen],
+            "logprobs_q": log_q[chosen],
+            "logprobs_theta": logp_theta[chosen],
+            "logprobs_t": logp_t[chosen],
             "kl_theta": (q * (log_q - logp_theta)).sum(1),
             "kl_t": (q * (log_q - logp_t)).sum(1),
         }

@@ -140,9 +140,9 @@ def test_every_method_in_one_batch(ample: Pairs) -> None:
         ]
         assert rollout["alpha"] == pytest.approx(expected_alpha(rule, *logps), abs=1e-3), name
         chosen = np.arange(20), rollout["token_ids"]
-        assert rollout["log_theta"] == pytest.approx(logps[0][chosen], abs=TOLERANCE), name
+        assert rollout["logprobs_theta"] == pytest.approx(logps[0][chosen], abs=TOLERANCE), name
         path = (1 - rollout["alpha"][:, None]) * logps[0] + rollout["alpha"][:, None] * logps[1]
-        assert rollout["log_q"] == pytest.approx(
+        assert rollout["logprobs_q"] == pytest.approx(
             (path - np.log(np.exp(path).sum(1, keepdims=True)))[chosen], abs=TOLERANCE
         )
 
@@ -237,7 +237,7 @@ def test_the_policy_may_be_an_adapter_and_the_target_its_base(ample: Pairs, tmp_
     policy = PeftModel.from_pretrained(loaded, tmp_path).eval()
     rollouts = ample.rollouts(prompts_of(6, seed=8), [{"max_tokens": 20, "model": "policy"}] * 6)
     assert max(largest_errors(rollouts, policy, ample.model).values()) < TOLERANCE
-    assert min(np.abs(rollout["log_theta"] - rollout["log_t"]).max() for rollout in rollouts) > 0.1
+    assert min(np.abs(rollout["logprobs_theta"] - rollout["logprobs_t"]).max() for rollout in rollouts) > 0.1
     turned = ample.rollouts(prompts_of(2, seed=8), [{"max_tokens": 20, "t_model": "policy"}] * 2)
     assert max(largest_errors(turned, ample.model, policy).values()) < TOLERANCE
     assert ample.describe()["adapters"] == ["policy"]
@@ -266,9 +266,9 @@ def as_rollout(output: GenerationOutput, t_prompt: list[int]) -> dict[str, Any]:
         "prompts": (output.prompt_token_ids, t_prompt),
         "token_ids": output.generated_tokens,
         "alpha": np.array(output.alpha_history),
-        "log_q": np.array(record.logprobs_q),
-        "log_theta": np.array(record.logprobs_theta),
-        "log_t": np.array(record.logprobs_t),
+        "logprobs_q": np.array(record.logprobs_q),
+        "logprobs_theta": np.array(record.logprobs_theta),
+        "logprobs_t": np.array(record.logprobs_t),
         "kl_theta": np.array(diagnostics["kl_theta"]),
         "kl_t": np.array(diagnostics["kl_t"]),
     }
@@ -383,7 +383,7 @@ FAKE_SERVER = """
 import asyncio
 from types import SimpleNamespace as Namespace
 import numpy as np
-from dual_rollout.native.route import Limits, Rollout, RolloutServer
+from dual_rollout.native.route import Limits, RolloutRequest, RolloutServer
 
 class Engine:
     model_config = Namespace(get_vocab_size=lambda: 100, max_model_len=1000, hf_config=Namespace())
@@ -398,7 +398,7 @@ def serve(engine):
 
 def rollout(**fields):
     limits = Limits(100, 100, 1000, frozenset(), frozenset())
-    return Rollout.from_json({"prompt_token_ids": [1] * 300, "t_prompt_token_ids": [2] * 400, **fields}, limits)
+    return RolloutRequest.from_json({"prompt_token_ids": [1] * 300, "t_prompt_token_ids": [2] * 400, **fields}, limits)
 """
 
 
