@@ -44,8 +44,9 @@ class RolloutTrainerMixin(_Trainer):
     between server and trainer (`sampling/policy_check`), and beyond what rounding explains the run stops.
 
     Evaluation is of the policy: its completions are drawn from π_θ alone, see `DualRollout`. The figures of each logged
-    step and evaluation are also written to `metrics.jsonl` in the output folder (`metrics_log`). On the terminal each logged
-    step is one line, and what looks wrong is said once, in words (`console`), instead of all figures as a dictionary.
+    step and evaluation are also written to `metrics.jsonl` in the output folder (`metrics_log`). On the terminal each
+    logged step is one line, and what looks wrong is said once, in words (`console`), instead of all figures as a
+    dictionary.
 
     A resumed run goes on in the order of the data that it began with, in any epoch (TRL's sampler by itself would give
     the first epoch's order again). A checkpoint between two uses of one rollout does not hold that rollout: it is drawn

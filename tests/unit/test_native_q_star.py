@@ -179,7 +179,7 @@ def test_the_other_methods_give_the_q_star_of_the_reference(rule: AlphaRule, kin
     theta, t = supports(kind)
     rows = torch.full((len(theta), 1), 1.0)
     alpha = alpha_of_rule(rule, 1.0, theta, t)
-    found = native.q_star(theta, t, Choice(rows, alpha, 0.0 * rows, rows))
+    found = native.q_star(theta, t, AlphaChoice(rows, alpha, 0.0 * rows, rows))
     logp_theta, logp_t = exact(theta).numpy(), exact(t).numpy()
     methods = {"ess_balance": ess_balance_alpha, "entropy": entropy_alpha}
     reference = methods.get(rule.alpha_method, lambda a, b: kl_budget_alpha(a, b, rule.kl_budget))(logp_theta, logp_t)
