@@ -12,7 +12,7 @@ EVAL_ROWS ?= 32
 # Processes that share the tests, each with servers of its own
 WORKERS ?= 2
 
-.PHONY: help install check test test-vllm demo clean
+.PHONY: help install check test test-trackers test-vllm demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +32,18 @@ check: install  ## lint, format and types
 test: install  ## all tests but those that need real vLLM or a GPU
 	$(BIN)/python -m pytest -m 'not vllm and not gpu' --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+test-trackers: $(VENV)-trackers/.installed  ## what wandb and trackio store of a run, read back
+	$(VENV)-trackers/bin/python -m pytest tests/integration/test_trackers.py
+
+# On top of .venv, whose pillow is too new for trackio. 130 MB, some 5 s.
+$(VENV)-trackers/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear --without-pip $(VENV)-trackers
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$purelib")')" \
+		> "$$($(VENV)-trackers/bin/python -c "$$purelib")/below.pth"
+	$(VENV)-trackers/bin/python -m pip install --quiet wandb==0.31.0 trackio==0.43.0 'pillow<13'
+	touch $@
+
 test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM servers (CPU build, in .venv-vllm)
 	PYTHON=$(PYTHON) bash tests/vllm/install.sh
 	$(BIN)/python -m pytest tests/vllm
@@ -45,4 +57,4 @@ $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)
 
 clean:  ## remove the environments and outputs
-	rm -rf $(VENV) .venv-vllm outputs
+	rm -rf $(VENV) $(VENV)-trackers .venv-vllm outputs

@@ -1,7 +1,7 @@
 """What wandb and trackio have stored of a run: histograms and tables of the tokens that the reward function was given.
 
-Nothing leaves the machine. Each test skips where its tracker is not installed, for they are large: `pip install wandb`,
-or `pip install trackio 'pillow<13'` in an environment of its own.
+Nothing leaves the machine. `make test-trackers` installs both in an environment of their own and runs these tests.
+Elsewhere they skip.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sqlite3
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,40 @@ STEPS = 2
 ALPHA, LOG_WEIGHT = BINS
 
 
-def needs(tracker: str) -> pytest.MarkDecorator:
+def is_installed(tracker: str) -> bool:
     spec = importlib.util.find_spec(tracker)
-    missing = spec is None or spec.origin is None  # a folder of wandb's runs looks like a package, too
-    return pytest.mark.skipif(missing, reason=f"{tracker} is not installed")
+    return spec is not None and spec.origin is not None  # a folder of wandb's runs looks like a package, too
 
 
-def run_with(tracker: str, pair: TinyPair, folder: Path, **env: str) -> list[dict[str, Any]]:
-    """What the reward function of each step was given. In a process of its own, for trackers are set up at import."""
+def needs(tracker: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not is_installed(tracker), reason=f"{tracker} is not installed")
+
+
+@dataclass
+class Run:
+    folder: Path
+    records: list[dict[str, Any]]  # what the reward function of each step was given
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run for all trackers that are installed, in a process of its own, for they are set up at import."""
+    folder = tmp_path_factory.mktemp("trackers")
     recipe = write_recipe(
         folder,
-        (pair.theta_model, pair.t_model),
-        dual_theta_url=pair.theta_url,
-        dual_t_url=pair.t_url,
-        report_to=tracker,
+        (tiny_pair.theta_model, tiny_pair.t_model),
+        dual_theta_url=tiny_pair.theta_url,
+        dual_t_url=tiny_pair.t_url,
+        report_to=[tracker for tracker in ("wandb", "trackio") if is_installed(tracker)],
         log_completions=True,
         max_steps=STEPS,
         project="a-project",
     )
-    finish(start(one_process(recipe), folder, **env))
+    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    finish(start(one_process(recipe), folder, **places))
     records = read_records(folder, 0)
     assert [record["step"] for record in records] == list(range(STEPS))
-    return records
+    return Run(folder, records)
 
 
 def check_histograms(stored: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
@@ -77,16 +90,14 @@ def check_tables(tables: list[list[dict[str, Any]]], records: list[dict[str, Any
 
 
 @needs("wandb")
-def test_wandb_has_them(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    records = run_with("wandb", tiny_pair, tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+def test_wandb_has_them(run: Run) -> None:
+    (log,) = run.folder.glob("wandb/offline-run-*/*.wandb")
     stored = list(wandb_history(log.read_bytes()))
-    check_histograms(stored, records)
+    check_histograms(stored, run.records)
     paths = [entry["completions"]["path"] for entry in stored if "completions" in entry]
     tables = [json.loads((log.parent / "files" / path).read_text()) for path in paths]
-    check_tables(
-        [[dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for table in tables], records
-    )
+    rows = [[dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for table in tables]
+    check_tables(rows, run.records)
 
 
 def wandb_history(log: bytes) -> Iterator[dict[str, Any]]:
@@ -126,9 +137,8 @@ def leveldb_records(log: bytes, header: int = 7, block: int = 1 << 15) -> Iterat
 
 
 @needs("trackio")
-def test_trackio_has_them(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    records = run_with("trackio", tiny_pair, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
-    with sqlite3.connect(tmp_path / "trackio/a-project.db") as database:
+def test_trackio_has_them(run: Run) -> None:
+    with sqlite3.connect(run.folder / "trackio/a-project.db") as database:
         stored = [json.loads(entry) for (entry,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
-    check_histograms(stored, records)
-    check_tables([entry["completions"]["_value"] for entry in stored if "completions" in entry], records)
+    check_histograms(stored, run.records)
+    check_tables([entry["completions"]["_value"] for entry in stored if "completions" in entry], run.records)
