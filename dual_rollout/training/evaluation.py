@@ -9,6 +9,18 @@ from typing import Any
 _Z = 1.96  # of a normal distribution, for 95%
 
 
+def rewards_of_rows(rewards: Sequence[float], completions: int) -> list[float]:
+    """The mean reward of each row's completions; rows of which none was rewarded are left out.
+
+    Args:
+        rewards: of all completions, those of a row one after the other; NaN where no function gave one.
+        completions: drawn for each row. They are not independent of each other, as rows are.
+    """
+    rows = [rewards[start : start + completions] for start in range(0, len(rewards), completions)]
+    rewarded = [[reward for reward in row if not math.isnan(reward)] for row in rows]
+    return [math.fsum(row) / len(row) for row in rewarded if row]
+
+
 def interval(rewards: Sequence[float]) -> tuple[float, float]:
     """A 95% interval for the mean reward of all such rows.
 
@@ -16,7 +28,7 @@ def interval(rewards: Sequence[float]) -> tuple[float, float]:
     others, the mean ± 1.96 standard errors.
 
     Args:
-        rewards: of one completion each, of rows that were drawn independently; at least one.
+        rewards: of rows that were drawn independently, at least one.
     """
     count, mean = len(rewards), math.fsum(rewards) / len(rewards)
     if set(rewards) <= {0.0, 1.0}:
@@ -39,7 +51,7 @@ def before_and_after(entries: Sequence[Mapping[str, Any]]) -> str:
         return ""
     first, last = found[0], found[-1]
     lines = [
-        f"The policy alone, on {first['eval_reward_rows']:.0f} completions of held-out rows (95% intervals):",
+        f"The policy alone, on {first['eval_reward_rows']:.0f} held-out rows (95% intervals):",
         *(
             f"  after {entry['step']:>4} steps  reward {entry['eval_reward']:.3f}  "
             f"({entry['eval_reward_low']:.3f} to {entry['eval_reward_high']:.3f})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from dual_rollout.config import CoordinatorConfig
 from dual_rollout.prompts import check_prompt_is_text, without_nulls
@@ -19,7 +19,7 @@ from dual_rollout.record import FLOAT_COLUMNS, SequenceRecord
 from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
-from dual_rollout.training.evaluation import interval
+from dual_rollout.training.evaluation import interval, rewards_of_rows
 from dual_rollout.training.kept_rollouts import PER_TOKEN, KeptRollouts
 from dual_rollout.training.metrics_log import MetricsLog
 from dual_rollout.training.model_card import add_to_card, rollout_section
@@ -176,13 +176,19 @@ class RolloutTrainerMixin(_Trainer):
         columns: list[str] = self._signature_columns
         columns += [name for name in CONTEXT_COLUMNS if name not in columns]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, which also counts the completions that were rewarded, and bounds their mean (`interval`)."""
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which also counts the rows that were rewarded, and bounds their mean (`interval`)."""
         self._evaluated = []
-        output = super().evaluation_loop(*args, **kwargs)
-        if self._evaluated:
-            low, high = interval(self._evaluated)
-            for name, value in (("rows", len(self._evaluated)), ("low", low), ("high", high)):
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        rewards, completions = self._evaluated, getattr(self, "num_generations_eval", 1)
+        if has_length(
+            dataloader.dataset
+        ):  # several processes draw for the first rows again where the last batch is short
+            rewards = rewards[: completions * len(dataloader.dataset)]
+        rows = rewards_of_rows(rewards, completions)
+        if rows:
+            low, high = interval(rows)
+            for name, value in (("rows", len(rows)), ("low", low), ("high", high)):
                 self._metrics["eval"][f"reward_{name}"].append(value)
         return output
 
@@ -274,7 +280,7 @@ class RolloutTrainerMixin(_Trainer):
             rows = self._rollout_columns[name]
             output[_BATCH_NAMES.get(name, name)] = pad_rows(rows, 0.0, width=width).to(device)
         if not self.model.training and (rewards := self._total_rewards()) is not None:
-            self._evaluated += [reward for reward in rewards.tolist() if not math.isnan(reward)]
+            self._evaluated += rewards.tolist()
         if self.model.training:
             self._trackers.add(self._rollout_columns)
         if self.model.training and self._kept.wants(self.state.global_step + 1):

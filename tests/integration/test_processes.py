@@ -35,8 +35,18 @@ from tests.warm_servers import WarmServer
 def run_of_two(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run by `accelerate launch`, with servers that its main process starts."""
     folder = tmp_path_factory.mktemp("two")
-    finish(start(two_processes(write_recipe(folder, tiny_models)), folder))
+    evaluation = {"dual_eval_rows": 5, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
+    finish(start(two_processes(write_recipe(folder, tiny_models, **evaluation)), folder))
     return folder
+
+
+def trained_on(folder: Path, process: int) -> list[dict[str, Any]]:
+    """Its records but for those of evaluations, which are of the policy alone."""
+    return [record for record in read_records(folder, process) if np.concatenate(record["alpha"]).any()]
+
+
+def of_steps(folder: Path) -> list[dict[str, Any]]:
+    return [entry for entry in metrics(folder / "recipe.yaml") if "reward" in entry]
 
 
 def tokens(records: list[dict[str, Any]]) -> list[list[list[int]]]:
@@ -44,7 +54,7 @@ def tokens(records: list[dict[str, Any]]) -> list[list[list[int]]]:
 
 
 def test_each_process_rolls_out_its_own_slice_with_its_own_seed(run_of_two: Path) -> None:
-    first, second = (read_records(run_of_two, process) for process in (0, 1))
+    first, second = (trained_on(run_of_two, process) for process in (0, 1))
     assert len(first) == len(second) == 3
     for one, other in zip(first, second, strict=True):
         assert len(set(one["questions"])) == len(set(other["questions"])) == 1, "a group of 4 in each process"
@@ -54,17 +64,17 @@ def test_each_process_rolls_out_its_own_slice_with_its_own_seed(run_of_two: Path
 
 def test_both_processes_sample_from_the_weights_of_the_step(run_of_two: Path) -> None:
     for process in (0, 1):
-        versions = [record["weight_version"] for record in read_records(run_of_two, process)]
+        versions = [record["weight_version"] for record in trained_on(run_of_two, process)]
         assert versions == [[0] * 4, [1] * 4, [2] * 4]
-    for entry in metrics(run_of_two / "recipe.yaml"):
+    for entry in of_steps(run_of_two):
         # Of both processes: log π_θ of the server against that of the trainer, whose weights are the step's own.
         assert entry["sampling/policy_drift/max"] < 1e-3
 
 
 def test_metrics_are_those_of_both_processes(run_of_two: Path) -> None:
-    entries = metrics(run_of_two / "recipe.yaml")
+    entries = of_steps(run_of_two)
     assert [entry["step"] for entry in entries] == [1, 2, 3]
-    for entry, *records in zip(entries, read_records(run_of_two, 0), read_records(run_of_two, 1), strict=True):
+    for entry, *records in zip(entries, trained_on(run_of_two, 0), trained_on(run_of_two, 1), strict=True):
         alpha, weights = (
             np.array([value for record in records for row in record[name] for value in row])
             for name in ("alpha", "importance_weights")
@@ -76,6 +86,13 @@ def test_metrics_are_those_of_both_processes(run_of_two: Path) -> None:
         assert entry["sampling/effective_sample_size_ratio"] == pytest.approx(effective_sample_size(weights), rel=1e-5)
         rewards = [float(sum(ids) % 7) for record in records for ids in record["completion_ids"]]
         assert entry["rewards/recorded/mean"] == pytest.approx(sum(rewards) / 8)
+
+
+def test_an_evaluation_counts_each_row_once(run_of_two: Path) -> None:
+    """Ten completions make three batches of four, the last of which is filled up with the first row's."""
+    entries = [entry for entry in metrics(run_of_two / "recipe.yaml") if "eval_reward" in entry]
+    assert [(entry["step"], entry["eval_reward_rows"]) for entry in entries] == [(0, 5), (3, 5)]
+    assert sum(len(record["questions"]) for process in (0, 1) for record in read_records(run_of_two, process)) == 48
 
 
 class Gathering:
@@ -110,6 +127,7 @@ def policy_server(tiny_models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
 def test_the_same_seed_repeats_a_run_and_a_lost_server_ends_both_processes(
     run_of_two: Path, policy_server: EmbeddedServer, tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
+    """Here without the evaluations, which leave the training's streams and rows alone."""
     urls = {"dual_theta_url": policy_server.url, "dual_t_url": tiny_pair.t_url, "dual_max_retries": 0}
     recipe = write_recipe(tmp_path, (tiny_pair.theta_model, tiny_pair.t_model), **urls)
     runs = [start(one_process(recipe), tmp_path, HOLD_AT_STEP="1", **rank) for rank in rank_environments()]
@@ -123,7 +141,7 @@ def test_the_same_seed_repeats_a_run_and_a_lost_server_ends_both_processes(
         for run in runs:
             run.kill()
     for process in (0, 1):
-        assert tokens(read_records(tmp_path, process)) == tokens(read_records(run_of_two, process)[:2])
+        assert tokens(read_records(tmp_path, process)) == tokens(trained_on(run_of_two, process)[:2])
     assert [run.returncode for run in runs] == [1, 1]
     assert policy_server.url in errors[0].splitlines()[-1]
     assert f"process 0 of 2 failed with EngineUnavailableError: {policy_server.url}" in errors[1].splitlines()[-1]

@@ -264,7 +264,8 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) ->
             num_generations=2,
             max_completion_length=5,
             dual_eval_rows=3,
-            per_device_eval_batch_size=3,
+            num_generations_eval=2,
+            per_device_eval_batch_size=2,
         )
         done = subprocess.run([*launcher, recipe], capture_output=True, text=True, timeout=HANG, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -277,7 +278,7 @@ def test_both_ways_to_launch_do_the_same(tmp_path: Path, tiny_pair: TinyPair) ->
     assert rewards["train"] == pytest.approx(rewards["accelerate"], abs=1e-4)
     for label in ("reward", "α mean", "weight π_θ/q* mean", "ESS ratio", "tokens/s", "rollout, s", "update, s"):
         assert label in tables["train"]
-    for words in ("on 3 completions of held-out rows", "after    0 steps  reward", "show no difference"):
+    for words in ("on 3 held-out rows", "after    0 steps  reward", "show no difference"):
         assert words in tables["train"]
     page = read_page(tmp_path / "train/report.html")
     assert f"Its rollouts, token by token: {tmp_path / 'train/report.html'}" in tables["train"]

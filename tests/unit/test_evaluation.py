@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from dual_rollout.training.evaluation import before_and_after, interval
+from dual_rollout.training.evaluation import before_and_after, interval, rewards_of_rows
 from dual_rollout.training.tasks import hold_out
 
 
@@ -26,6 +26,14 @@ def test_the_interval_of_other_rewards_is_of_their_mean() -> None:
     assert (low + high) / 2 == pytest.approx(np.mean(rewards))
     assert (high - low) / 2 == pytest.approx(1.96 * np.std(rewards, ddof=1) / 2)
     assert interval([0.5]) == (0.5, 0.5)
+
+
+def test_completions_of_one_row_count_as_one() -> None:
+    nan = math.nan
+    assert rewards_of_rows([1.0, 0.0, nan, 0.5, nan, nan], 2) == [0.5, 0.5]
+    assert rewards_of_rows([1.0, 0.0], 1) == [1.0, 0.0] and rewards_of_rows([], 4) == []
+    copies = rewards_of_rows([reward for reward in (1.0, 0.0, 0.0) for _ in range(8)], 8)
+    assert interval(copies) == interval([1.0, 0.0, 0.0]), "eight copies of a row tell no more than one"
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
@@ -58,7 +66,7 @@ def test_before_and_after_in_words() -> None:
         (entry(20, 0.0, 0.0, 0.11), "got worse"),
     ):
         said = before_and_after([start, {"step": 5, "reward": 0.5}, last])
-        assert words in said and "32 completions of held-out rows" in said
+        assert words in said and "on 32 held-out rows" in said
         assert "0 steps  reward 0.250  (0.130 to 0.420)" in said and "20 steps" in said
         assert max(map(len, said.splitlines())) <= 80
 
