@@ -32,6 +32,7 @@ GROUPS = {
         "DualGRPOTrainer",
         "DualRLOOTrainer",
         "DualDistillationTrainer",
+        "DualAsyncGRPOTrainer",
         "DualRollout",
         "RolloutBatch",
     ),

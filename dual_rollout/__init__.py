@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         sample_from_distribution,
         solve_kl_symmetry,
     )
+    from dual_rollout.training.async_trainer import DualAsyncGRPOTrainer
     from dual_rollout.training.distillation import DualDistillationTrainer
     from dual_rollout.training.rloo import DualRLOOTrainer
     from dual_rollout.training.rollout import DualRollout
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 # Loaded on first use: a process that only coordinates never imports torch, and the numerics need numpy alone.
 _HOME = {
     "CoordinatorConfig": "dual_rollout.config",
+    "DualAsyncGRPOTrainer": "dual_rollout.training.async_trainer",
     "DualDistillationTrainer": "dual_rollout.training.distillation",
     "DualGRPOTrainer": "dual_rollout.training.trainer",
     "DualRLOOTrainer": "dual_rollout.training.rloo",
@@ -44,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "CoordinatorConfig",
+    "DualAsyncGRPOTrainer",
     "DualDistillationTrainer",
     "DualGRPOTrainer",
     "DualRLOOTrainer",

@@ -1,4 +1,4 @@
-"""`DualRolloutWorker`: rollouts from q* for TRL's `AsyncGRPOTrainer`.
+"""`DualRolloutWorker`: rollouts from q* for TRL's asynchronous trainer.
 
 TRL's worker renders prompts, runs tools, scores groups and fills the queue; each turn it asks `_generate_one_turn` for
 tokens and their log-probabilities, and that alone is replaced here. The log-probabilities are log q*, so that the
@@ -11,7 +11,6 @@ environment showed first, and then the text of each turn; π_t sees the row's `t
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_TARGET_COLUMN, TargetContexts, same_turns
 from dual_rollout.training.trl_settings import check_sampling_is_plain
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -123,19 +120,13 @@ class DualRolloutLoop(_AsyncRolloutLoop):
 
 
 class DualRolloutWorker(AsyncRolloutWorker):
-    """For `AsyncGRPOTrainer(rollout_worker=...)`: TRL's worker with turns from q*.
+    """TRL's worker with turns from q*: what `DualAsyncGRPOTrainer` makes of its settings.
 
-    The trainer's `vllm_server_base_url` must be π_θ's server, `dual_config.theta_url`, to which TRL sends the weights.
-    Set the trainer's `epsilon=1.0` and `epsilon_high=2.0`. Around 1 its clip would cut off most weights, since q* is
-    far from the policy by design. This way it bounds them at 3 where the advantage is positive, and nothing else.
-
-    `AsyncPolicyCheck` compares what that server serves with the trainer's policy; a run without it is warned of.
-
-    Attributes:
-        policy_is_checked: whether an `AsyncPolicyCheck` does so.
+    In a plain `AsyncGRPOTrainer(rollout_worker=...)` nothing compares what π_θ's server serves with the trainer's
+    policy, and a transfer of TRL's may send nothing without an error.
 
     Args:
-        dual_config: the servers and how q* is defined.
+        dual_config: the servers and how q* is defined; TRL must send the weights to `theta_url`.
         options: as for `AsyncRolloutWorker`, which needs vLLM to be installed beside the trainer.
 
     Raises:
@@ -149,14 +140,3 @@ class DualRolloutWorker(AsyncRolloutWorker):
         if options.get("lora_name") is not None:
             raise ValueError("lora_name: q* is asked from the served model; let TRL send merged weights")
         super().__init__(dual_config=dual_config, **options)
-        self.policy_is_checked = False
-
-    def start(self) -> None:
-        """Begin to draw, in a process of its own; TRL calls it after its first weight transfer."""
-        if not self.policy_is_checked:
-            logger.warning(
-                "nothing compares what π_θ's server serves with the trainer's policy, and a transfer of TRL's may send "
-                "nothing without an error: trainer.add_callback(AsyncPolicyCheck(trainer, dual_config)), from "
-                "dual_rollout.training.async_policy_check"
-            )
-        super().start()

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dual_rollout.config import CoordinatorConfig
-from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.connections import ServerConnections
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together
@@ -18,16 +17,18 @@ from dual_rollout.training.weight_sync import check_nccl_is_on
 _LIKELY_REASONS = (
     "TRL's transfer did not arrive, or not whole; another program gives the server weights (give each trainer its own "
     "server); it is quantised or computes otherwise, which makes every weight π_θ/q* wrong by that much (if that is "
-    "wanted, set the bound of AsyncPolicyCheck)"
+    "wanted, set policy_check_bound)"
 )
 
 
 class AsyncPolicyCheck(TrainerCallback):
     """Stops an `AsyncGRPOTrainer` whose π_θ server does not serve the policy after a weight transfer.
 
-    `trainer.add_callback(AsyncPolicyCheck(trainer, config))`. After the transfer at the beginning and after each later
-    one it compares log π_θ of two fixed texts, the server's and the trainer's own, as the trainers of this project do
-    before every rollout. Logged as `sampling/policy_check` (nats per token) and `perf/policy_check_s`.
+    `DualAsyncGRPOTrainer` has it. Any other gets it by `trainer.add_callback(AsyncPolicyCheck(trainer, config))`.
+
+    After the transfer at the beginning and after each later one it compares log π_θ of two fixed texts, the server's
+    and the trainer's own, as the trainers of this project do before every rollout. Logged as `sampling/policy_check`
+    (nats per token) and `perf/policy_check_s`.
 
     Args:
         trainer: an `AsyncGRPOTrainer`. TRL's own callbacks, which send the weights, must stand before this one, so it
@@ -51,8 +52,6 @@ class AsyncPolicyCheck(TrainerCallback):
         self._trainer, self._bound, self._began = trainer, bound, False
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._servers = ServerConnections(config, self._tokenizer)
-        if isinstance(trainer.rollout_worker, DualRolloutWorker):
-            trainer.rollout_worker.policy_is_checked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compare after TRL's first transfer."""

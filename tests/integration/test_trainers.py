@@ -7,14 +7,9 @@ has shuffled, split and reused the rollout. The datasets have a `t_prompt` of th
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import multiprocessing
-import pickle
-import queue
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import RLOOConfig
-from trl.chat_template_utils import qwen3_template
 
 from dual_rollout import (
     CoordinatorConfig,
     DualGRPOTrainer,
     DualRLOOTrainer,
-    DualRollout,
-    GenerationOutput,
-    compute_q_star,
-    solve_kl_symmetry,
 )
-from dual_rollout.training.async_grpo import DualRolloutLoop, DualRolloutWorker
 from dual_rollout.training.weight_sync import TrlWeightSync
-from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 from tests.integration.test_gradient import LIMIT, bigram_model, completions, reward, reward_of, tokenizer, transitions
 from tests.integration.test_gradient import urls as chain_urls  # noqa: F401 (a fixture)
@@ -481,98 +468,3 @@ def test_completions_end_where_the_trainer_says(
         assert any(set(tokens[:-1]) & set(EVERY_THIRD) for tokens in drawn)
     clipped = sum(tokens[-1] not in ends for tokens in drawn) / len(drawn)
     assert trainer.state.log_history[0]["completions/clipped_ratio"] == pytest.approx(clipped)
-
-
-def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair) -> None:
-    """TRL's own loop with our turns, here in a thread: `old_log_probs`, which its loss divides by, are those of q*.
-
-    With the whole vocabulary listed, q* of every position is known from the two models alone. π_t sees the `t_prompt`
-    of the row, and in every fourth row no target takes part.
-    """
-    dataset = [{**row, "t_target": "none" if row["number"] % 4 == 3 else None} for row in rows()]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
-    tokenizer.response_template = qwen3_template  # ChatML, as the tiny models' template
-    config = CoordinatorConfig(
-        theta_url=tiny_pair.theta_url, t_url=tiny_pair.t_url, top_k=len(tokenizer), seed=5, decoding="lockstep"
-    )
-    with DualRollout(config, tokenizer) as rollout:
-        rollout.reload_policy_weights(str(tiny_pair.theta_model))
-    context = multiprocessing.get_context("spawn")
-    samples: queue.Queue[Any] = queue.Queue()
-    loop = DualRolloutLoop(
-        dual_config=config,
-        model_name="policy",
-        dataset=Dataset.from_list(dataset),
-        reward_funcs=[count_of_the],
-        processing_class=tokenizer,
-        eos_token_ids=[tokenizer.eos_token_id, *EVERY_THIRD],
-        rollout_buffer=samples,
-        model_version_value=context.Value("i", 3),
-        heartbeat_value=context.Value("d", 0.0),
-        failed_event=context.Event(),
-        exception_info_queue=queue.Queue(),
-        metrics_queue=queue.Queue(),
-        num_generations=2,
-        max_inflight_tasks=4,
-        max_tokens=5,
-    )
-    outputs, ask = list[GenerationOutput](), loop._coordinator.generate_batch
-
-    async def recorded(*args: Any, **options: Any) -> list[GenerationOutput]:
-        found = await ask(*args, **options)
-        outputs.extend(found)
-        return found
-
-    loop._coordinator.generate_batch = recorded  # type: ignore[method-assign]
-    PartialState(cpu=True)  # for its logger, as in TRL's child process
-    thread = threading.Thread(target=loop.run, daemon=True)
-    thread.start()
-    try:
-        drawn = [samples.get(timeout=HANG) for _ in range(8)]
-    finally:
-        loop._loop.call_soon_threadsafe(loop._stop_event.set)
-        thread.join(timeout=HANG)
-    assert not thread.is_alive()
-    theta, t = (AutoModelForCausalLM.from_pretrained(m) for m in (tiny_pair.theta_model, tiny_pair.t_model))
-    options = {"add_generation_prompt": True, "return_dict": False}
-    by_prompt = {tuple(tokenizer.apply_chat_template(row["prompt"], **options)): row for row in dataset}
-    seen = set()
-    for sample in drawn:
-        real = sample.completion_mask.astype(bool)
-        row, completion = by_prompt[tuple(sample.input_ids[~real].tolist())], sample.input_ids[real].tolist()
-        seen.add(row["t_target"])
-
-        def distributions(model: Any, prompt: list[int], completion: list[int] = completion) -> np.ndarray:
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            return logits.double().softmax(-1).numpy()
-
-        probs_theta = distributions(theta, sample.input_ids[~real].tolist())
-        probs_t = distributions(t, tokenizer.apply_chat_template(row["t_prompt"], **options))
-        q = compute_q_star(probs_theta, probs_t, solve_kl_symmetry(probs_theta, probs_t))
-        q = probs_theta if row["t_target"] == "none" else q
-        expected = np.log(q[np.arange(real.sum()), sample.input_ids[real]])
-        np.testing.assert_allclose(sample.old_log_probs[real], expected, atol=2e-3)
-        assert sample.model_version == 3
-        assert not set(EVERY_THIRD) & set(completion[:-1]), "it goes on after an end that TRL knows"
-        assert completion[-1] in (tokenizer.eos_token_id, *EVERY_THIRD) or len(completion) == 5
-    assert seen == {None, "none"}
-    same_prompt = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.group_id == b.group_id]
-    assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in same_prompt), "turns have their own streams"
-    metrics = [dict(loop._rates)]
-    with contextlib.suppress(queue.Empty):
-        while True:
-            metrics.append(loop._metrics_queue.get_nowait())
-    for name, column in (("alpha", "alpha_history"), ("importance_sampling_ratio", "importance_weights")):
-        sums = np.sum([pushed.get(f"sampling/{name}/mean", (0.0, 0.0)) for pushed in metrics], axis=0)
-        values = np.concatenate([getattr(output, column) for output in outputs])
-        np.testing.assert_allclose(sums, (values.sum(), len(values)))
-
-
-def test_the_asynchronous_worker_refuses_what_q_star_cannot_honour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl.experimental.async_grpo.async_rollout_worker.is_vllm_available", lambda: True)
-    worker = DualRolloutWorker(dual_config=CoordinatorConfig(), top_p=1.0, top_k=0, reward_funcs=[count_of_the])
-    pickle.dumps((worker._loop_cls, worker._loop_kwargs))  # they go to a process of its own
-    for options, named in (({"top_p": 0.9}, "top_p"), ({"lora_name": "trl-policy"}, "lora_name")):
-        with pytest.raises(ValueError, match=named):
-            DualRolloutWorker(dual_config=CoordinatorConfig(), **options)
