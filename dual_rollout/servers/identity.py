@@ -30,14 +30,14 @@ _TEXTS = 8
 class ServerIdentity:
     """Notices that another process answers at a server's address, and whether that one serves the same model.
 
-    The process is known by its time of birth. That is remembered before the first request, and asked for again when
-    a connection was opened, a request was interrupted or answered with a 5xx (as a proxy does while it exchanges what
-    is behind it), or nothing was answered for a second. A process that was given weights must stay the same. Any other
-    may be started again: then it must serve the model that was there at first, by folder and by what it says after a
-    few texts. A server that does not tell its birth is known by the texts alone.
+    The process is known by the time at which it was started. That is remembered before the first request, and asked for
+    again when a connection was opened, a request was interrupted or answered with a 5xx (as a proxy does while it
+    exchanges what is behind it), or nothing was answered for a second. A process that was given weights must stay the
+    same. Any other may be started again: then it must serve the model that was there at first, by folder and by what it
+    says after a few texts. A server that does not tell its start is known by the texts alone.
 
     Args:
-        birth: when the server's process was started, seconds; None where it does not tell.
+        started: when the server's process was, seconds; None where it does not tell.
         describe_again: ask which model is served. Raises `EngineReplacedError` if it is another.
         next_tokens: the likeliest tokens after each of the texts; always the same number of them.
     """
@@ -46,17 +46,17 @@ class ServerIdentity:
         self,
         http: HttpTransport,
         *,
-        birth: Callable[[], Awaitable[float | None]],
+        started: Callable[[], Awaitable[float | None]],
         describe_again: Callable[[], Awaitable[None]],
         next_tokens: Callable[[Sequence[TokenIds]], Awaitable[NextTokens]],
     ):
         self._http = http
-        self._birth = birth
+        self._started = started
         self._describe_again = describe_again
         self._next_tokens = next_tokens
-        self._born: float | None = None  # the process that took weights; None before it took any
+        self._given_to: float | None = None  # the process that took weights; None before it took any
         self._process: float | None = None  # that answered last
-        self._same: set[float] = set()  # births of processes that serve the model that was there at first
+        self._same: set[float] = set()  # starts of processes that serve the model that was there at first
         self._texts: list[list[int]] = []
         self._expected: NextTokens | None = None  # after the texts
         self._has_weights = False  # that were given to it
@@ -67,9 +67,9 @@ class ServerIdentity:
         self._checking = asyncio.Lock()
 
     @property
-    def born(self) -> float | None:
-        """When the server process that took the weights was started; None where it does not say, or took none."""
-        return self._born
+    def given_to(self) -> float | None:
+        """When the process that was given weights was started; None where it does not say, or was given none."""
+        return self._given_to
 
     async def before_request(self) -> None:
         """Raise if the server was replaced while nothing was asked of it."""
@@ -88,9 +88,9 @@ class ServerIdentity:
             EngineRestartedError: the server has lost the weights that it was given.
             EngineReplacedError: it serves another model than at first.
         """
-        started = self._checks
+        checks = self._checks
         async with self._checking:
-            if self._checks > started and not self._lost:
+            if self._checks > checks and not self._lost:
                 return  # somebody else's check began after this call, and is over
             self._checks += 1
             seen, began, self._lost = self._http.discontinuities, self._began, True
@@ -98,26 +98,26 @@ class ServerIdentity:
             self._began, self._lost, self._seen = True, False, seen
 
     async def _begin(self) -> None:
-        born = await self._birth()
-        if self._born is not None and born != self._born:
+        started = await self._started()
+        if self._given_to is not None and started != self._given_to:
             raise self._restarted()
-        if born is not None:
-            self._same.add(born)
-            self._process = born
+        if started is not None:
+            self._same.add(started)
+            self._process = started
         elif self._texts:
             self._expected = await self._next_tokens(self._texts)
 
     async def _check(self) -> None:
-        born = await self._birth()
-        if self._born is not None:
-            if born != self._born:
+        started = await self._started()
+        if self._given_to is not None:
+            if started != self._given_to:
                 raise self._restarted()
             return
-        if born is not None and born == self._process:
+        if started is not None and started == self._process:
             return
         try:
             await self._describe_again()
-            if self._expected is not None and born not in self._same:
+            if self._expected is not None and started not in self._same:
                 distance = _distance(self._expected, await self._next_tokens(self._texts))
                 if distance > _SAME_MODEL:
                     raise EngineReplacedError(
@@ -128,11 +128,11 @@ class ServerIdentity:
                     )
         except EngineReplacedError as error:
             raise self._restarted() if self._has_weights else error from None
-        if born is not None:
-            if born not in self._same:
+        if started is not None:
+            if started not in self._same:
                 logger.warning("%s was restarted, with the same model", self._http.url)
-            self._same.add(born)
-            self._process = born
+            self._same.add(started)
+            self._process = started
 
     def _restarted(self) -> EngineRestartedError:
         return EngineRestartedError("was restarted, and has lost the weights it was given", url=self._http.url)
@@ -147,21 +147,25 @@ class ServerIdentity:
     async def took_weights(self, take: Callable[[], Awaitable[None]]) -> None:
         """Give the server weights, and from then on notice when it is restarted, and so has lost them."""
         async with self._checking:
-            self._born, self._expected, self._same = None, None, set()  # whatever comes of it, the old ones are gone
-            before = await self._birth()
+            self._given_to, self._expected, self._same = (
+                None,
+                None,
+                set(),
+            )  # whatever comes of it, the old ones are gone
+            before = await self._started()
             await take()
             seen = self._http.discontinuities
-            born = await self._birth()
-            if born != before:
+            started = await self._started()
+            if started != before:
                 raise EngineRestartedError("was restarted while it took new weights", url=self._http.url)
-            if born is None and not self._texts:
+            if started is None and not self._texts:
                 logger.warning("%s does not tell when it was started: a restart would go unnoticed", self._http.url)
-            self._born, self._seen, self._has_weights, self._lost = born, seen, True, False
-            self._began = born is not None  # else what it says is remembered at the first request
+            self._given_to, self._seen, self._has_weights, self._lost = started, seen, True, False
+            self._began = started is not None  # else what it says is remembered at the first request
 
-    def adopt(self, born: float | None) -> None:
-        """Notice a restart as if the weights that the process of that birth took had been given from here."""
-        self._born, self._expected, self._same = born, None, set()
+    def adopt(self, given_to: float | None) -> None:
+        """Notice a restart as if the process that was started at `given_to` had got the weights from here."""
+        self._given_to, self._expected, self._same = given_to, None, set()
         self._has_weights, self._lost = True, False
         self._began = False  # it may have been restarted since
 

@@ -37,7 +37,7 @@ class ModelWeights:
         self._lora = name
 
     def weights_given(self) -> float | None:
-        return self._identity.born
+        return self._identity.given_to
 
     def adopt_weights(self, given: float | None) -> None:
         self._identity.adopt(given)

@@ -213,9 +213,9 @@ class Replicas:
     def adopt_weights(self, given: tuple[int, list[tuple[bool, Any]]]) -> None:
         """A replica that did not take them stays out until the next ones: the folder is the other process's."""
         self._pool.version, taken = given
-        for replica, (took, birth) in zip(self._pool.replicas, taken, strict=True):
+        for replica, (took, weights) in zip(self._pool.replicas, taken, strict=True):
             replica.version = self._pool.version if took else -1
-            replica.engine.adopt_weights(birth)
+            replica.engine.adopt_weights(weights)
             if not took:
                 error = EngineUnavailableError("did not take the newest weights", url=replica.engine.url)
                 self._pool.take_out(replica, error)

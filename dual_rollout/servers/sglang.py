@@ -52,7 +52,7 @@ class SGLangEngine(SGLangModelWeights):
 
     def __init__(self, transport: HttpTransport, model: str | None = None):
         identity = ServerIdentity(
-            transport, birth=_not_told, describe_again=self._describe_again, next_tokens=self._next_tokens
+            transport, started=_not_told, describe_again=self._describe_again, next_tokens=self._next_tokens
         )
         super().__init__(transport, identity)
         self._parser = SGLangParser(transport.url)

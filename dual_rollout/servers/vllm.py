@@ -24,16 +24,18 @@ from dual_rollout.exceptions import EngineProtocolError, EngineRejectedError, En
 from dual_rollout.functional.top_k import TopK, at_temperature, joined
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, listed
-from dual_rollout.servers.named_rows import requests_for, values_of
 from dual_rollout.servers.parsing import MALFORMED
-from dual_rollout.servers.probe import Probe, summary, warn_of_refusals
-from dual_rollout.servers.requests import BirthInMetrics, CheckedRequests
-from dual_rollout.servers.sessions import SessionLists
+from dual_rollout.servers.probe import warn_of_refusals
 from dual_rollout.servers.shared_lock import SharedLock
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
+from dual_rollout.servers.vllm_checked_requests import CheckedRequests
 from dual_rollout.servers.vllm_model_weights import VLLMModelWeights
 from dual_rollout.servers.vllm_models import served_model
+from dual_rollout.servers.vllm_named_rows import requests_for, values_of
+from dual_rollout.servers.vllm_probe import Probe, summary
 from dual_rollout.servers.vllm_requests import VLLMRequests, on_wire
+from dual_rollout.servers.vllm_sessions import SessionLists
+from dual_rollout.servers.vllm_start_time import StartTimeInMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class VLLMEngine(VLLMModelWeights):
     def __init__(self, transport: HttpTransport, model: str | None = None):
         identity = ServerIdentity(
             transport,
-            birth=BirthInMetrics(transport),
+            started=StartTimeInMetrics(transport),
             describe_again=self._describe_again,
             next_tokens=self._next_tokens,
         )

@@ -11,10 +11,10 @@ import numpy as np
 from dual_rollout.engine import TokenIds
 from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import longest_answer
-from dual_rollout.servers.named_rows import NamesSent, width
-from dual_rollout.servers.npy import decoded_floats
-from dual_rollout.servers.requests import CheckedRequests
 from dual_rollout.servers.vllm_answers import CompletionParser
+from dual_rollout.servers.vllm_checked_requests import CheckedRequests
+from dual_rollout.servers.vllm_named_rows import NamesSent, width
+from dual_rollout.servers.vllm_npy import decoded_floats
 
 T = TypeVar("T")
 

@@ -259,7 +259,7 @@ def test_a_replica_restarted_under_another_name_serves_its_half(tiny_pair: TinyP
     ("client", "make"),
     [(VLLMEngine, MarkovServer), (SGLangEngine, lambda chain: SGLangStub(lambda text: chain[text[-1]]))],
 )
-def test_a_server_that_does_not_tell_its_birth_is_known_by_what_it_says(client: Any, make: Any):
+def test_a_server_that_does_not_tell_its_start_is_known_by_what_it_says(client: Any, make: Any):
     chain, other = (random_chain(np.random.default_rng(seed), 10) for seed in (1, 2))
 
     async def run() -> None:

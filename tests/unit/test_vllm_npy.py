@@ -12,8 +12,8 @@ import pytest
 
 from dual_rollout.exceptions import EngineProtocolError
 from dual_rollout.servers import HttpTransport, VLLMEngine
-from dual_rollout.servers.named_rows import requests_for, values_of, width
-from dual_rollout.servers.npy import decoded_floats
+from dual_rollout.servers.vllm_named_rows import requests_for, values_of, width
+from dual_rollout.servers.vllm_npy import decoded_floats
 
 
 def encoded(save: Any, *arrays: Any, **options: Any) -> str:

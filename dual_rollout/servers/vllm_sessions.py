@@ -15,7 +15,7 @@ from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import longest_answer
 from dual_rollout.servers.parsing import AnswerParser
-from dual_rollout.servers.requests import CheckedRequests
+from dual_rollout.servers.vllm_checked_requests import CheckedRequests
 from dual_rollout.sessions.wire import PATH, UNKNOWN_SESSION, decoded
 
 _RUN = secrets.token_hex(6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -96,33 +95,3 @@ class CheckedRequests:
 
     def _useless(self, what: str) -> EngineProtocolError:
         return EngineProtocolError(f"gave {what}", url=self._http.url)
-
-
-class BirthInMetrics:
-    """When a server was started, as its /metrics tell (vLLM with one API server process, and the embedded one)."""
-
-    def __init__(self, http: HttpTransport):
-        self._http = http
-        self._tells = False
-
-    async def __call__(self) -> float | None:
-        """None from one that never told.
-
-        Raises:
-            EngineProtocolError: it does not tell any more.
-        """
-
-        async def ask() -> float | None:
-            try:
-                metrics = await self._http.get_text("/metrics")
-            except EngineRejectedError:
-                metrics = ""
-            if found := re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE):
-                self._tells = True
-                return read_as(float, found[1], self._http.url)
-            if self._tells:
-                what = "gave no process_start_time_seconds in /metrics, as it did before"
-                raise EngineProtocolError(what, url=self._http.url)
-            return None
-
-        return await self._http.retries.query(ask)
