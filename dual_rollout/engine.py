@@ -247,8 +247,10 @@ class ScoringEngine(Protocol):
         """
         ...
 
-    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
-        """One next token drawn from the model, where `excluded` tokens are made as unlikely as the server can.
+    async def draw_excluding(
+        self, prompts: Sequence[TokenIds], excluded: Sequence[TokenIds], temperature: float, seeds: Sequence[int]
+    ) -> list[int]:
+        """One next token after each prompt, drawn from the model where its `excluded` are as unlikely as can be made.
 
         They come the likeliest first, for servers that take only so many. The caller rejects an excluded token and
         draws again with another seed; so the draw stays exact even where a server ignores the exclusion.

@@ -95,12 +95,12 @@ class TemperatureCheck:
 async def _draw_at(engine: Engine, temperature: float, contexts: Sequence[TokenIds], flag: str) -> None:
     for context in contexts[:_TRIED_PROMPTS]:
         try:
-            await engine.draw_excluding(context[:_TRIED_TOKENS], [], temperature, 0)
+            await engine.draw_excluding([context[:_TRIED_TOKENS]], [[]], temperature, [0])
             return
         except EngineRejectedError as error:
             refusal = error
         try:
-            await engine.draw_excluding(context[:_TRIED_TOKENS], [], 1.0, 0)
+            await engine.draw_excluding([context[:_TRIED_TOKENS]], [[]], 1.0, [0])
         except EngineRejectedError:
             continue  # the prompt is to blame
         raise PreflightError(f"the server at {flag} refuses temperature {temperature:g}: {refusal}") from refusal

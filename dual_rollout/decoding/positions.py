@@ -5,7 +5,6 @@ What every mode that samples from q* does with a position once both lists are th
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from dual_rollout.decoding.call import DecodingCall, both
 from dual_rollout.decoding.sequence import DecodingSequence
-from dual_rollout.decoding.tail import TailToken, draw_tail_token
+from dual_rollout.decoding.tail import TailToken, draw_tail_tokens
 from dual_rollout.functional.candidates import Candidates, merge_lists
 from dual_rollout.functional.diagnostics import log_diagnostics
 from dual_rollout.functional.distribution import NextTokenDistribution, next_token_distribution
@@ -94,8 +93,8 @@ async def append_draws(call: DecodingCall, draws: Draws, positions: Positions) -
     _append(call, draws, positions, [i for i in range(len(draws.rows)) if i not in waiting], outside)
 
     waiting = [i for i in waiting if not draws.sequences[i].done]
-    drawn = await asyncio.gather(
-        *(draw_tail_token(call, draws.sequences[i], candidates, int(draws.rows[i])) for i in waiting)
+    drawn = await draw_tail_tokens(
+        call, [draws.sequences[i] for i in waiting], candidates, [int(draws.rows[i]) for i in waiting]
     )
     outside = {i: token for i, token in zip(waiting, drawn, strict=True) if token is not None}
     _append(call, draws, positions, list(outside), outside)

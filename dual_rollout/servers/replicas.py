@@ -121,11 +121,17 @@ class Replicas:
         ((_, answer),) = await self._pool.ask([token_ids], lambda engine, _: engine.score(token_ids, start))
         return answer
 
-    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
-        ((_, token),) = await self._pool.ask(
-            [prompt], lambda engine, _: engine.draw_excluding(prompt, excluded, temperature, seed)
+    async def draw_excluding(
+        self, prompts: Sequence[TokenIds], excluded: Sequence[TokenIds], temperature: float, seeds: Sequence[int]
+    ) -> list[int]:
+        parts = await self._pool.ask(
+            prompts,
+            lambda engine, rows: engine.draw_excluding(
+                [prompts[i] for i in rows], [excluded[i] for i in rows], temperature, [seeds[i] for i in rows]
+            ),
         )
-        return token
+        tokens = {i: token for rows, part in parts for i, token in zip(rows, part, strict=True)}
+        return [tokens[i] for i in range(len(prompts))]
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         ((_, text),) = await self._pool.ask([token_ids], lambda engine, _: engine.detokenize(token_ids))

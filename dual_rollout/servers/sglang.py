@@ -210,11 +210,17 @@ class SGLangEngine(SGLangModelWeights):
             lambda: self._generate([token_ids], sampling(), read, logprob_start_len=start - 1, top_logprobs_num=1)
         )
 
-    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+    async def draw_excluding(
+        self, prompts: Sequence[TokenIds], excluded: Sequence[TokenIds], temperature: float, seeds: Sequence[int]
+    ) -> list[int]:
         await self.describe()
-        bias = {str(token): -100.0 for token in excluded}
-        options = sampling(temperature=temperature, logit_bias=bias, **self._seed(seed))
-        return await self._generate([prompt], options, lambda metas: int(self._parser.sampled(metas[0], 1)[0][0]))
+
+        def draw(prompt: TokenIds, ids: TokenIds, seed: int) -> Awaitable[int]:
+            bias = {str(token): -100.0 for token in ids}
+            options = sampling(temperature=temperature, logit_bias=bias, **self._seed(seed))
+            return self._generate([prompt], options, lambda metas: int(self._parser.sampled(metas[0], 1)[0][0]))
+
+        return await asyncio.gather(*map(draw, prompts, excluded, seeds))
 
     async def detokenize(self, token_ids: TokenIds) -> str:
         answer = await self._http.post("/detokenize", {"tokens": list(token_ids), "skip_special_tokens": False})

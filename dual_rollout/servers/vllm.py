@@ -27,14 +27,14 @@ from dual_rollout.servers.identity import KNOWN_BY, NextTokens, ServerIdentity, 
 from dual_rollout.servers.parsing import MALFORMED
 from dual_rollout.servers.probe import warn_of_refusals
 from dual_rollout.servers.shared_lock import SharedLock
-from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
+from dual_rollout.servers.vllm_answers import CompletionParser
 from dual_rollout.servers.vllm_checked_requests import CheckedRequests
 from dual_rollout.servers.vllm_model_weights import VLLMModelWeights
 from dual_rollout.servers.vllm_models import served_model
 from dual_rollout.servers.vllm_named_rows import requests_for, values_of
 from dual_rollout.servers.vllm_probe import Probe, summary
 from dual_rollout.servers.vllm_requests import VLLMRequests, on_wire
-from dual_rollout.servers.vllm_sessions import SessionLists
+from dual_rollout.servers.vllm_sessions import SessionRequests
 from dual_rollout.servers.vllm_start_time import StartTimeInMetrics
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class VLLMEngine(VLLMModelWeights):
         self._requests = VLLMRequests(
             self._checked, self._parser, described=self.describe, model=self._asked_for, models=self._answering
         )
-        self._sessions = SessionLists(self._checked, self._parser, model=self._asked_for, models=self._answering)
+        self._sessions = SessionRequests(self._checked, self._parser, model=self._asked_for, models=self._answering)
         self._wanted = model
         self._names: set[str] = set()
         self._info: EngineInfo | None = None
@@ -202,9 +202,12 @@ class VLLMEngine(VLLMModelWeights):
                 url=self.url,
                 status=400,
             )
-        # A server applies one list of names to a whole request, hence one request per prompt. In some vLLM versions
-        # such a request garbles the lists of ordinary ones that share its step, hence the gate.
+        # vLLM applies one list of names to a whole completion, hence one request per prompt without sessions. In some
+        # versions such a request garbles the lists of ordinary ones that share its step, hence the gate.
         async with self._gate.alone():
+            named = await self._by_sessions(lambda: self._sessions.named(prompts, token_ids, on_wire(temperature)))
+            if named is not None:
+                return named
             return await asyncio.gather(
                 *(self._named(prompt, ids, temperature) for prompt, ids in zip(prompts, token_ids, strict=True))
             )
@@ -239,16 +242,19 @@ class VLLMEngine(VLLMModelWeights):
             lambda: self._requests.complete([token_ids], read, temperature=0.0, prompt_logprobs=1)
         )
 
-    async def draw_excluding(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+    async def draw_excluding(
+        self, prompts: Sequence[TokenIds], excluded: Sequence[TokenIds], temperature: float, seeds: Sequence[int]
+    ) -> list[int]:
         self._check_draws_at(temperature)
-        bias = {str(token): -100.0 for token in excluded[:_MAX_BIASED_TOKENS]}
-
-        def read(choices: list[dict[str, Any]]) -> int:
-            keys, _ = self._parser.sampled(choices[0], 1)
-            return int(self._parser.ids(token_ids_of(keys))[0])
-
-        return await self._requests.complete(
-            [prompt], read, logprobs=0, temperature=temperature, logit_bias=bias, seed=seed
+        excluded = [ids[:_MAX_BIASED_TOKENS] for ids in excluded]
+        tokens = await self._by_sessions(lambda: self._sessions.draw(prompts, excluded, temperature, seeds))
+        if tokens is not None:
+            return tokens
+        return await asyncio.gather(
+            *(
+                self._requests.draw(prompt, ids, temperature, seed)
+                for prompt, ids, seed in zip(prompts, excluded, seeds, strict=True)
+            )
         )
 
     async def detokenize(self, token_ids: TokenIds) -> str:
@@ -274,14 +280,9 @@ class VLLMEngine(VLLMModelWeights):
 
     async def _lists(self, prompts: Sequence[TokenIds], k: int, temperature: float) -> TopK:
         async with self._gate.shared():
-            if self._capabilities is not None and self._capabilities.sessions:
-                try:
-                    return await self._sessions.lists(prompts, k, on_wire(temperature))
-                except EngineRejectedError as error:
-                    if error.status != 404:
-                        raise
-                    self._capabilities = replace(self._capabilities, sessions=False)
-                    logger.warning("%s has no sessions any more; whole texts are sent instead (%s)", self.url, error)
+            lists = await self._by_sessions(lambda: self._sessions.lists(prompts, k, on_wire(temperature)))
+            if lists is not None:
+                return lists
             parts = await asyncio.gather(
                 *(
                     self._requests.lists(prompts[i : i + _MAX_PROMPTS], k, temperature)
@@ -289,6 +290,19 @@ class VLLMEngine(VLLMModelWeights):
                 )
             )
         return joined(parts)
+
+    async def _by_sessions(self, ask: Callable[[], Awaitable[T]]) -> T | None:
+        """None from a server that has no sessions, or none any more."""
+        if self._capabilities is None or not self._capabilities.sessions:
+            return None
+        try:
+            return await ask()
+        except EngineRejectedError as error:
+            if error.status != 404:
+                raise
+            self._capabilities = replace(self._capabilities, sessions=False)
+            logger.warning("%s has no sessions any more; whole texts are sent instead (%s)", self.url, error)
+            return None
 
     async def _score_named_rows(self, text: TokenIds, start: int, token_ids: Sequence[TokenIds]) -> list[np.ndarray]:
         """Log-probabilities of the named tokens at each position of a text from `start` on, one list of names each."""

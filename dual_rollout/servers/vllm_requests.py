@@ -11,7 +11,7 @@ import numpy as np
 from dual_rollout.engine import TokenIds
 from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import longest_answer
-from dual_rollout.servers.vllm_answers import CompletionParser
+from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
 from dual_rollout.servers.vllm_checked_requests import CheckedRequests
 from dual_rollout.servers.vllm_named_rows import NamesSent, width
 from dual_rollout.servers.vllm_npy import decoded_floats
@@ -142,6 +142,16 @@ class VLLMRequests:
                 )
             )
         return self._parser.named(np.concatenate(parts))
+
+    async def draw(self, prompt: TokenIds, excluded: TokenIds, temperature: float, seed: int) -> int:
+        """A token drawn after a prompt, where the excluded are as unlikely as vLLM can make them."""
+
+        def read(choices: list[dict[str, Any]]) -> int:
+            keys, _ = self._parser.sampled(choices[0], 1)
+            return int(self._parser.ids(token_ids_of(keys))[0])
+
+        bias = {str(token): -100.0 for token in excluded}
+        return await self.complete([prompt], read, logprobs=0, temperature=temperature, logit_bias=bias, seed=seed)
 
     async def named_rows(self, text: TokenIds, count: int, names: NamesSent) -> np.ndarray:
         """`(count, width)` log-probabilities of named tokens at the last `count` tokens of a text."""

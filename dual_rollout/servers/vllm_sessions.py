@@ -1,4 +1,4 @@
-"""Lists from a vLLM server that keeps texts (`dual_rollout.sessions`): each further token is sent alone."""
+"""What is asked of a vLLM server that keeps texts (`dual_rollout.sessions`): each further token is sent alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dual_rollout.functional.top_k import TopK
 from dual_rollout.servers.http import longest_answer
 from dual_rollout.servers.parsing import AnswerParser
 from dual_rollout.servers.vllm_checked_requests import CheckedRequests
-from dual_rollout.sessions.wire import PATH, UNKNOWN_SESSION, decoded
+from dual_rollout.sessions.wire import DRAW_PATH, PATH, UNKNOWN_SESSION, decoded, decoded_draws
 
 _RUN = secrets.token_hex(6)
 _numbers = itertools.count()
@@ -43,8 +43,8 @@ class _Known:
         return self.tokens if length > self.tokens else self.before
 
 
-class SessionLists:
-    """Asks one server for lists.
+class SessionRequests:
+    """Requests to one server's routes for sessions.
 
     Args:
         model, models: see `CheckedRequests.ask`.
@@ -81,6 +81,46 @@ class SessionLists:
             if mine is not None:
                 mine.before, mine.tokens = (mine.at(len(text)), len(text)) if there else (0, 0)
         return lists
+
+    async def draw(
+        self, texts: Sequence[TokenIds], excluded: Sequence[TokenIds], temperature: float, seeds: Sequence[int]
+    ) -> list[int]:
+        """A token after each text, as `ScoringEngine.draw_excluding`."""
+        tokens, _ = await self._drawn(texts, seeds, excluded, [[]] * len(texts), temperature)
+        return tokens
+
+    async def named(self, texts: Sequence[TokenIds], names: Sequence[TokenIds], temperature: float) -> list[np.ndarray]:
+        """Log-probabilities of named tokens after each text; `temperature` as in `lists`."""
+        wanted = [i for i, ids in enumerate(names) if ids]
+        found = [np.empty(0)] * len(texts)
+        if wanted:
+            nothing: list[Any] = [[]] * len(wanted)
+            asked = [texts[i] for i in wanted], [None] * len(wanted), nothing, [names[i] for i in wanted]
+            for i, values in zip(wanted, (await self._drawn(*asked, temperature))[1], strict=True):
+                found[i] = values
+        return found
+
+    async def _drawn(
+        self,
+        texts: Sequence[TokenIds],
+        seeds: Sequence[int | None],
+        excluded: Sequence[TokenIds],
+        names: Sequence[TokenIds],
+        temperature: float,
+    ) -> tuple[list[int], list[np.ndarray]]:
+        def read(answer: dict[str, Any]) -> tuple[list[int], list[np.ndarray]]:
+            tokens, values = decoded_draws(answer, list(map(len, names)))
+            return self._parser.ids(tokens).tolist(), [self._parser.named(part) for part in values]
+
+        return await self._requests.ask(
+            DRAW_PATH,
+            {"temperature": temperature, "draws": list(zip(texts, seeds, excluded, names, strict=True))},
+            read,
+            model=self._model,
+            models=self._models,
+            prompt_tokens=sum(map(len, texts)),
+            max_bytes=longest_answer(len(texts), len(texts) + sum(map(len, names))),
+        )
 
     def _known(self, text: TokenIds) -> _Known | None:
         """None for a text that is asked for once."""

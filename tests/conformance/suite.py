@@ -132,9 +132,8 @@ class EngineConformance:
         likely = np.argsort(-distribution(target.model, PROMPTS[0]))[:30].tolist()
 
         async def ask(engine: Engine) -> list[int]:
-            return await asyncio.gather(
-                *(engine.draw_excluding(PROMPTS[0], likely, 1.0, seed) for seed in [*range(20), *range(20)])
-            )
+            seeds = [*range(20), *range(20)]
+            return await engine.draw_excluding([PROMPTS[0]] * 40, [likely] * 40, 1.0, seeds)
 
         tokens = use(target, ask)
         assert not set(tokens) & set(likely)

@@ -179,7 +179,7 @@ def test_no_more_tokens_are_excluded_than_vllm_takes():
     async def run() -> tuple[int, dict[str, Any]]:
         async with MarkovServer(np.full((1100, 1100), 1 / 1100)).running() as server:
             transport = HttpTransport(server.url)
-            token = await VLLMEngine(transport).draw_excluding([1], list(range(1100)), 1.0, seed=0)
+            (token,) = await VLLMEngine(transport).draw_excluding([[1]], [list(range(1100))], 1.0, [0])
             await transport.aclose()
             return token, server.requests[-1]["logit_bias"]
 

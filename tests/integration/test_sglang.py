@@ -399,7 +399,7 @@ def test_draw_excluding_has_the_conditional_distribution():
     excluded, temperature = [0, 4, 7], 0.8
 
     async def use(engine: SGLangEngine) -> list[int]:
-        return [await engine.draw_excluding([3, 5], excluded, temperature, seed) for seed in range(600)]
+        return await engine.draw_excluding([[3, 5]] * 600, [excluded] * 600, temperature, range(600))
 
     drawn = with_engine(theta_stub(), use)
     distribution = tempered(THETA[5], temperature)
@@ -413,7 +413,7 @@ def test_seeds_are_sent_where_they_count(deterministic, caplog):
     stub = theta_stub(deterministic=deterministic)
 
     async def use(engine: SGLangEngine) -> list[list[int]]:
-        return [[await engine.draw_excluding([2], [0], 1.0, seed) for seed in range(20)] for _ in range(2)]
+        return [await engine.draw_excluding([[2]] * 20, [[0]] * 20, 1.0, range(20)) for _ in range(2)]
 
     first, second = with_engine(stub, use)
     assert (first == second) == deterministic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import pytest
 
 from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from tests.tiny_model import make_tiny_model, perturbed_copy
-from tests.vllm.servers import LORA_FLAGS, VllmServer, running
+from tests.vllm.servers import LORA_FLAGS, REPOSITORY, VllmServer, running
 
 SESSION_FLAGS = ("--middleware", MIDDLEWARE)
 TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
+FAULT_FLAGS = ("--middleware", "tests.vllm.carrier_faults.CarrierFaults")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,12 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     theta = make_tiny_model(folder / "theta", hidden_size=128, seed=0)
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
     pair = ServerPair(
-        theta=VllmServer(theta, flags=(*SESSION_FLAGS, *TOGETHER_FLAGS), log=folder / "theta.log"),
+        theta=VllmServer(
+            theta,
+            flags=(*SESSION_FLAGS, *TOGETHER_FLAGS, *FAULT_FLAGS),
+            environment={"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            log=folder / "theta.log",
+        ),
         t=VllmServer(t, log=folder / "t.log"),
     )
     with running(pair.theta, pair.t):

@@ -14,17 +14,21 @@ import aiohttp
 import numpy as np
 import pytest
 
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from dual_rollout.engine import GrowingText
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.servers.http import HttpTransport
 from dual_rollout.servers.vllm import VLLMEngine
-from dual_rollout.sessions.wire import PATH, SESSIONS_PATH
+from dual_rollout.sessions.wire import DRAW_PATH, PATH, SESSIONS_PATH
+from tests.chi_square import chi_square_p_value
 from tests.hang import HANG
+from tests.vllm.carrier_faults import FAULTS_PATH
 from tests.vllm.conftest import ServerPair
 
 PLACES = 12  # three quarters of --max-num-seqs 16
 VOCAB = 280
 K = 20
+EXCLUDED = list(range(0, VOCAB, 3))
 
 
 @contextlib.asynccontextmanager
@@ -230,6 +234,75 @@ def test_a_request_that_is_sent_again_gets_the_same_answer(url: str) -> None:
     asyncio.run(main())
 
 
+def test_rounds_whose_carrying_message_fails_are_asked_again_and_nothing_is_lost(vllm_pair: ServerPair) -> None:
+    config = CoordinatorConfig(
+        theta_url=vllm_pair.theta.url, t_url=vllm_pair.t.url, top_k=K, decoding="lockstep", seed=0, ignore_eos=True
+    )
+
+    async def main() -> None:
+        prompts = [list(text) for text in texts(6)]
+        async with DualVLLMCoordinator(config) as coordinator, client(vllm_pair.theta.url) as engine:
+            undisturbed = await coordinator.generate_batch(prompts, max_tokens=6)
+            assert await engine._http.get(FAULTS_PATH) == 0
+            for _ in range(2):
+                await engine._http.post(FAULTS_PATH)
+            outputs = await coordinator.generate_batch(prompts, max_tokens=6)
+            assert await engine._http.get(FAULTS_PATH) == 0, "the faults were not met"
+            assert coordinator.stats.theta.retries == 2
+            for output, expected in zip(outputs, undisturbed, strict=True):
+                assert output.error is None
+                assert output.generated_tokens == expected.generated_tokens
+                np.testing.assert_allclose(output.logprobs_theta, expected.logprobs_theta, atol=1e-4)
+            del outputs, undisturbed
+            gc.collect()
+
+            # A request that the engine refuses for all: none waits for a message that does not come, and none is kept.
+            await engine._http.post("/reset_prefix_cache")
+            these = await begun(engine, 3)
+            with pytest.raises(EngineRejectedError, match="temperature"):
+                await asyncio.wait_for(engine._sessions.lists(these, K, -1.0), HANG)
+            await assert_ends(engine, 0)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
+def test_draws_and_named_tokens_are_those_of_the_same_texts_sent_whole(url: str) -> None:
+    """The χ² test fails for a correct program with probability 1e-4."""
+    draws, seeds = 600, range(600)
+
+    async def main() -> None:
+        async with client(url) as engine:
+            these = await begun(engine, 3)
+            await engine.next_top_k(these, K)
+            kept, asked = await sessions(engine), engine._http.stats.requests
+            size = (await engine.probe([1])).vocab_size
+            assert size is not None
+            names = [[5, 7], [], list(range(size))]
+            named = await engine.named_logprobs(these, names)
+            tokens = await engine.draw_excluding(these[:1] * draws, [EXCLUDED] * draws, 1.0, seeds)
+            assert engine._http.stats.requests == asked + 2, "one message each"
+            whole = [
+                await engine._requests.named(list(text), ids, 1.0, known=True)
+                for text, ids in zip(these, names, strict=True)
+            ]
+            for mine, expected in zip(named, whole, strict=True):
+                np.testing.assert_allclose(mine, expected, atol=1e-4)
+
+            allowed = np.exp(await engine._requests.named(list(these[0]), list(range(size)), 1.0, known=True))
+            allowed[EXCLUDED] = 0.0
+            expected = draws * allowed / allowed.sum()
+            assert chi_square_p_value(np.bincount(tokens, minlength=size), expected) > 1e-4
+            again = [await engine._requests.draw(list(these[0]), EXCLUDED, 1.0, seed) for seed in seeds[:8]]
+            assert again == tokens[:8]
+
+            assert await sessions(engine) == kept
+            grow(these, 1)
+            await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
 def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
     async def main() -> None:
         async with client(url) as engine:
@@ -248,6 +321,23 @@ def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
+        {"model": "tiny", "temperature": 1.0, "draws": []},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[3], 0, []]]},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[], 0, [], []]]},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[3], 0.5, [], []]]},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[3], 0, [10**6], []]]},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[3], 0, [4], [5]]]},
+        {"model": "tiny", "temperature": 1.0, "draws": [[[3], None, [], "named"]]},
+        {"model": "tiny", "temperature": -1.0, "draws": [[[3], 0, [], []]]},
+    ],
+)
+def test_malformed_draws_are_refused(url: str, body: Any) -> None:
+    asyncio.run(assert_refused(url + DRAW_PATH, body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
         [],
         {},
         {"model": "tiny", "k": 5, "temperature": 0.0, "texts": []},
@@ -258,9 +348,10 @@ def test_a_bad_text_is_refused_and_the_others_go_on(url: str) -> None:
     ],
 )
 def test_malformed_requests_are_refused(url: str, body: Any) -> None:
-    async def main() -> None:
-        async with aiohttp.ClientSession() as http, http.post(url + PATH, json=body) as response:
-            assert response.status == 400, await response.text()
-            assert (await response.json())["error"]["message"]
+    asyncio.run(assert_refused(url + PATH, body))
 
-    asyncio.run(main())
+
+async def assert_refused(url: str, body: Any) -> None:
+    async with aiohttp.ClientSession() as http, http.post(url, json=body) as response:
+        assert response.status == 400, await response.text()
+        assert (await response.json())["error"]["message"]

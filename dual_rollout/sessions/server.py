@@ -1,0 +1,241 @@
+"""Which texts stay in vLLM's engine, and for how long.
+
+A session holds memory and one of the --max-num-seqs places, also while it waits. So there are only as many as leave
+room for other requests, the rest of the texts are ordinary requests of one token, and a session that nobody goes on
+with ends by itself. All of them end before anything is asked that may change the weights or the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dual_rollout.sessions.engine_requests import Carry, ListOf, Lists, Session, drawn_once, lists_once
+from dual_rollout.sessions.request import DrawRequest, Limits, ListRequest, Text
+from dual_rollout.sessions.wire import SCHEDULER, UNKNOWN_SESSION, encoded, encoded_draws
+from dual_rollout.vllm_routes import RefusedError, cache_tokens, served_names
+
+T = TypeVar("T")
+
+_IDLE_S = 10.0
+_SHARE_OF_PLACES, _SHARE_OF_CACHE = 0.75, 0.5
+_LONGEST_WAIT_S = 30.0  # for requests under way, before something that may change the model
+
+
+class UnknownSessionError(RefusedError):
+    """A text that is gone on with is not here, or not at that position."""
+
+    status = UNKNOWN_SESSION
+
+
+class SessionServer:
+    """Answers requests with the engine of an API server, whose `app.state` it is given.
+
+    Attributes:
+        paused: whether the engine is, so that new requests wait.
+    """
+
+    def __init__(self, state: Any):
+        self.paused = False
+        self._state = state
+        self._sessions: dict[str, Session] = {}
+        self._held = 0  # tokens of all sessions
+        self._changes = 0  # under way, of the model
+        self._unchanging = asyncio.Event()  # whether none is
+        self._unchanging.set()
+        self._at_work = 0
+        self._together = state.engine_client.vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+        self._reaper: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def limits(self) -> Limits:
+        model = self._state.engine_client.model_config
+        return Limits(model.get_vocab_size(), model.max_logprobs, model.max_model_len, *served_names(self._state))
+
+    def describe(self) -> dict[str, int]:
+        return {"sessions": len(self._sessions), "places": self._places() if self._keeps() else 0}
+
+    async def answer(self, request: ListRequest) -> dict[str, Any]:
+        """The lists after all texts, as the answer's JSON.
+
+        Raises:
+            UnknownSessionError: a session is not here; none has gone on.
+            ValueError, VLLMClientError: a text is refused; its session has ended, the others have gone on.
+            RuntimeError: the engine has aborted some.
+        """
+        await self._unchanging.wait()
+        for name in request.ended:
+            await self._end(name)
+        params = ListOf(request.k, float(request.temperature))
+        before = [self._answered(text, request.model, params) for text in request.texts]
+        asked = [text for text, lists in zip(request.texts, before, strict=True) if lists is None]
+        found = await self._lists(asked, request.model, params)
+        answers = iter([_raised(lists) for lists in found])
+        rows = [next(answers) if lists is None else lists for lists in before]
+        kept = [text.session in self._sessions for text in request.texts]
+        return {
+            "request_id": request.request_id,
+            "model": request.model,
+            "usage": {"prompt_tokens": sum(text.known + len(text.token_ids) for text in request.texts)},
+            "kept": kept,
+            **encoded(np.stack([row.token_ids for row in rows]), np.stack([row.logprobs for row in rows])),
+        }
+
+    async def draw(self, request: DrawRequest) -> dict[str, Any]:
+        """The tokens after all texts and the log-probabilities of named ones, as the answer's JSON. None is kept.
+
+        Raises:
+            ValueError, VLLMClientError: a text is refused.
+            RuntimeError: the engine has aborted some.
+        """
+        await self._unchanging.wait()
+        engine, lora = self._state.engine_client, self._adapter(request.model)
+        self._at_work += 1
+        try:
+            asked = (drawn_once(engine, draw, float(request.temperature), lora) for draw in request.draws)
+            found = [_raised(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)]
+        finally:
+            self._at_work -= 1
+        return {
+            "request_id": request.request_id,
+            "model": request.model,
+            "usage": {"prompt_tokens": sum(len(draw.token_ids) for draw in request.draws)},
+            **encoded_draws(*zip(*found, strict=True)),
+        }
+
+    @contextlib.asynccontextmanager
+    async def without_sessions(self) -> AsyncIterator[None]:
+        """No session is in the engine during the block, and none has what it computed before; requests wait."""
+        self._changes += 1
+        self._unchanging.clear()
+        try:
+            deadline = time.monotonic() + _LONGEST_WAIT_S
+            # What is at work in a paused engine has not begun, and does so afterwards.
+            while self._at_work and not self.paused and time.monotonic() < deadline:
+                await asyncio.sleep(0.001)
+            for name, session in list(self._sessions.items()):
+                if session.idle_since is None:
+                    session.ends = True
+                else:
+                    await self._end(name)
+            yield
+        finally:
+            self._changes -= 1
+            if not self._changes:
+                self._unchanging.set()
+
+    def _answered(self, text: Text, model: str, params: ListOf) -> Lists | None:
+        """The list after a text where it was given before; raises `UnknownSessionError` where it cannot be gone on."""
+        session = self._sessions.get(text.session) if text.session is not None else None
+        if session is not None and session.idle_since is None:
+            raise UnknownSessionError(f"session {text.session!r:.80} is at work")
+        if not text.known:
+            return None
+        if session is None or session.model != model:
+            raise UnknownSessionError(f"no session {text.session!r:.80} of {model!r:.80}: send the whole text")
+        lists = session.repeats(text, params)
+        if lists is None and session.length != text.known:
+            raise UnknownSessionError(f"session {text.session!r:.80} has {session.length} tokens, not {text.known}")
+        return lists
+
+    async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists | BaseException]:
+        """The lists after all texts, or why there is none. Up to the last line nothing else runs in between."""
+        engine = self._state.engine_client
+        going_on = [(text, self._sessions[str(text.session)]) for text in texts if text.known]
+        together = going_on if self._together else []
+        others = [(session.engine_id(engine), text.token_ids) for text, session in together[1:]]
+        carries = {id(text): Carry(by_another=True) for text, _ in together[1:]}
+        carries |= {id(text): Carry(others) for text, _ in together[:1]}
+        for _, session in going_on:
+            session.idle_since = None
+        self._at_work += len(texts)
+        tasks = {}
+        for text in texts:
+            task = asyncio.create_task(self._asked(text, model, params, carries.get(id(text), Carry())))
+            task.add_done_callback(functools.partial(self._left, text))
+            tasks[id(text)] = task
+        if others:
+            carrier, *carried = (tasks[id(text)] for text, _ in together)
+            carrier.add_done_callback(functools.partial(_give_up, carried))
+        return await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    def _left(self, text: Text, task: asyncio.Task[Lists]) -> None:
+        """A text is not at work any more. If it has no list, its session ends."""
+        self._at_work -= 1
+        if _failed(task) and text.session is not None and text.session in self._sessions:
+            self._ending = {ending for ending in self._ending if not ending.done()}
+            self._ending.add(asyncio.create_task(self._end(text.session)))
+
+    async def _asked(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
+        """The list after a text: of its session, which may begin here, or of a request of one token."""
+        engine, lora, name = self._state.engine_client, self._adapter(model), text.session
+        if name is not None and not text.known:
+            await self._end(name)  # it is begun again
+            if self._room_for(len(text.token_ids)):
+                self._sessions[name] = Session(model)
+                self._watch()
+        if name is None or (name not in self._sessions and not text.known):
+            return await lists_once(engine, text.token_ids, params, lora)
+        session = self._sessions[name]
+        self._held += len(text.token_ids)
+        lists = await session.go_on(engine, text.token_ids, params, lora, carry)
+        if session.ends or not self._room_for(0):
+            await self._end(name)
+        return lists
+
+    def _adapter(self, model: str) -> Any:
+        return self._state.openai_serving_models.lora_requests.get(model)
+
+    def _room_for(self, tokens: int) -> bool:
+        """Whether one session more, or a longer one, leaves room for other requests."""
+        places = self._places() - (tokens > 0)
+        fits = self._held + tokens <= cache_tokens(self._state.engine_client.vllm_config) * _SHARE_OF_CACHE
+        return not self._changes and self._keeps() and len(self._sessions) <= places and fits
+
+    def _keeps(self) -> bool:
+        """Of several API servers, the next request of a session may reach another one."""
+        return getattr(self._state.engine_client.vllm_config.parallel_config, "_api_process_count", 1) == 1
+
+    def _places(self) -> int:
+        return int(self._state.engine_client.vllm_config.scheduler_config.max_num_seqs * _SHARE_OF_PLACES)
+
+    async def _end(self, name: str) -> None:
+        if (session := self._sessions.pop(name, None)) is not None:
+            self._held -= session.length
+            await session.end()
+
+    def _watch(self) -> None:
+        """End sessions that nobody goes on with, as long as there are any."""
+        if self._reaper is None or self._reaper.done():
+            self._reaper = asyncio.create_task(self._reap())
+
+    async def _reap(self) -> None:
+        while self._sessions:
+            await asyncio.sleep(_IDLE_S / 4)
+            since = time.monotonic() - _IDLE_S
+            for name, session in list(self._sessions.items()):
+                if session.idle_since is not None and session.idle_since < since:
+                    await self._end(name)
+
+
+def _give_up(carried: Sequence[asyncio.Task[Any]], carrier: asyncio.Task[Any]) -> None:
+    """What a message carries that does not arrive would be waited for in vain."""
+    if _failed(carrier):
+        for task in carried:
+            task.cancel()
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _raised(answer: T | BaseException) -> T:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
