@@ -32,6 +32,7 @@ _CURVES = (
     "distillation_from_q",
     "answer_in_prompt",
 )
+_PARTS = ("rollout_s", "update_s", "seconds")
 _OVER_TIME = (
     ("groups_without_signal", "groups without signal"),
     ("alpha", "α"),
@@ -141,38 +142,55 @@ def rates_table(results: dict[str, list[Result]]) -> str:
     return "\n".join(rows)
 
 
-def timing_table(folder: Path) -> str:
-    """Median seconds of a step, without the first two, on a device that does nothing else."""
-    columns = ("rollout_s", "update_s", "seconds")
-    rows = ["| arm | rollout, s | update, s | step, s |", "|---|---|---|---|"]
+def step_times(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """By arm, the seconds of each step's parts without the first two steps, on a device that does nothing else."""
+    found = {}
     for arm in ARMS:
         if (path := folder / f"{arm}.jsonl").exists():
             steps = [line for line in read(path) if line["kind"] == "step"][2:]
-            # TRL's distillation trainer does not time its parts; imitation has no rollouts.
-            found = [[step[name] for step in steps if name in step] for name in columns]
-            cells = [f"{np.median(values):.2f}" if values else "–" for values in found]
-            rows.append(f"| `{arm}` | {' | '.join(cells)} |")
+            found[arm] = {name: [step[name] for step in steps if name in step] for name in _PARTS}
+    return found
+
+
+def timing_table(folder: Path) -> str:
+    """Medians of `step_times`."""
+    rows = ["| arm | rollout, s | update, s | step, s |", "|---|---|---|---|"]
+    for arm, parts in step_times(folder).items():
+        # TRL's distillation trainer does not time its parts.
+        cells = [f"{np.median(values):.2f}" if values else "–" for values in parts.values()]
+        rows.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def draw(results: dict[str, list[Result]], title: str, stem: Path) -> list[Path]:
-    """Success against sampled tokens, and the rollouts over the updates; mean and band over seeds."""
+def draw(results: dict[str, list[Result]], timing: Path, title: str, stem: Path) -> list[Path]:
+    """Success against sampled tokens, and against seconds where `timing` has them, and the rollouts over the updates.
+
+    Mean and band over seeds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for arm in _CURVES:
-        if arm in results:
-            tokens = np.mean([[line["tokens"] for line in run.evaluations] for run in results[arm]], axis=0)
-            _band(axes, tokens / 1000, [[line["sampled"] for line in run.evaluations] for run in results[arm]], arm)
-    axes.set(
+    seconds = {arm: np.median(parts["seconds"]) for arm, parts in step_times(timing).items()}
+    figure, panels = plt.subplots(
+        1, 1 + bool(seconds), figsize=(6.5 + 5.5 * bool(seconds), 4.5), layout="constrained", squeeze=False, sharey=True
+    )
+    for arm in (name for name in _CURVES if name in results):
+        success = [[line["sampled"] for line in run.evaluations] for run in results[arm]]
+        tokens = np.mean([[line["tokens"] for line in run.evaluations] for run in results[arm]], axis=0)
+        (line,) = _band(panels[0, 0], tokens / 1000, success, arm)
+        if arm in seconds:
+            updates = np.array([line["step"] for line in results[arm][0].evaluations])
+            _band(panels[0, 1], updates * seconds[arm], success, arm, color=line.get_color())
+    panels[0, 0].set(
         xlabel="tokens sampled, thousands", ylabel="held-out success of the policy alone", title=title, ylim=(0, None)
     )
-    axes.legend(fontsize=8)
-    success = stem.with_name(f"{stem.name}-success.png")
-    figure.savefig(success, dpi=120)
+    if seconds:
+        panels[0, 1].set(xlabel="seconds of training, both models' time, on a GPU that does nothing else")
+    panels[0, 0].legend(fontsize=8)
+    path = stem.with_name(f"{stem.name}-success.png")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
     figure, grid = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
@@ -186,16 +204,17 @@ def draw(results: dict[str, list[Result]], title: str, stem: Path) -> list[Path]
     rollouts = stem.with_name(f"{stem.name}-rollouts.png")
     figure.savefig(rollouts, dpi=100)
     plt.close(figure)
-    return [success, rollouts]
+    return [path, rollouts]
 
 
-def _band(axes: Any, x: np.ndarray, rows: Sequence[Sequence[float]], label: str) -> None:
+def _band(axes: Any, x: np.ndarray, rows: Sequence[Sequence[float]], label: str, **style: Any) -> list[Any]:
     values = np.asarray(rows, dtype=float)
     drawn = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
     with np.errstate(invalid="ignore"):
         low, high = np.nanquantile(values[drawn].mean(axis=1), [0.025, 0.975], axis=0)
-    (line,) = axes.plot(x, values.mean(axis=0), label=label, linewidth=1.3)
-    axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    lines = axes.plot(x, values.mean(axis=0), label=label, linewidth=1.3, **style)
+    axes.fill_between(x, low, high, alpha=0.15, color=lines[0].get_color(), linewidth=0)
+    return lines
 
 
 def _interval(values: Sequence[float], form: Callable[[float], str]) -> str:
@@ -237,7 +256,10 @@ def main() -> None:
             tables[f"{folder.name} first updates"] = first_updates_table(results)
             tables[f"{folder.name} tuning"] = rates_table(results_of(folder / "tuning"))
             for path in draw(
-                results, f"{folder.name}: mean and 95% band over seeds", options.docs.parent / f"evidence-{folder.name}"
+                results,
+                folder / "timing",
+                f"{folder.name}: mean and 95% band over seeds",
+                options.docs.parent / f"evidence-{folder.name}",
             ):
                 print(path)
     for name, table in tables.items():
