@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any, is_typeddict
 
 import dual_rollout
+from dual_rollout import exceptions
 from dual_rollout.config import field_hints
+from dual_rollout.prompts import target_prompt
+from dual_rollout.server.launch import EmbeddedServer
+from dual_rollout.text import load_tokenizer
 from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from dual_rollout.training.connections import ServerConnections
+from dual_rollout.training.contexts import with_t_prompts
+from dual_rollout.training.correction import corrected_weights
+from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout_mixin import RolloutTrainerMixin
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trainer import DualTrainerMixin
-from dual_rollout.types import CallOptions
+from dual_rollout.types import CallOptions, GenerationRequest, StreamChunk
 
 PAGE = Path(__file__).with_name("api.md")
 GROUPS = {
@@ -46,12 +53,20 @@ GROUPS = {
 }
 FURTHER = (
     CallOptions,
+    GenerationRequest,
+    StreamChunk,
+    EmbeddedServer,
+    load_tokenizer,
+    target_prompt,
+    with_t_prompts,
     ServerConnections,
     DualTrainerMixin,
     RolloutTrainerMixin,
     AlphaSchedule,
     DualRolloutWorker,
     AsyncPolicyCheck,
+    corrected_weights,
+    fail_together,
 )
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 
@@ -70,6 +85,7 @@ def page() -> str:
         parts += [entry(name, getattr(dual_rollout, name)) for name in names]
     parts.append("## What they are made of, for code of one's own\n")
     parts += [entry(f"{kind.__module__}.{kind.__name__}", kind) for kind in FURTHER]
+    parts += ["## What is raised\n", described(exceptions), *exceptions_table()]
     return "\n".join(parts)
 
 
@@ -138,6 +154,16 @@ def config_table(kind: Any) -> list[str]:
         hint = re.sub(r"\b(typing|dual_rollout\.\w+|collections\.abc)\.", "", str(readable(field_hints()[spec.name])))
         cells = (f"`{spec.name}`", f"`{hint}`", f"`{spec.default!r}`", " ".join(spec.metadata["help"].split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, ""]
+
+
+def exceptions_table() -> list[str]:
+    lines = ["| `dual_rollout.exceptions.` | is a | what has happened |", "|---|---|---|"]
+    for name, kind in vars(exceptions).items():
+        if inspect.isclass(kind):
+            lines.append(
+                f"| `{name}` | `{kind.__base__.__name__}` | {' '.join((inspect.getdoc(kind) or '').split())} |"
+            )
     return [*lines, ""]
 
 

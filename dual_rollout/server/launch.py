@@ -20,18 +20,18 @@ from dual_rollout.exceptions import EngineUnavailableError
 
 
 class EmbeddedServer:
-    """``dual-rollout serve MODEL ...`` as a context manager; the server ends with this process, however that ends.
+    """`dual-rollout serve MODEL ...` as a context manager; the server ends with this process, however that ends.
 
-    Parameters
-    ----------
-    model : folder of a transformers model.
-    args : further flags, e.g. ``["--max-logprobs", "200"]``.
-    port : a free loopback port when None.
-    log_path : where stdout and stderr go; a temporary file when None.
-    start_timeout : seconds until ``/health`` must answer.
-    env : variables added to the environment of the server.
+    Args:
+        model: folder of a transformers model.
+        args: further flags, as `["--max-logprobs", "200"]`.
+        port: a free loopback port when None.
+        log_path: where stdout and stderr go; a temporary file when None.
+        start_timeout: seconds until `/health` must answer.
+        env: variables added to the environment of the server.
 
-    ``start`` raises EngineUnavailableError with the end of the log when the server exits or does not answer in time.
+    Attributes:
+        url: its base address.
     """
 
     def __init__(
@@ -60,7 +60,11 @@ class EmbeddedServer:
         self._env = {**os.environ, "VLLM_API_KEY": os.environ.get("DUAL_ROLLOUT_API_KEY", "").strip(), **(env or {})}
 
     def start(self) -> EmbeddedServer:
-        """Start the process and wait until it serves."""
+        """Start the process and wait until it serves.
+
+        Raises:
+            EngineUnavailableError: it exited, or did not answer in time; with the end of its log.
+        """
         with self.log_path.open("wb") as log:
             self.process = self._spawn(log)
         deadline = time.monotonic() + self.start_timeout
@@ -81,7 +85,7 @@ class EmbeddedServer:
         return self
 
     def stop(self, timeout: float = 5.0) -> int | None:
-        """Stop the process (SIGTERM, after ``timeout`` seconds SIGKILL) and return its exit status."""
+        """Stop the process (SIGTERM, after `timeout` seconds SIGKILL) and return its exit status."""
         if self.process is None:
             return None
         if self.process.poll() is None:

@@ -107,7 +107,15 @@ def same_turns(prompt: list[int], t_prompt: list[int], context: list[int]) -> li
 
 
 def with_t_prompts(rows: Any, *, template: str | None = None, system_prompt: str | None = None) -> Any:
-    """The dataset with a column `t_prompt` made by `target_prompt`; without template and system prompt as it is."""
+    """A dataset with a column `t_prompt`, what π_t sees; without template and system prompt as it is.
+
+    Args:
+        rows: a dataset or a stream.
+        template, system_prompt: as for `dual_rollout.prompts.target_prompt`.
+
+    Raises:
+        ValueError: as `target_prompt`, of a stream when it is read.
+    """
     if template is None and system_prompt is None:
         return rows
     return rows.map(lambda row: {T_PROMPT_COLUMN: target_prompt(row, template=template, system_prompt=system_prompt)})

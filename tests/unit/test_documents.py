@@ -109,6 +109,39 @@ def test_the_api_page_is_what_the_docstrings_say() -> None:
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == made["page"](), "run python docs/api.py"
 
 
+def without_numbers(text: str) -> str:
+    return re.sub(r"\{[^{}]*\}|\d[\d.]*", "0", text)
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    """Each quotation stands in the code, as one message over any number of lines, but for its numbers."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "dual_rollout").rglob("*.py"))
+    messages = without_numbers(re.sub(r'"\s*f?"', "", code))
+    quoted = re.findall(r'"([^"]+)"', (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 15
+    assert not [text for text in quoted if without_numbers(text) not in messages]
+
+
+SHIPPED = [path for name in ("examples", "tools", "distillation") for path in ROOT.glob(f"recipes/{name}/*.py")]
+
+
+def test_the_api_page_has_what_documents_and_examples_use() -> None:
+    """Names of the package's modules; the evidence is of this project itself, and uses more."""
+    texts = [snippet for page in PAGES for snippet in blocks(page, "python")]
+    texts += [path.read_text(encoding="utf-8") for path in SHIPPED]
+    used = {
+        f"{node.module}.{alias.name}"
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dual_rollout.")
+        for alias in node.names
+    }
+    described = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    raised = {f"dual_rollout.exceptions.{name}" for name in re.findall(r"^\| `(\w+Error)` \|", described, re.MULTILINE)}
+    assert len(used) > 8
+    assert not used - raised - {*re.findall(r"^### `(\S+)`$", described, re.MULTILINE)}
+
+
 def test_the_pages_name_many() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert len(PAGES) > 20 and sum(len(arguments_of("dual-rollout", page)) for page in PAGES) > 15
