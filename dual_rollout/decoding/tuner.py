@@ -127,12 +127,16 @@ class Tuner:
     Attributes:
         scoring: the ways in which π_t's server can score drafts.
         processed: whether π_θ's server reports log-probabilities that follow the temperature.
+        sessions: whether both servers keep texts, so that a round costs little more than a step.
         chosen: what was found fastest at the latest load.
     """
 
-    def __init__(self, scoring: tuple[ScoringMethod, ...] = ("prefixes",), *, processed: bool = False) -> None:
+    def __init__(
+        self, scoring: tuple[ScoringMethod, ...] = ("prefixes",), *, processed: bool = False, sessions: bool = False
+    ) -> None:
         self.scoring = scoring
         self.processed = processed
+        self.sessions = sessions
         self.chosen: Choice | None = None
         self._measured: dict[tuple[bool, Load], Measured] = {}
         self._rounds = _SETTLED_ROUNDS[0]
@@ -169,11 +173,14 @@ class Tuner:
     def may_draft(self, config: CoordinatorConfig) -> bool:
         """Whether block decoding is wanted and gives q* as configured.
 
-        It needs the distribution that a draft was drawn from, which raw lists do not give at temperature != 1. And with
-        a seed the tokens must not depend on what the clock says is fastest, so that "auto" keeps to lockstep.
+        It needs the distribution that a draft was drawn from, which raw lists do not give at temperature != 1. With a
+        seed the tokens must not depend on what the clock says is fastest, so that "auto" keeps to lockstep. And with
+        sessions on both servers lockstep was faster at every load that was measured (docs/performance.md): trials of
+        block decoding, whose requests send whole texts, would only cost time.
         """
         if config.decoding == "auto":
-            return config.seed is None and (config.temperature == 1.0 or self.processed)
+            unseeded, known = config.seed is None, config.temperature == 1.0 or self.processed
+            return unseeded and known and not self.sessions
         return config.decoding == "block"
 
     def report(self) -> dict[str, dict[str, float]]:

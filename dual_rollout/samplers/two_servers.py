@@ -114,6 +114,9 @@ class TwoServerSampler:
         async def check() -> None:
             theta, t = await check_servers(self._theta, self._t, config, contexts_theta, contexts_t, flag=self._flag)
             self.tuner.scoring, self.tuner.processed = t.scoring, theta.logprobs_mode == "processed"
+            self.tuner.sessions = theta.sessions and t.sessions
+            if self.tuner.sessions and config.decoding == "auto":
+                logger.info("decoding by lockstep: both servers keep texts (sessions), so that auto tries no block")
 
         try:
             await (until_back(check, self._t.url) if config.on_target_failure == "wait" else check())

@@ -199,8 +199,9 @@ class SessionServer:
         return not self._changes and self._keeps() and len(self._sessions) <= places and fits
 
     def _keeps(self) -> bool:
-        """Of several API servers, the next request of a session may reach another one."""
-        return getattr(self._state.engine_client.vllm_config.parallel_config, "_api_process_count", 1) == 1
+        """Of several API servers or engines, the next token of a session may reach another one."""
+        parallel = self._state.engine_client.vllm_config.parallel_config
+        return getattr(parallel, "_api_process_count", 1) == parallel.data_parallel_size == 1
 
     def _places(self) -> int:
         return int(self._state.engine_client.vllm_config.scheduler_config.max_num_seqs * _SHARE_OF_PLACES)

@@ -21,12 +21,12 @@ model
   --dtype TYPE               of weights and activations (auto)
   --theta-quantization Q, --t-quantization Q       such as fp8 (none)
   --max-model-len N          context length in tokens (the model's own)
-  --max-num-seqs N           sequences in one step (64; with --sessions 128, for each of these holds a place)
+  --max-num-seqs N           sequences in one step (128 with sessions, each of which holds a place; else 64)
   --max-logprobs N           most candidates a client may ask for; at least its top_k (200)
   --processed-logprobs       report log-probabilities at the request's temperature; for temperature != 1
 speed
-  --sessions                 keep each text in the engine and send it one token at a time (docs/serving.md): needs
-                             dual_rollout beside vLLM, and runs with it inside
+  --sessions, --no-sessions  keep each text in the engine and send it one token at a time (docs/serving.md). By
+                             default where it can be done: it needs dual_rollout in vLLM's environment
 weights
   --lora RANK                let theta load LoRA adapters of up to this rank while it runs
   --lora-modules NAMES       modules that adapters may change, comma-separated (all; with --cpu the linear
@@ -73,6 +73,7 @@ while (($#)); do
         --max-logprobs) max_logprobs=$2; shift 2 ;;
         --processed-logprobs) processed=yes; shift ;;
         --sessions) sessions=yes; shift ;;
+        --no-sessions) sessions=no; shift ;;
         --lora) lora=$2; shift 2 ;;
         --lora-modules) lora_modules=$2; shift 2 ;;
         --nccl) nccl=yes; shift ;;
@@ -89,7 +90,6 @@ while (($#)); do
         *) models+=("$1"); shift ;;
     esac
 done
-[[ -n $max_num_seqs ]] || max_num_seqs=$([[ -n $sessions ]] && echo 128 || echo 64)
 ((${#models[@]} == 1 || ${#models[@]} == 2)) || fail "name one or two models (--help explains)"
 [[ -z $cpu || -z $nccl ]] || fail "--nccl needs GPUs"
 model=([theta]=${models[0]} [t]=${models[1]:-${models[0]}})
@@ -134,6 +134,41 @@ has() { [[ -z $flags || $flags == *" $1 "* ]]; }
 
 needs() { has "$1" || fail "this vLLM has no $1, which $2 needs: take a newer one (docs/serving.md says from which on)"; }
 
+# Why the servers cannot have sessions; nothing where they can.
+sessions_lack() {
+    local flag
+    for flag in --middleware --scheduler-cls; do
+        has "$flag" || { echo "this vLLM has no $flag, which --sessions needs"; return; }
+    done
+    for flag in "${extra[@]}"; do
+        case ${flag//_/-} in
+            --api-server-count* | -asc* | --data-parallel* | -dp*)
+                echo "with $flag the next token of a session may reach another process"; return ;;
+            --scheduler-cls*) echo "sessions bring a scheduler of their own, and $flag names another"; return ;;
+            --pipeline-parallel* | -pp* | --speculative-config* | -sc* | --kv-transfer-config* | --config*)
+                echo "sessions were never run with $flag"; return ;;
+        esac
+    done
+    "$python" -c 'import dual_rollout.sessions' 2>/dev/null ||
+        echo "dual_rollout is not in vLLM's environment: $python -m pip install --no-deps dual_rollout"
+}
+
+# Sets `sessions` to yes for both servers, or to nothing for both.
+decide_on_sessions() {
+    local lack asked=$sessions
+    sessions=
+    [[ $asked != no ]] || return 0
+    lack=$(sessions_lack)
+    if [[ -z $lack ]]; then
+        sessions=yes
+        echo "With sessions: texts stay in the engines (--no-sessions leaves them out)" >&2
+    elif [[ $asked == yes ]]; then
+        fail "no sessions: $lack"
+    else
+        echo "Without sessions, with which lockstep is 2 to 3 times as fast: $lack" >&2
+    fi
+}
+
 # Sets `environment` and `command` for one side.
 build() {
     local side=$1 ids
@@ -149,8 +184,6 @@ build() {
     [[ -z $max_model_len ]] || command+=(--max-model-len "$max_model_len")
     [[ -z $processed ]] || { needs --logprobs-mode --processed-logprobs; command+=(--logprobs-mode processed_logprobs); }
     if [[ -n $sessions ]]; then
-        needs --middleware --sessions
-        needs --scheduler-cls --sessions
         command+=(--middleware dual_rollout.sessions.route.SessionMiddleware
             --scheduler-cls dual_rollout.sessions.scheduler.session_scheduler)
     fi
@@ -250,8 +283,8 @@ if [[ -z $dry_run ]]; then
     trap 'exit 143' TERM
 fi
 ask_for_flags
-[[ -z $sessions || -n $dry_run ]] || "$python" -c 'import dual_rollout.sessions' 2>/dev/null ||
-    fail "--sessions needs dual_rollout in vLLM's environment: $python -m pip install --no-deps dual_rollout"
+decide_on_sessions
+[[ -n $max_num_seqs ]] || max_num_seqs=$([[ -n $sessions ]] && echo 128 || echo 64)
 start theta
 # vLLM measures the free memory of its GPU while it starts; two at once would disturb each other.
 [[ -n $cpu || -z $shared ]] || wait_until_healthy theta

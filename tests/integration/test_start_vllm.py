@@ -113,14 +113,50 @@ def test_cpu() -> None:
     assert "q_proj" in theta[theta.index("--lora-target-modules") :]
 
 
-def test_sessions_on_both_servers() -> None:
-    plain, _ = dry_run("policy")
-    assert "--middleware" not in plain and value(plain, "--max-num-seqs") == "64"
-    for words in dry_run("policy", "--sessions"):
-        assert value(words, "--middleware") == "dual_rollout.sessions.route.SessionMiddleware"
-        assert value(words, "--scheduler-cls") == "dual_rollout.sessions.scheduler.session_scheduler"
-        assert value(words, "--max-num-seqs") == "128"
-    assert value(dry_run("policy", "--sessions", "--max-num-seqs", "32")[0], "--max-num-seqs") == "32"
+MIDDLEWARE = "dual_rollout.sessions.route.SessionMiddleware"
+SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
+
+
+def has_sessions(words: list[str]) -> bool:
+    return MIDDLEWARE in words and SCHEDULER in words
+
+
+def test_both_servers_have_sessions_where_they_can(tmp_path: Path) -> None:
+    python = ("--python", str(write_interpreter(tmp_path / "python")))
+    for options in ((), ("--sessions",)):
+        for words in dry_run("policy", *python, *options):
+            assert value(words, "--middleware") == MIDDLEWARE and value(words, "--scheduler-cls") == SCHEDULER
+            assert value(words, "--max-num-seqs") == "128"
+    for words in dry_run("policy", *python, "--no-sessions"):
+        assert not has_sessions(words) and value(words, "--max-num-seqs") == "64"
+    assert value(dry_run("policy", *python, "--max-num-seqs", "32")[0], "--max-num-seqs") == "32"
+
+
+@pytest.mark.parametrize(
+    ("lack", "reason"),
+    [
+        ("--scheduler-cls", "no --scheduler-cls"),
+        ("dual_rollout", "pip install --no-deps dual_rollout"),
+        (("--api-server-count", "2"), "another process"),
+        (("--data-parallel-size=2",), "another process"),
+        (("--scheduler-cls", "mine"), "names another"),
+        (("--speculative-config", "{}"), "never run with --speculative-config"),
+    ],
+    ids=str,
+)
+def test_why_there_are_no_sessions_is_said(tmp_path: Path, lack: str | tuple[str, ...], reason: str) -> None:
+    python = write_interpreter(tmp_path / "python", lack if isinstance(lack, str) else "")
+    if lack == "dual_rollout":
+        python.write_text(
+            python.read_text().replace("if [[ ${1-} != -m ]]; then", "[[ ${1-} != -c ]] || exit 1\nif false; then")
+        )
+    extra = ["--", *lack] if isinstance(lack, tuple) else []
+    command = [str(SCRIPT), "--dry-run", "--python", str(python), "policy"]
+    answer = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=HANG)
+    assert answer.returncode == 0 and "Without sessions" in answer.stderr and reason in answer.stderr
+    assert "dual_rollout.sessions" not in answer.stdout
+    answer = subprocess.run([*command, "--sessions", *extra], capture_output=True, text=True, timeout=HANG)
+    assert answer.returncode == 2 and reason in answer.stderr, "who asks for them is told, before anything starts"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,13 @@ def test_drafts_at_a_temperature_are_for_servers_that_report_it() -> None:
     assert "block" in made[-1]
 
 
+def test_auto_tries_no_block_where_both_servers_keep_texts() -> None:
+    made = drive(Tuner(sessions=True), CoordinatorConfig(), Load.of(16, 60), FAST_BLOCKS, 9)
+    assert made[-1] == "lockstep, 2 groups" and not any("block" in name for name in made)
+    config = CoordinatorConfig(decoding="block", num_draft_tokens=4)
+    assert "block" in drive(Tuner(sessions=True), config, Load.of(16, 60), FAST_BLOCKS, 1)[0], "who asks for it gets it"
+
+
 def test_trials_that_a_change_of_load_interrupted_are_made_at_the_next() -> None:
     tuner, config = Tuner(), CoordinatorConfig()
     drive(tuner, config, Load.of(16, 60), FAST_BLOCKS, 2)  # lockstep alone

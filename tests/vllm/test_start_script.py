@@ -17,7 +17,7 @@ def test_the_check_waits_while_the_first_requests_compile(tmp_path: Path) -> Non
     model = make_tiny_model(tmp_path / "model", hidden_size=128, seed=0)
     ports = ["--theta-port", str(_free_port()), "--t-port", str(_free_port())]
     command = [str(REPOSITORY / "recipes/serving/start_vllm.sh"), "--cpu", "--kv-cache-gib", "1", *ports]
-    command += ["--sessions", "--python", str(vllm_python()), "--log-dir", str(tmp_path / "logs"), str(model)]
+    command += ["--python", str(vllm_python()), "--log-dir", str(tmp_path / "logs"), str(model)]
     caches = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where dual-rollout is
     output = tmp_path / "output"
@@ -34,6 +34,7 @@ def test_the_check_waits_while_the_first_requests_compile(tmp_path: Path) -> Non
         while run.poll() is None and "Both servers are ready" not in output.read_text():
             time.sleep(0.5)
         assert run.poll() is None and "A rollout would work." in output.read_text(), output.read_text()
+        assert "With sessions" in output.read_text()
         assert "SessionMiddleware" not in output.read_text(), "the check found no sessions"
         assert any((tmp_path / "inductor").rglob("*.so")), "the test needs that something was compiled"
         run.send_signal(signal.SIGINT)
