@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
 import pickle
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import trl.experimental.async_grpo.packing as packing
-from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,9 +36,9 @@ from dual_rollout import (
     solve_kl_symmetry,
 )
 from dual_rollout.exceptions import WeightSyncError
-from dual_rollout.training.async_grpo import DualRolloutLoop, DualRolloutWorker
+from dual_rollout.training.async_grpo import DualRolloutWorker
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
-from tests.hang import HANG
+from tests.async_loop import VERSION, make_loop, samples_of
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import EVERY_THIRD, rows
 from tests.integration.test_training import count_of_the
@@ -323,23 +320,13 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair, config
     tokenizer.response_template = qwen3_template
     with DualRollout(config, tokenizer) as rollout:
         rollout.reload_policy_weights(str(tiny_pair.theta_model))
-    context = multiprocessing.get_context("spawn")
-    samples: queue.Queue[Any] = queue.Queue()
-    loop = DualRolloutLoop(
+    loop = make_loop(
         dual_config=config,
-        model_name="policy",
         dataset=Dataset.from_list(dataset),
         reward_funcs=[count_of_the],
         processing_class=tokenizer,
         eos_token_ids=[tokenizer.eos_token_id, *EVERY_THIRD],
-        rollout_buffer=samples,
-        model_version_value=context.Value("i", 3),
-        heartbeat_value=context.Value("d", 0.0),
-        failed_event=context.Event(),
-        exception_info_queue=queue.Queue(),
-        metrics_queue=queue.Queue(),
         num_generations=2,
-        max_inflight_tasks=4,
         max_tokens=LENGTH,
     )
     outputs, ask = list[GenerationOutput](), loop._coordinator.generate_batch
@@ -350,17 +337,9 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair, config
         return found
 
     loop._coordinator.generate_batch = recorded  # type: ignore[method-assign]
-    PartialState(cpu=True)  # for its logger, as in TRL's child process
-    thread = threading.Thread(target=loop.run, daemon=True)
-    thread.start()
-    try:
-        drawn = [samples.get(timeout=HANG) for _ in range(8)]
-    finally:
-        loop._loop.call_soon_threadsafe(loop._stop_event.set)
-        thread.join(timeout=HANG)
-    assert not thread.is_alive()
+    drawn = samples_of(loop, 8)
     check_samples(drawn, dataset, tiny_pair.theta_model, tiny_pair.t_model)
-    assert all(sample.model_version == 3 for sample in drawn)
+    assert all(sample.model_version == VERSION for sample in drawn)
     assert {output.without_target[0] for output in outputs} == {False, True}
     same_prompt = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.group_id == b.group_id]
     assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in same_prompt), "turns have their own streams"

@@ -21,11 +21,19 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from dual_rollout import CoordinatorConfig, DualDistillationTrainer, DualGRPOTrainer, compute_q_star, solve_kl_symmetry
+from dual_rollout import (
+    CoordinatorConfig,
+    DualDistillationTrainer,
+    DualGRPOTrainer,
+    DualRollout,
+    compute_q_star,
+    solve_kl_symmetry,
+)
 from dual_rollout.record import SequenceRecord
 from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.turns import Turns, rows_with_results
 from dual_rollout.types import GenerationOutput
+from tests.async_loop import make_loop, samples_of
 from tests.integration.conftest import TinyPair
 from tests.integration.test_distillation import distillation_config
 from tests.integration.test_training import grpo_config
@@ -289,6 +297,56 @@ def test_environments(pair: TinyPair, tmp_path: Path) -> None:
     assert len({len(row) for row in turns}) > 1
     said = [message["content"] for row in trainer.messages for message in row if message["role"] == "tool"]
     assert "5" in said and str({"error": "over"}) in said
+
+
+@pytest.mark.parametrize(
+    "given", [{"tools": [add, divide]}, {"environment_factory": School}], ids=["tools", "environment"]
+)
+def test_the_asynchronous_worker_draws_every_turn_from_q_star(pair: TinyPair, given: dict[str, Any]) -> None:
+    """TRL's asynchronous trainer renders the whole conversation anew for each turn."""
+    dataset = rows()
+    for row in dataset:  # by which samples are told apart
+        row["prompt"][0]["content"] += f" {row['number']}"
+    with DualRollout(dual_config(pair)) as rollout:  # other tests have trained
+        rollout.reload_policy_weights(str(pair.theta_model))
+    tokenizer = tool_tokenizer(CALLS)
+    loop = make_loop(
+        dual_config=dual_config(pair),
+        dataset=Dataset.from_list(dataset),
+        reward_funcs=[] if "environment_factory" in given else [lengths],
+        processing_class=tokenizer,
+        eos_token_ids=[tokenizer.eos_token_id],
+        num_generations=2,
+        max_tokens=24,
+        max_tool_calling_iterations=2,
+        **given,
+    )
+    samples = samples_of(loop, 16)
+    theta, t = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.theta_model, pair.t_model))
+    observed = "environment_factory" in given
+    options = {"tools": given.get("tools", [School().add]), "add_generation_prompt": True, "return_dict": False}
+
+    def rendered(messages: Any, row: dict[str, Any]) -> list[int]:
+        shown = [messages[0] | {"content": messages[0]["content"] + f" in {row['number']}" * observed}]
+        return tokenizer.apply_chat_template(shown, **options)
+
+    prompts = [rendered(row["prompt"], row) for row in dataset]
+    turns, seen = [], set()
+    for sample in samples:
+        ids, drawn = sample.input_ids.tolist(), sample.completion_mask.astype(bool)
+        ((row, prompt),) = [
+            (row, prompt) for row, prompt in zip(dataset, prompts, strict=True) if ids[: len(prompt)] == prompt
+        ]
+        t_prompt = prompt if row["t_prompt"] is None else rendered(row["t_prompt"], row)
+        batch = {"completion_ids": torch.tensor([ids[len(prompt) :]])}
+        p, p_t = (distributions(*side, batch)[0].numpy() for side in ((theta, [prompt]), (t, [t_prompt])))
+        q = compute_q_star(p, p_t, solve_kl_symmetry(p, p_t))
+        expected = np.log(q[np.arange(len(q)), ids[len(prompt) :]])
+        own = drawn[len(prompt) :]
+        np.testing.assert_allclose(sample.old_log_probs[drawn], expected[own], atol=5e-3)
+        turns.append(sum(1 for key, _ in itertools.groupby(own) if key))
+        seen.add(row["t_prompt"] is None)
+    assert seen == {True, False} and max(turns) > 1, "the test needs rows of several turns"
 
 
 def test_a_rollout_function_of_ones_own_masks_what_it_did_not_draw(pair: TinyPair, tmp_path: Path) -> None:
