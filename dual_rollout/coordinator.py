@@ -130,9 +130,7 @@ class DualVLLMCoordinator:
             ValueError: wrong arguments.
             PreflightError: the servers cannot serve what the config asks.
         """
-        for name, given in (("prompts", prompts), ("t_prompts", t_prompts), ("targets", targets)):
-            if given is not None or name == "prompts":
-                _check_list(name, given, prompts)
+        check_entries(prompts, t_prompts=t_prompts, targets=targets)
         nothing = [None] * len(prompts)
         rows = zip(prompts, t_prompts or nothing, targets or nothing, strict=True)
         return await self.generate_requests([GenerationRequest(i, *row) for i, row in enumerate(rows)], **options)
@@ -281,13 +279,17 @@ async def generate_with_optimal_sampling(
         return await coordinator.generate_batch(prompts, max_tokens=max_tokens, **options)
 
 
-def _check_list(name: str, given: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse what is no list with an entry for each prompt."""
-    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        of = "names" if name == "targets" else "prompts"
-        raise ValueError(f"{name} must be a list of {of}, one entry per prompt; got one {type(given).__name__}")
-    if len(given) != len(prompts):
-        raise ValueError(f"{name} must have one entry per prompt: got {len(given)} for {len(prompts)} prompts")
+def check_entries(prompts: Sequence[Prompt], **lists: Sequence[Any] | None) -> None:
+    """Refuse prompts that are no list, and other lists, by their names, that have not one entry for each prompt."""
+    if not _is_list(prompts):
+        raise ValueError(f"prompts must be a list of prompts, one entry per prompt; got one {type(prompts).__name__}")
+    for name, given in lists.items():
+        if given is not None and not (_is_list(given) and len(given) == len(prompts)):
+            raise ValueError(f"{name} must have one entry per prompt: got {given!r:.80} for {len(prompts)} prompts")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _chunk(sequence: DecodingSequence, decoder: IncrementalDecoder | None) -> StreamChunk:

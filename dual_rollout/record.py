@@ -3,7 +3,7 @@
 A decoder appends to it, and everything behind it is a view: `GenerationOutput`, `RolloutBatch`, the shards of
 `dual-rollout generate`, and the columns that reward functions get. To add a number per token, add a line to
 `SequenceRecord` and give it a value where tokens are appended: `decoding/positions.py`, `decoding/policy_alone.py`,
-`samplers/native.py`.
+`samplers/native.py`. `native.wire.BOUNDS` says what else a number needs that a native server computes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ NOT_KNOWN_YET = math.nan
 """A log-probability that no list held; fetched from the server when the sequence ends, never floored."""
 
 
-def _column(output: str | None = None, *, stored: bool = True) -> Any:
+def _column(kind: type, output: str | None = None, *, stored: bool = True) -> Any:
     """A column.
 
     Args:
+        kind: what its entries are, `int`, `float` or `bool`. Floats are also tensors, and columns of reward functions.
         output: its name in `GenerationOutput` and in shards, where that is another.
         stored: whether shards have it.
+
+    Raises:
+        TypeError: for another kind, which neither tensors nor shards could hold.
     """
-    return field(default_factory=list, metadata={"output": output, "stored": stored})
+    if kind not in (int, float, bool):
+        raise TypeError(f"the entries of a column are int, float or bool, not {kind}")
+    return field(default_factory=list, metadata={"kind": kind, "output": output, "stored": stored})
 
 
 @dataclass(slots=True)
@@ -45,13 +51,13 @@ class SequenceRecord:
         diagnostics: further columns by name, where they were asked for.
     """
 
-    token_ids: list[int] = _column("generated_tokens")
-    alpha: list[float] = _column("alpha_history")
-    logprobs_q: list[float] = _column()
-    logprobs_theta: list[float] = _column()
-    logprobs_t: list[float] = _column()
-    without_target: list[bool] = _column()
-    weight_versions: list[int | None] = _column(stored=False)
+    token_ids: list[int] = _column(int, "generated_tokens")
+    alpha: list[float] = _column(float, "alpha_history")
+    logprobs_q: list[float] = _column(float)
+    logprobs_theta: list[float] = _column(float)
+    logprobs_t: list[float] = _column(float)
+    without_target: list[bool] = _column(bool)
+    weight_versions: list[int | None] = _column(int, stored=False)
     diagnostics: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -83,19 +89,17 @@ class SequenceRecord:
         return {output_name(name): getattr(self, name) for name in STORED_COLUMNS}
 
 
-COLUMNS: tuple[str, ...] = tuple(spec.name for spec in fields(SequenceRecord) if "stored" in spec.metadata)
+COLUMNS: tuple[str, ...] = tuple(spec.name for spec in fields(SequenceRecord) if "kind" in spec.metadata)
 """The columns that every token has."""
 
 FLOAT_COLUMNS: tuple[str, ...] = (
-    *(spec.name for spec in fields(SequenceRecord) if spec.type == "list[float]"),
+    *(spec.name for spec in fields(SequenceRecord) if spec.metadata.get("kind") is float),
     "importance_weights",
 )
 """One float per token: tensors of `RolloutBatch`, and columns for reward functions."""
 
 STORED_COLUMNS: dict[str, type] = {
-    spec.name: {"list[int]": int, "list[float]": float, "list[bool]": bool}[str(spec.type)]
-    for spec in fields(SequenceRecord)
-    if spec.metadata.get("stored")
+    spec.name: spec.metadata["kind"] for spec in fields(SequenceRecord) if spec.metadata.get("stored")
 } | {"importance_weights": float}
 """The columns of shards, and what their entries are."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -42,6 +42,19 @@ class Replica:
     probation: float = field(default_factory=lambda: _FIRST_PROBATION_S)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The numbers of prompts that are asked for together; `tried` are the replicas whose answers were invalid."""
+
+    rows: list[int]
+    attempt: int = 1
+    tried: tuple[Replica, ...] = ()
+
+
+_NO_ANSWER = (EngineUnavailableError, EngineRestartedError)
+_INVALID = (EngineProtocolError, EngineOversizedError)
+
+
 class ReplicaPool:
     """The servers of one model, those in use and those that are out for a while.
 
@@ -72,65 +85,77 @@ class ReplicaPool:
         self._return_lock = asyncio.Lock()
 
     async def ask(
-        self,
-        prompts: Sequence[TokenIds],
-        ask: Callable[[Engine, list[int]], Awaitable[T]],
-        indices: Sequence[int] | None = None,
-        tried: Collection[Replica] = (),
-        attempts: int | None = None,
+        self, prompts: Sequence[TokenIds], ask: Callable[[Engine, list[int]], Awaitable[T]]
     ) -> list[tuple[list[int], T]]:
         """The answers to parts of `prompts`, each with the numbers of its prompts.
 
         A replica that does not answer is taken out, and another one asked. One whose answer is invalid is taken out
-        if the other does better; otherwise the prompts are to blame, and the error is raised. A request that none
-        answers in `attempts` (each replica once, and `max_retries` more) is given up, whatever their health checks say.
+        if the others do better; otherwise the prompts are to blame, and the error is raised. A request that none
+        answers in as many attempts as there are replicas, and `max_retries` more, is given up, whatever their health
+        checks say.
         """
-        if attempts is None:
-            attempts = len(self.replicas) + (0 if sending_once() else self._max_retries)
-        left = attempts - 1
-        indices = range(len(prompts)) if indices is None else indices
-        shares = await self._shares(prompts, indices, tried)
+        waiting = [_Part(list(range(len(prompts))))] if prompts else []
+        running: dict[asyncio.Task[T], tuple[Replica, _Part]] = {}
+        answers: list[tuple[list[int], T]] = []
+        invalid: dict[Replica, EngineError] = {}
+        try:
+            while waiting or running:
+                for part in waiting:
+                    for replica, share in await self._shares(prompts, part):
+                        running[asyncio.create_task(self._ask_one(replica, share.rows, ask))] = replica, share
+                waiting = []
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in running if task.done()]:
+                    replica, part = running.pop(task)
+                    error = task.exception()
+                    if error is None:
+                        answers.append((part.rows, task.result()))
+                        continue
+                    waiting.append(self._again(part, replica, error))
+                    if isinstance(error, _INVALID):
+                        invalid[replica] = error
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        for replica, fault in invalid.items():
+            self.take_out(replica, fault)
+        return answers
 
-        async def part(replica: Replica, rows: list[int]) -> list[tuple[list[int], T]]:
-            replica.rows += len(rows)
-            try:
-                answer = await ask(replica.engine, rows)
-                replica.probation = _FIRST_PROBATION_S
-                return [(rows, answer)]
-            except (EngineUnavailableError, EngineRestartedError) as error:
-                self.take_out(replica, error)
-                if left == 0:
-                    raise EngineUnavailableError(f"no replica answers, last: {error}", url=self.url) from error
-                again, blamed = tried, None
-            except (EngineProtocolError, EngineOversizedError) as error:
-                again, blamed = [*tried, replica], error
-                if all(other in again or other.out_until is not None for other in self.replicas):
-                    raise type(error)(str(error), url=self.url) from error
-            finally:
-                replica.rows -= len(rows)
-            answers = await self.ask(prompts, ask, rows, again, max(left, 1))
-            if blamed is not None:
-                self.take_out(replica, blamed)
-            return answers
+    async def _ask_one(self, replica: Replica, rows: list[int], ask: Callable[[Engine, list[int]], Awaitable[T]]) -> T:
+        replica.rows += len(rows)
+        try:
+            answer = await ask(replica.engine, rows)
+        except _NO_ANSWER as error:
+            self.take_out(replica, error)
+            raise
+        finally:
+            replica.rows -= len(rows)
+        replica.probation = _FIRST_PROBATION_S
+        return answer
 
-        done = await asyncio.gather(*(part(*item) for item in shares.items()), return_exceptions=True)
-        for result in done:
-            if isinstance(result, BaseException):
-                raise result
-        return [answer for part_answers in done for answer in part_answers]  # type: ignore[union-attr]
+    def _again(self, part: _Part, replica: Replica, error: BaseException) -> _Part:
+        """What is left to be asked after an error; raises it where asking again is of no use."""
+        if isinstance(error, _INVALID):
+            tried = (*part.tried, replica)
+            if all(other in tried or other.out_until is not None for other in self.replicas):
+                raise type(error)(str(error), url=self.url) from error
+            return replace(part, attempt=part.attempt + 1, tried=tried)
+        if isinstance(error, _NO_ANSWER):
+            if part.attempt >= len(self.replicas) + (0 if sending_once() else self._max_retries):
+                raise EngineUnavailableError(f"no replica answers, last: {error}", url=self.url) from error
+            return replace(part, attempt=part.attempt + 1)
+        raise error
 
-    async def _shares(
-        self, prompts: Sequence[TokenIds], indices: Sequence[int], tried: Collection[Replica]
-    ) -> dict[Replica, list[int]]:
+    async def _shares(self, prompts: Sequence[TokenIds], part: _Part) -> list[tuple[Replica, _Part]]:
         """Which replica each prompt goes to: the one that has its beginning cached, where that is in, else the least
         loaded."""
         await self._have_some()
-        inside = [r for r in self.replicas if r.out_until is None and r not in tried]
-        if not inside:
-            inside = [r for r in self.replicas if r.out_until is None]
+        inside = [replica for replica in self.replicas if replica.out_until is None]
+        inside = [replica for replica in inside if replica not in part.tried] or inside
         shares: dict[Replica, list[int]] = {replica: [] for replica in inside}
         new = []
-        for i in indices:
+        for i in part.rows:
             replica = getattr(prompts[i], "replica", None)
             shares[replica].append(i) if replica in shares else new.append(i)
         for i in new:
@@ -139,7 +164,7 @@ class ReplicaPool:
             prompt = prompts[i]
             if isinstance(prompt, GrowingText):
                 prompt.replica = replica
-        return {replica: sorted(rows) for replica, rows in shares.items() if rows}
+        return [(replica, replace(part, rows=sorted(rows))) for replica, rows in shares.items() if rows]
 
     async def ask_all(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
         """The answers of all that are in; one that does not answer is taken out."""
@@ -149,7 +174,7 @@ class ReplicaPool:
             answers = await asyncio.gather(*(ask(replica.engine) for replica in inside), return_exceptions=True)
             good: list[T] = []
             for replica, answer in zip(inside, answers, strict=True):
-                if isinstance(answer, (EngineUnavailableError, EngineRestartedError)):
+                if isinstance(answer, _NO_ANSWER):
                     self.take_out(replica, answer)
                 elif isinstance(answer, BaseException):
                     raise answer

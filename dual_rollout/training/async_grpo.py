@@ -24,6 +24,7 @@ from dual_rollout.coordinator import DualVLLMCoordinator
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_TARGET_COLUMN, TargetContexts, same_turns
+from dual_rollout.training.random_streams import RandomStreams
 from dual_rollout.training.trl_settings import check_sampling_is_plain
 
 
@@ -57,7 +58,7 @@ class DualRolloutLoop(_AsyncRolloutLoop):
     def __init__(self, *, dual_config: CoordinatorConfig, **options: Any):
         super().__init__(**options)
         self._coordinator = DualVLLMCoordinator(dual_config, tokenizer=self.tokenizer)
-        self._turns = 0
+        self._streams = RandomStreams()
         self._row: Mapping[str, Any] = {}
 
     async def _run_loops(self, stop_event: asyncio.Event) -> None:
@@ -97,7 +98,7 @@ class DualRolloutLoop(_AsyncRolloutLoop):
             targets=[conversation.target],
             max_tokens=self.max_tokens,
             temperature=self.temperature,
-            seed=self._next_seed(),
+            seed=self._streams.next_seed(self._coordinator.config.seed, "loop", step=0, process=0),  # of each turn
             eos_token_ids=self.eos_token_ids,
         )
         if output.error is not None:
@@ -110,13 +111,6 @@ class DualRolloutLoop(_AsyncRolloutLoop):
         """For the mean that the trainer logs: TRL sends sums and counts with its own metrics."""
         self._rates[name][0] += float(np.sum(values))
         self._rates[name][1] += len(values)
-
-    def _next_seed(self) -> int | None:
-        """A stream of its own for each turn: those of one group have one prompt."""
-        seed, self._turns = self._coordinator.config.seed, self._turns + 1
-        if seed is None:
-            return None
-        return int(np.random.SeedSequence([seed, self._turns]).generate_state(1, np.uint64)[0])
 
 
 class DualRolloutWorker(AsyncRolloutWorker):

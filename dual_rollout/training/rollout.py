@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dual_rollout.config import AlphaRule, CoordinatorConfig, did_you_mean
+from dual_rollout.coordinator import check_entries
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import with_template_options
 from dual_rollout.training.connections import ServerConnections
@@ -189,13 +190,11 @@ class DualRollout(ServerConnections):
             RolloutError: a sequence failed.
             ValueError: wrong arguments.
         """
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
-            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+        check_entries(prompts, t_prompts=t_prompts, targets=targets)
+        if not prompts:
+            raise ValueError("prompts must be a list of at least one prompt, got none")
         if not isinstance(num_generations, int) or num_generations < 1:
             raise ValueError(f"num_generations must be a whole number >= 1, got {num_generations!r}")
-        for name, given in (("t_prompts", t_prompts), ("targets", targets)):
-            if given is not None and (isinstance(given, (str, bytes)) or len(given) != len(prompts)):
-                raise ValueError(f"{name} must have one entry per prompt: got {given!r} for {len(prompts)} prompts")
 
         def repeat(rows: Sequence[T] | None) -> list[T] | None:
             return None if rows is None else [row for row in rows for _ in range(num_generations)]

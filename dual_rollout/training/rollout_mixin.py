@@ -26,6 +26,7 @@ from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.processes import fail_together
 from dual_rollout.training.rollout import DualRollout
 from dual_rollout.training.rollout_batch import pad_rows
+from dual_rollout.training.rollout_metrics import mode_of
 from dual_rollout.training.schedules import AlphaSchedule
 from dual_rollout.training.trackers import Trackers
 from dual_rollout.training.trl_settings import check_training_args
@@ -204,15 +205,16 @@ class RolloutTrainerMixin(_Trainer):
             self._weight_sync.sync(self, self.rollout)
             self._synced_step = self.state.global_step
             if not self.use_vllm:
-                metrics = self._metrics["train" if self.model.training else "eval"]
-                metrics["perf/weight_sync_s"].append(time.perf_counter() - started)
+                self._metrics[mode_of(self)]["perf/weight_sync_s"].append(time.perf_counter() - started)
         if getattr(self, "rollout_func", None) is not None:  # a loop of the user's, which may call `rollout` itself
             generated = super()._generate(prompts)
-            self._rollout_columns = _checked_columns(generated[5], generated[1])
+            _, completions, _, _, _, extra_fields, *_ = generated
+            self._rollout_columns = _checked_columns(extra_fields, completions)
             return generated
         self._in_progress = self.rollout.begin(self)
         generated = super()._generate(prompts)
-        self._rollout_columns = self._turns.finish(generated[1])
+        _, completions, *_ = generated
+        self._rollout_columns = self._turns.finish(completions)
         return generated
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:

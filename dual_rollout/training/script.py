@@ -20,7 +20,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from dual_rollout.config import ENGINE_SERVERS, CoordinatorConfig
+from dual_rollout.config import ENGINE_SERVERS, CoordinatorConfig, url_list
 from dual_rollout.exceptions import DualRolloutError
 from dual_rollout.exit_status import exit_status
 from dual_rollout.report.page import write_report
@@ -120,8 +120,7 @@ def _told_when_it_stops(trainer: DualGRPOTrainer) -> Iterator[None]:
 
 def _is_of_the_target(error: BaseException, config: CoordinatorConfig) -> bool:
     """Whether the target's server has failed, and the run stops for it."""
-    urls = [config.t_url] if isinstance(config.t_url, str) else config.t_url or []
-    named = any(url in str(error) and url not in str(config.theta_url) for url in urls)
+    named = any(url in str(error) and url not in url_list(config.theta_url) for url in url_list(config.t_url))
     return isinstance(error, DualRolloutError) and named and config.on_target_failure == "fail"
 
 

@@ -14,7 +14,7 @@ from dual_rollout.training.correction import (
     corrected_weights,
 )
 from dual_rollout.training.policy_check import evaluating, has_dropout
-from dual_rollout.training.rollout_metrics import log_over_processes
+from dual_rollout.training.rollout_metrics import log_over_processes, mode_of
 from dual_rollout.training.rollout_mixin import RolloutTrainerMixin, drawn_mask
 from dual_rollout.training.rollout_mixin import check_columns as check_columns  # for those who look for it here
 from dual_rollout.training.turns import ROLLOUT_COLUMNS
@@ -122,14 +122,13 @@ class DualTrainerMixin(RolloutTrainerMixin):
 
     def _policy_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """log π_θ of the completions as the loss will have it, `(B, T)` nats, without a gradient."""
-        mode = "train" if self.model.training else "eval"
         text = [torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, *_ = self._get_per_token_logps_and_entropies(
                 self.model,
                 *text,
                 batch["completion_ids"].shape[1],
-                batch_size=getattr(self.args, f"per_device_{mode}_batch_size"),
+                batch_size=getattr(self.args, f"per_device_{mode_of(self)}_batch_size"),
             )
         return logps
 
