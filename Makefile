@@ -12,7 +12,7 @@ EVAL_ROWS ?= 32
 # Processes that share the tests, each with servers of its own
 WORKERS ?= 2
 
-.PHONY: help install check test test-trackers test-vllm demo clean
+.PHONY: help install check test test-trackers test-transformers test-vllm demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,13 +35,21 @@ test: install  ## all tests but those that need real vLLM or a GPU
 test-trackers: $(VENV)-trackers/.installed  ## what wandb and trackio store of a run, read back
 	$(VENV)-trackers/bin/python -m pytest tests/integration/test_trackers.py
 
-# On top of .venv, whose pillow is too new for trackio. 130 MB, some 5 s.
-$(VENV)-trackers/.installed: $(VENV)/.installed
-	$(PYTHON) -m venv --clear --without-pip $(VENV)-trackers
+test-transformers: $(VENV)-transformers/.installed  ## what depends on transformers most, with its newest release
+	$(VENV)-transformers/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/unit/test_text.py \
+		tests/unit/test_prompts.py tests/integration/test_server.py tests/integration/test_policy_weights.py \
+		tests/integration/test_weight_sync.py tests/integration/test_training.py tests/integration/test_async_trainer.py
+
+# Environments on top of .venv, with other versions of what they name. Trackio needs an older pillow.
+trackers := wandb==0.31.0 trackio==0.43.0 'pillow<13'
+transformers := transformers==5.24.0
+
+$(VENV)-%/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear --without-pip $(@D)
 	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$purelib")')" \
-		> "$$($(VENV)-trackers/bin/python -c "$$purelib")/below.pth"
-	$(VENV)-trackers/bin/python -m pip install --quiet wandb==0.31.0 trackio==0.43.0 'pillow<13'
+		> "$$($(@D)/bin/python -c "$$purelib")/below.pth"
+	$(@D)/bin/python -m pip install --quiet $($*)
 	touch $@
 
 test-vllm: install $(MODEL)/config.json  ## the tests against two real vLLM servers (CPU build, in .venv-vllm)
@@ -57,4 +65,4 @@ $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/get_model.py $(MODEL)
 
 clean:  ## remove the environments and outputs
-	rm -rf $(VENV) $(VENV)-trackers .venv-vllm outputs
+	rm -rf $(VENV) $(VENV)-trackers $(VENV)-transformers .venv-vllm outputs
