@@ -26,7 +26,8 @@ async def run(theta_url: str, t_url: str, max_tokens: int) -> tuple[GenerationOu
         (output,) = await coordinator.generate_batch(
             [PROMPT], t_prompts=[T_PROMPT], max_tokens=max_tokens, return_diagnostics=True
         )
-        print(f"{coordinator.stats.tokens_per_second:.1f} tokens/s, {coordinator.stats.decoding}")
+        speed, mass = coordinator.stats.tokens_per_second, coordinator.stats.decoding.top_k_mass_mean
+        print(f"{speed:.1f} tokens/s; the lists of 100 tokens held {mass:.1%} of their model's mass on average")
         return output, [coordinator.tokenizer.decode([token]) for token in output.generated_tokens]
 
 

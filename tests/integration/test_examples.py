@@ -17,7 +17,7 @@ from tests.warm_servers import WarmServer
 EXAMPLES = Path(__file__).parents[2] / "recipes/examples"
 SHOWN = {
     "basic.py": ["α 0.50", "weight"],  # one model on both sides
-    "advanced_diagnostics.py": ["streamed:", "tokens/s", "   token ", "largest |KL"],
+    "advanced_diagnostics.py": ["streamed:", "tokens/s; the lists", "   token ", "largest |KL"],
     "between_two_prompts.py": ["α 0.", "policy", "target", "the product of their weights is"],
     "batch_to_disk.py": ["num_rows: 12"],
     "error_handling.py": ["one prompt fails alone", "a server is down", "--max-logprobs", "did you mean 'top_k'"],

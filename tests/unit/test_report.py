@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dual_rollout.cli import main
 from dual_rollout.report.token_texts import PART_OF_A_CHARACTER, TokenTexts
@@ -277,6 +279,21 @@ def test_the_keyboard_does_all_of_it(page: Any) -> None:
         assert (second.get_attribute("style") == before) == (key == "1")
     page.keyboard.press("t")
     assert page.locator("html").get_attribute("data-theme") == "dark"
+
+
+@in_a_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("vision", ["none", "protanopia", "deuteranopia", "tritanopia"])
+def test_both_ends_of_the_colours_are_told_apart(page: Any, theme: str, vision: str) -> None:
+    """As the browser simulates each kind of colour vision: the ends of the legend's bar, and its middle."""
+    if page.locator("html").get_attribute("data-theme") != theme:
+        page.keyboard.press("t")
+    page.context.new_cdp_session(page).send("Emulation.setEmulatedVisionDeficiency", {"type": vision})
+    pixels = np.asarray(Image.open(io.BytesIO(page.locator("#legend i").screenshot())).convert("RGB"), dtype=float)
+    row = pixels[len(pixels) // 2]
+    low, middle, high = row[3], row[len(row) // 2], row[-4]
+    for one, other in ((low, high), (low, middle), (middle, high)):
+        assert np.abs(one - other).max() > 80, "of 255; red and green come to 18"
 
 
 @in_a_browser
