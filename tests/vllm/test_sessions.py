@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +15,8 @@ import aiohttp
 import numpy as np
 import pytest
 
-from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
+from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
+from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.engine import GrowingText
 from dual_rollout.exceptions import EngineRejectedError
 from dual_rollout.servers.http import HttpTransport
@@ -299,6 +301,32 @@ def test_draws_and_named_tokens_are_those_of_the_same_texts_sent_whole(url: str)
             assert await sessions(engine) == kept
             grow(these, 1)
             await assert_as_sent_whole(engine, these)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("options", [{"support": "tail"}, {"support": "tail", "missing": "exact"}], ids=str)
+def test_rollouts_with_a_tail_are_those_of_whole_texts(vllm_pair: ServerPair, options: Any) -> None:
+    """The same seed gives the same tokens, and every number is the same to rounding."""
+    urls = {"theta_url": vllm_pair.theta.url, "t_url": vllm_pair.t.url}
+    config = CoordinatorConfig(**urls, top_k=3, decoding="lockstep", seed=0, ignore_eos=True, **options)
+
+    async def rollouts(sessions: bool) -> tuple[list[GenerationOutput], CoordinatorStats]:
+        async with DualVLLMCoordinator(config) as coordinator:
+            theta = coordinator.theta
+            assert isinstance(theta, VLLMEngine)
+            theta._capabilities = dataclasses.replace(await theta.probe([1, 2, 3]), sessions=sessions)
+            outputs = await coordinator.generate_batch([list(text) for text in texts(6)], max_tokens=10)
+            return outputs, coordinator.stats
+
+    async def main() -> None:
+        (kept, stats), (whole, plain) = await rollouts(True), await rollouts(False)
+        assert stats.decoding.tail_tokens == plain.decoding.tail_tokens > 10
+        assert stats.theta.requests < plain.theta.requests, "several draws share a message"
+        for mine, expected in zip(kept, whole, strict=True):
+            assert mine.error is None and mine.generated_tokens == expected.generated_tokens
+            for name in ("alpha_history", "logprobs_q", "logprobs_theta", "logprobs_t", "importance_weights"):
+                np.testing.assert_allclose(getattr(mine, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
 
     asyncio.run(main())
 
