@@ -5,36 +5,29 @@ They take up to 24 passes over the vocabulary and are not compiled: a rollout th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.q_star import LOG_ZERO, common_logprobs, log_softmax, on_common
+from dual_rollout.native.q_star import LOG_ZERO, log_softmax, on_common
 
 _ROUNDS = 12
 _NEAREST_0, _NEAREST_1 = 2.0**-53, 1.0 - 2.0**-24  # in float32
 
 
 def alpha_of_rule(rule: AlphaRule, temperature: float | Tensor, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
-    """`(n, 1)` α of "ess_balance", "entropy" or "kl_budget" for `(n, V_θ)` and `(n, V_t)` logits, before the bounds.
+    """`(n, 1)` α of one of `SOLVERS` for `(n, V_θ)` and `(n, V_t)` logits, before the bounds.
 
     0 or 1 is that model itself. Where one model alone can say some token, an end is mostly the limit from inside (0, 1)
     instead: then α is `_NEAREST_0` or `_NEAREST_1`, as in `functional.kl_symmetry`.
     """
-    if rule.alpha_method == "entropy":
-        logps = (log_softmax(logits, temperature) for logits in (logits_theta, logits_t))
-        theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in logps)
-        alpha = torch.where(theta + t > 0, theta / (theta + t), 0.5)
-    logp_theta, logp_t = common_logprobs(logits_theta, logits_t, temperature)
-    base, slope = on_common(logp_theta, logp_t)
-    if rule.alpha_method == "ess_balance":
-        alpha = _ess_balance(base, slope)
-    none = torch.zeros_like(base[:, :1], dtype=torch.bool)
-    if rule.alpha_method == "kl_budget":
-        assert rule.kl_budget is not None
-        alpha, none = _kl_budget(base, slope, rule.kl_budget)
+    whole = log_softmax(logits_theta, temperature), log_softmax(logits_t, temperature)
+    vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
+    logp_theta, logp_t = (logp[:, :vocab_size] for logp in whole)
+    alpha, none = SOLVERS[rule.alpha_method](rule, whole, on_common(logp_theta, logp_t))
     low, high = (
         ((logp > LOG_ZERO) & (other <= LOG_ZERO)).any(dim=1, keepdim=True)
         for logp, other in ((logp_theta, logp_t), (logp_t, logp_theta))
@@ -42,6 +35,11 @@ def alpha_of_rule(rule: AlphaRule, temperature: float | Tensor, logits_theta: Te
     alpha = torch.where(low, alpha.clamp(min=_NEAREST_0), alpha)
     alpha = torch.where(high, alpha.clamp(max=_NEAREST_1), alpha)
     return alpha.masked_fill(none, 0.0)
+
+
+def _entropy(logp_theta: Tensor, logp_t: Tensor) -> Tensor:
+    theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in (logp_theta, logp_t))
+    return torch.where(theta + t > 0, theta / (theta + t), 0.5)
 
 
 def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
@@ -91,3 +89,17 @@ def _cumulants(base: Tensor, slope: Tensor, alpha: Tensor) -> tuple[Tensor, Tens
     q = (path - psi).exp()
     mean = (q * slope).sum(dim=1, keepdim=True)
     return psi, mean, (q * (slope - mean).square()).sum(dim=1, keepdim=True)
+
+
+def _in_every_row(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    return alpha, torch.zeros_like(alpha, dtype=torch.bool)
+
+
+_Pair = tuple[Tensor, Tensor]
+SOLVERS: Mapping[str, Callable[[Any, _Pair, _Pair], _Pair]] = {
+    "ess_balance": lambda rule, whole, common: _in_every_row(_ess_balance(*common)),
+    "entropy": lambda rule, whole, common: _in_every_row(_entropy(*whole)),
+    "kl_budget": lambda rule, whole, common: _kl_budget(*common, rule.kl_budget),
+}
+"""For each of `config.AlphaMethod` that `draw` does not know itself: α and the rows that have none, from the log-
+probabilities of both whole vocabularies, and from `q_star.on_common` of them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.alpha_methods import alpha_of_rule
+from dual_rollout.native.alpha_methods import SOLVERS, alpha_of_rule
 from dual_rollout.native.draw import at_least_two
 from dual_rollout.native.q_star import AlphaChoice, q_star
 
@@ -47,12 +47,10 @@ class OrdinaryRows:
         theta, t = logits[rows], logits_t[rows]
         taus = [temperature or 1.0 for temperature in temperatures.values()]
         temperature = torch.tensor(taus, device=self._device)[:, None]
-        if rule.alpha_method == "kl_symmetry":
-            alpha = torch.full_like(temperature, torch.nan)
-        elif rule.fixed_alpha is not None:
-            alpha = torch.full_like(temperature, rule.fixed_alpha)
-        else:
+        if rule.alpha_method in SOLVERS:
             alpha = alpha_of_rule(rule, temperature, theta, t)
+        else:
+            alpha = torch.full_like(temperature, torch.nan if rule.fixed_alpha is None else rule.fixed_alpha)
         bounds = (torch.full_like(temperature, bound) for bound in (rule.alpha_min, rule.alpha_max))
         theta, t = at_least_two(theta), at_least_two(t)
         choice = AlphaChoice(*map(at_least_two, (temperature, alpha, *bounds)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.alpha_methods import alpha_of_rule
+from dual_rollout.native.alpha_methods import SOLVERS, alpha_of_rule
 from dual_rollout.native.draw import FORCED, DrawInPlace, compiled_draw, pack, set_alpha, unpack
 from dual_rollout.native.wire import NUMBERS, Member, Side
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 PAGE = 128
 _PADDING = 64
-_SOLVED_IN_DRAW = ("kl_symmetry", "fixed")
 
 
 @dataclass(eq=False)
@@ -183,7 +182,7 @@ class RowTable:
         elsewhere = [
             (*choice, self._send(np.flatnonzero([other == choice for other in choices])))
             for choice in set(choices)
-            if choice[0].alpha_method not in _SOLVED_IN_DRAW
+            if choice[0].alpha_method in SOLVERS
         ]
         return _Columns(self._send(packed), elsewhere)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from dual_rollout.config import AlphaRule
+from dual_rollout.config import AlphaMethod, AlphaRule
 from dual_rollout.functional.alpha_methods import entropy_alpha, ess_balance_alpha, kl_budget_alpha
+from dual_rollout.functional.distribution import ALPHA_METHODS
 from dual_rollout.functional.kl_symmetry import log_q_star, solve_alpha
 from dual_rollout.native import q_star as native
-from dual_rollout.native.alpha_methods import alpha_of_rule
+from dual_rollout.native.alpha_methods import SOLVERS, alpha_of_rule
 from dual_rollout.native.ordinary_requests import q_star_logits
 from dual_rollout.native.q_star import AlphaChoice, QStar
 
@@ -215,3 +218,8 @@ def test_what_vllm_samples_an_ordinary_request_from_is_q_star(temperature: float
     assert served.shape == (300, 500) and (served[:, 450:] == -torch.inf).all()
     q = q_star(theta, t, BALANCED, temperature)
     assert ((served / temperature).log_softmax(1)[:, :450].exp() - q.logprobs.exp()).abs().max() < 1e-5
+
+
+def test_every_method_has_what_solves_it() -> None:
+    assert set(ALPHA_METHODS) == set(get_args(AlphaMethod))
+    assert set(SOLVERS) == set(get_args(AlphaMethod)) - {"kl_symmetry", "fixed"}, "the others are solved in the draw"
