@@ -129,7 +129,12 @@ class CoordinatorConfig:
     )
     t_engine: ServerKind = _option("vllm", "What serves π_t.")
     theta_model: str | None = _option(None, "Served model name of π_θ; asked from the server when unset.", _NAME)
-    t_model: str | None = _option(None, "Served model name of π_t; asked from the server when unset.", _NAME)
+    t_model: str | None = _option(
+        None,
+        'Served model name of π_t; asked from the server when unset. With engine "native" the name of a LoRA adapter '
+        "there, or of its model, which it is when unset.",
+        _NAME,
+    )
     tokenizer: str | None = _option(None, "Tokenizer name or path; taken from π_θ's model when unset.", _NAME)
     parse_special_tokens: bool = _option(
         False,

@@ -28,6 +28,8 @@ class DecodingStats:
         policy_tokens: tokens drawn from π_θ alone, because their prompt has no target or π_t's server was gone.
         lost_target_tokens: those of them for which π_t's server was gone.
         restarts: times that the two sides of a pair fell out of step on their server, and were begun again there.
+        cache_waits: times that a pair waited for others to end, because its server's KV cache holds fewer of them than
+            there are places.
         disjoint_positions: positions where complete lists shared no token; sampled from the policy there.
     """
 
@@ -47,6 +49,7 @@ class DecodingStats:
     lost_target_tokens: int = 0
     disjoint_positions: int = 0
     restarts: int = 0
+    cache_waits: int = 0
 
     @property
     def top_k_mean(self) -> float:

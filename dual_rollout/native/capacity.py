@@ -37,6 +37,10 @@ class Places:
                 self._waiting.remove((count, turn))
             self._give()
 
+    def has_room(self, count: int) -> bool:
+        """Whether so many would be given at once."""
+        return not self._waiting and min(count, self._count) <= self._free
+
     def _give(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._free:
             count, turn = self._waiting.popleft()
@@ -53,19 +57,30 @@ class CacheRoom:
     """
 
     def __init__(self, blocks: int, block_size: int):
-        self._blocks = Places(blocks)
+        self._blocks, self._count = Places(blocks), blocks
         self._block_size = block_size
         self._mean: float | None = None
 
     @asynccontextmanager
     async def taken(self, prompt_lengths: Sequence[int], max_tokens: int) -> AsyncGenerator[None]:
         """The blocks of a rollout's requests, for the time of the block, once they are there."""
-        expected = max_tokens if self._mean is None else min(max_tokens, math.ceil(2.0 * self._mean))
-        # One token more, since vLLM makes room for the next before it knows that there is none.
-        blocks = [-(-(length + expected + 1) // self._block_size) for length in prompt_lengths]
-        async with self._blocks.taken(sum(blocks)):
+        async with self._blocks.taken(self._expected(prompt_lengths, max_tokens)):
             yield
+
+    def has_room(self, prompt_lengths: Sequence[int], max_tokens: int) -> bool:
+        """Whether such a rollout would begin at once."""
+        return self._blocks.has_room(self._expected(prompt_lengths, max_tokens))
+
+    def holds(self, prompt_lengths: Sequence[int], max_tokens: int) -> int:
+        """How many such rollouts it holds at once, one at least."""
+        return max(1, self._count // self._expected(prompt_lengths, max_tokens))
 
     def note(self, length: int) -> None:
         """A rollout has ended with so many tokens."""
         self._mean = float(length) if self._mean is None else 0.9 * self._mean + 0.1 * length
+
+    def _expected(self, prompt_lengths: Sequence[int], max_tokens: int) -> int:
+        """Blocks that a rollout will need."""
+        length = max_tokens if self._mean is None else min(max_tokens, math.ceil(2.0 * self._mean))
+        # One token more, since vLLM makes room for the next before it knows that there is none.
+        return sum(-(-(prompt + length + 1) // self._block_size) for prompt in prompt_lengths)

@@ -108,6 +108,7 @@ class NativeEngine(VLLMEngine):
         seed: int,
         start: int = 0,
         stop_token_ids: Collection[int] = (),
+        t_model: str | None = None,
     ) -> NativeSample:
         """Draw up to `max_tokens` tokens after both prompts.
 
@@ -115,6 +116,7 @@ class NativeEngine(VLLMEngine):
             t_prompt: what π_t sees; None draws from π_θ alone.
             seed: in [0, 2^63); with the position, the random numbers.
             start: tokens of the rollout that are in the prompts already.
+            t_model: served name of π_t, an adapter's for example; None is the server's own model or its second one.
         """
         await self.describe()
         payload: dict[str, Any] = {
@@ -125,6 +127,7 @@ class NativeEngine(VLLMEngine):
             "seed": seed,
             "start": start,
             "temperature": temperature,
+            "t_model": t_model,
             **asdict(rule),
         }
         return await self._checked.ask(
@@ -141,7 +144,8 @@ class NativeEngine(VLLMEngine):
         """The largest difference, nats, of log-probabilities of a few tokens from those of the same server for their
         text: of both sides, and where a second model is π_t, which it does not score, of π_θ's alone."""
         prompts, worst = ((1, 2, 3), (4, 5, 6, 7, 8)), 0.0
-        sample = await self.draw(*prompts, max_tokens=8, temperature=1.0, rule=AlphaRule(), seed=0)
+        own_name = (await self.describe()).model
+        sample = await self.draw(*prompts, max_tokens=8, temperature=1.0, rule=AlphaRule(), seed=0, t_model=own_name)
         sides = ((prompts[0], sample.logprobs_theta), (prompts[1], sample.logprobs_t))
         for prompt, drawn in sides[: 1 if (await self.native_server()).target else 2]:
             own, _ = await self.score([*prompt, *sample.token_ids], len(prompt))

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -308,11 +308,13 @@ class RolloutServer:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=member.to_extra_args(),
             )
-            model = rollout.t_model if side == "t" else rollout.model
-            tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, model, name, drawn)))
+            adapter = self._adapter(rollout.t_model if side == "t" else rollout.model)
+            tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, adapter, name, drawn)))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if any(tokens and tokens[-1] in marks for tokens in drawn.values()):
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            left, stops = rollout.max_tokens - len(tokens), set(rollout.stop_token_ids) - set(marks)
+            if len(drawn) < len(ended) or any(_is_early(own, left, stops) for own in drawn.values()):
+                # With its mark, or aborted. What its partner draws is in vain, and it may not even have begun.
                 await self._engine.abort([_request_id(name, side) for side in prompts])
             await asyncio.gather(*tasks)
         finally:
@@ -325,13 +327,13 @@ class RolloutServer:
         return _agreed(np.frombuffer(record, np.float32).reshape(-1, len(NUMBERS)), list(drawn.values()))
 
     async def _request(
-        self, side: str, prompt: list[int], params: Any, model: str | None, name: str, drawn: dict[str, list[int]]
+        self, side: str, prompt: list[int], params: Any, adapter: Any, name: str, drawn: dict[str, list[int]]
     ) -> None:
         stream = self._engine.generate(
             tokens_input(prompt),
             params,
             _request_id(name, side),
-            lora_request=self._state.openai_serving_models.lora_requests.get(model),
+            lora_request=adapter,
         )
         async with contextlib.aclosing(stream):
             async for output in stream:
@@ -384,9 +386,16 @@ class RolloutServer:
         theta, t = rollout.prompt_token_ids, rollout.t_prompt_token_ids
         if t is None:
             return {"alone": theta}
-        if theta == t and (self._two_models or rollout.model == rollout.t_model):
+        if theta == t and self._adapter(rollout.model) is self._adapter(rollout.t_model):
             return {"both": theta}
         return {"theta": theta, "t": t}
+
+    def _adapter(self, model: str | None) -> Any:
+        """vLLM's own object for the adapter of that name, which must still be loaded; None for the model itself."""
+        adapter = self._state.openai_serving_models.lora_requests.get(model)
+        if adapter is None and model is not None:
+            check_served(model, served_names(self._state)[0])
+        return adapter
 
     def _cache_blocks(self) -> int:
         """Of the KV cache; vLLM keeps one for itself. Models with several kinds of layers take several for a token."""
@@ -410,6 +419,11 @@ def _differ(records: list[bytes]) -> bool:
     """Whether the ranks of an engine, each of which draws for itself from the same logits, drew different tokens."""
     tokens = [np.frombuffer(record, np.float32).reshape(-1, len(NUMBERS))[:, 0] for record in records]
     return any(not np.array_equal(tokens[0], other, equal_nan=True) for other in tokens[1:])
+
+
+def _is_early(tokens: Sequence[int], most: int, stops: Collection[int]) -> bool:
+    """Whether a side has ended before it had `most` tokens, or one of `stops`."""
+    return len(tokens) < most and not (tokens and tokens[-1] in stops)
 
 
 def _request_id(name: str, side: str) -> str:

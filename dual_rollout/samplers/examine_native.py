@@ -57,7 +57,10 @@ class NativeServer:
 
 def _server_checks(server: NativeServerInfo, name: str) -> list[Check]:
     requests = server.max_requests
-    places = f"{requests} rollouts at once, or {requests // 2} with two prompts (--max-num-seqs)"
+    places = (
+        f"{requests} rollouts at once, or {requests // 2} with two prompts (--max-num-seqs); the KV cache holds "
+        f"{server.cache_blocks * server.block_size} tokens of them"
+    )
     return [
         Check("q*", "server", "ok", name),
         Check("q*", "target", "ok", server.target or "the same model: give it a prompt of its own, or another adapter"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from dual_rollout.samplers.base import Sampler, Served
 from dual_rollout.samplers.concurrency import STREAMED_BLOCK, draw_concurrently
 from dual_rollout.types import GenerationRequest
 
+logger = logging.getLogger(__name__)
+
 
 class NativeSampler:
     """Samples from q* on a native server (`dual-rollout serve-native`).
@@ -33,6 +36,7 @@ class NativeSampler:
         self._weights = weights
         self._stats = stats
         self._without_target = without_target
+        self._told_of_waiting = False
 
     def check_request(self, request: GenerationRequest) -> None:
         """See `Sampler`: it draws any."""
@@ -55,16 +59,36 @@ class NativeSampler:
 
         async def extend(sequence: DecodingSequence, settings: CallSettings) -> None:
             theta, t = sequence.context_theta, sequence.context_t
-            if self._without_target or theta == t:
+            # One model with one prompt may still be two requests: the policy may be an adapter.
+            if self._without_target or (server.target is not None and theta == t):
                 async with places.taken(1):
                     await self._extend(sequence, settings)
                 return
-            async with cache.taken([len(theta), len(t)], self._max_tokens(sequence, settings)), places.taken(2):
+            lengths, most = [len(theta), len(t)], self._max_tokens(sequence, settings)
+            if not cache.has_room(lengths, most):
+                self._note_wait(cache.holds(lengths, most), server.max_requests // 2)
+            async with cache.taken(lengths, most), places.taken(2):
                 await self._extend(sequence, settings)
             if sequence.done:
                 cache.note(len(sequence.tokens))
 
         await draw_concurrently(sequences, settings, self._weights, settings.config.max_concurrency, extend)
+
+    def _note_wait(self, held: int, places: int) -> None:
+        """A rollout waits while the KV cache holds `held` of its size, and there are `places` for such."""
+        if held >= places:
+            return
+        self._stats.cache_waits += 1
+        if not self._told_of_waiting:
+            self._told_of_waiting = True
+            logger.warning(
+                "%s: its KV cache holds %d rollouts of two prompts of this length at once, and --max-num-seqs has "
+                "places for %d; the others wait. More memory for it (--gpu-memory-utilization, "
+                "--kv-cache-memory-bytes) or a lower max_tokens lets more of them run together",
+                self._engine.url,
+                held,
+                places,
+            )
 
     @staticmethod
     def _max_tokens(sequence: DecodingSequence, settings: CallSettings) -> int:
@@ -81,6 +105,7 @@ class NativeSampler:
             seed=int(sequence.rewind(0).integers(2**63 - 1)),
             start=len(sequence.tokens),
             stop_token_ids=sequence.stop_ids,
+            t_model=None if self._without_target else config.t_model,
         )
         self._append(sequence, sample, settings)
 

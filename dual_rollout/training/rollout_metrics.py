@@ -81,7 +81,7 @@ def over_processes(accelerator: Any, values: Any) -> dict[str, float]:
     }
 
 
-_COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens")
+_COUNTS = ("draft_tokens", "accepted_tokens", "policy_tokens", "lost_target_tokens", "restarts", "cache_waits")
 
 
 def token_counts(stats: DecodingStats) -> np.ndarray:
@@ -91,15 +91,19 @@ def token_counts(stats: DecodingStats) -> np.ndarray:
 
 def log_token_counts(trainer: Any, local: np.ndarray) -> None:
     """Of this rollout, over all processes: the share of draft tokens that q* accepted, where any were drafted; tokens
-    drawn from π_θ alone, and those of them for which π_t's server was gone."""
+    drawn from π_θ alone, and those of them for which π_t's server was gone; pairs that a native server began again, and
+    those that waited for room in its KV cache, where there are any."""
     counts = torch.tensor(local, dtype=torch.float32, device=trainer.accelerator.device)
     total = trainer.accelerator.gather(counts).view(-1, len(_COUNTS)).sum(dim=0).tolist()
-    drafted, accepted, policy_only, lost = total
+    drafted, accepted, policy_only, lost, restarts, cache_waits = total
     metrics = trainer._metrics[mode_of(trainer)]
     metrics["rollout/policy_only_tokens"].append(policy_only)
     metrics["rollout/lost_target_tokens"].append(lost)
     if drafted:
         metrics["spec_decode/acceptance_rate"].append(accepted / drafted)
+    for name, count in (("rollout/pair_restarts", restarts), ("rollout/cache_waits", cache_waits)):
+        if count:
+            metrics[name].append(count)
 
 
 def log_completion_columns(trainer: Any, rows: Sequence[Sequence[GenerationOutput]]) -> None:

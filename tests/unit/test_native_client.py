@@ -45,12 +45,12 @@ class Server:
     discontinuities = 0
     answered = math.inf
 
-    def __init__(self, *changes: Change, native: bool = True, target: str | None = None) -> None:
+    def __init__(self, *changes: Change, native: bool = True, target: str | None = None, **described: int) -> None:
         self.stats = HttpStats()
         self.retries = RetryPolicy(self.url, max_retries=2, total_timeout=60.0, count=self.count_retry)
         self.payloads: list[dict[str, Any]] = []
         self._changes = list(changes)
-        self._native, self._target = native, target
+        self._native, self._target, self._described = native, target, SERVER | described
         self.asked = self.most_asked = 0
 
     def count_retry(self) -> None:
@@ -62,7 +62,7 @@ class Server:
         assert path == "/v1/dual_rollout"
         if not self._native:
             raise EngineRejectedError("Not Found", url=self.url, status=404)
-        return {"target": self._target, **SERVER, "rollouts": 0}
+        return {"target": self._target, **self._described, "rollouts": 0}
 
     async def get_text(self, path: str) -> str:
         return "process_start_time_seconds 1.5\n"
@@ -70,11 +70,10 @@ class Server:
     async def post(self, path: str, payload: dict[str, Any], *, max_bytes: int) -> Any:
         assert path == "/v1/dual_rollout/generate"
         self.payloads.append(payload)
-        two = payload["t_prompt_token_ids"] is not None and payload["t_prompt_token_ids"] != payload["prompt_token_ids"]
-        self.asked += 1 + two
+        self.asked += 1
         self.most_asked = max(self.most_asked, self.asked)
         await asyncio.sleep(0)
-        self.asked -= 1 + two
+        self.asked -= 1
         count = payload["max_tokens"]
         answer = {
             "request_id": payload["request_id"],
@@ -147,12 +146,17 @@ def sequence(prompt: list[int], t_prompt: list[int]) -> DecodingSequence:
 
 
 def sampled(
-    server: Server, sequences: list[DecodingSequence], *, without_target: bool = False
+    server: Server,
+    sequences: list[DecodingSequence],
+    *,
+    without_target: bool = False,
+    stats: DecodingStats | None = None,
+    **options: Any,
 ) -> list[DecodingSequence]:
     async def run() -> None:
         engine = NativeEngine(server)  # type: ignore[arg-type]
-        sampler = NativeSampler(engine, PolicyWeights(), DecodingStats(), without_target=without_target)
-        config = CoordinatorConfig(engine="native")
+        sampler = NativeSampler(engine, PolicyWeights(), stats or DecodingStats(), without_target=without_target)
+        config = CoordinatorConfig(engine="native", **options)
         await (await sampler.ready(sequences, config)).sample(sequences, CallSettings(config))
 
     asyncio.run(run())
@@ -187,15 +191,40 @@ def test_every_number_is_in_the_record() -> None:
 
 
 @pytest.mark.parametrize(
-    ("t_prompt", "without_target", "most"),
-    [([7], False, 4), ([4], False, 5), ([7], True, 5)],
+    ("target", "t_prompt", "without_target", "most"),
+    [(None, [7], False, 2), (None, [4], False, 2), (None, [7], True, 5), ("/t", [7], False, 2), ("/t", [4], False, 5)],
 )
-def test_no_more_are_asked_for_than_the_server_has_places(t_prompt: list[int], without_target: bool, most: int) -> None:
-    """Five: for two rollouts of two requests, or five of one."""
-    server = Server()
+def test_no_more_are_asked_for_than_the_server_has_places(
+    target: str | None, t_prompt: list[int], without_target: bool, most: int
+) -> None:
+    """Five: for two rollouts of two requests, or five of one. Of one model all with a target may be two, since the
+    policy may be an adapter."""
+    server = Server(target=target)
     sequences = sampled(server, [sequence([4], t_prompt) for _ in range(12)], without_target=without_target)
     assert [each.done and each.failure is None for each in sequences] == [True] * 12
     assert server.most_asked == most
+
+
+def test_rollouts_that_wait_for_the_cache_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of one prompt token a side and three of the rollout: four blocks of four tokens."""
+
+    def waits(**small: int) -> int:
+        stats = DecodingStats()
+        sequences = sampled(Server(**small), [sequence([4], [7]) for _ in range(6)], stats=stats)
+        assert all(each.done for each in sequences)
+        return stats.cache_waits
+
+    assert waits(max_requests=8, cache_blocks=11) == 4 and waits(max_requests=4, cache_blocks=11) == 0
+    (said,) = [record.message for record in caplog.records if "KV cache" in record.message]
+    assert "holds 2 rollouts" in said and "places for 4" in said and "--gpu-memory-utilization" in said
+
+
+def test_the_target_may_be_an_adapter() -> None:
+    names = []
+    for without_target in (False, True):
+        sampled(server := Server(), [sequence([4], [7])], without_target=without_target, t_model="adapter")
+        names.append(server.payloads[0]["t_model"])
+    assert names == ["adapter", None]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
