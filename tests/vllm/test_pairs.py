@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import urllib.error
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict
@@ -20,13 +21,16 @@ from transformers import AutoModelForCausalLM
 from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.cli import main
 from dual_rollout.config import AlphaRule
+from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.chi_square import chi_square_p_value
 from tests.hang import HANG
 from tests.integration.test_doctor import report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
+from tests.synced_training import distance, served
 from tests.tiny_model import make_tiny_model, make_tokenizer
 from tests.unit.test_native_draw import METHODS, expected_alpha
+from tests.vllm.conftest import ServerPair
 from tests.vllm.pairs import (
     Pairs,
     Prompts,
@@ -38,13 +42,22 @@ from tests.vllm.pairs import (
     prompts_of,
     ragged_prompts,
 )
-from tests.vllm.servers import LORA_FLAGS, NativeServer, metric, run_in_vllms_python, running
+from tests.vllm.servers import (
+    LORA_FLAGS,
+    REPOSITORY,
+    NativeServer,
+    VllmServer,
+    metric,
+    run_in_vllms_python,
+    running,
+)
 
 VOCAB_SIZE = len(make_tokenizer())
 TOLERANCE = 5e-5  # nats; vLLM's kernels against transformers', both in float32
 # Four pairs at most, whose 16 blocks of 32 tokens do not hold them, and steps that read prompts in pieces.
 TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
-AMPLE = ("--no-enable-prefix-caching", *LORA_FLAGS)
+NEEDS_LORA = pytest.mark.skipif(not LORA_FLAGS, reason="vLLM's LoRA kernels for GPUs take no float32")
+AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", *LORA_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +95,16 @@ def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
 
 
 def test_exact_with_too_little_memory(tight: Pairs) -> None:
-    """Four pairs begin at once and outgrow the cache, so that some are preempted, or wait with one side in.
+    """Two pairs whose prompts fit into a step together, so that only the cache, of which each takes 14 blocks in the
+    end, can part them; then four that begin at once, some of which are preempted, or wait with one side in.
     Chi-square, false alarm one in 10,000."""
     prompts: list[Prompts] = [([i] * 20, [i, i + 1] * 10) for i in range(6)]
-    rollouts = tight.rollouts(prompts, [{"max_tokens": 110, "seed": i} for i in range(6)])
-    assert sum(map(tight.fell_apart, rollouts)) > 0, "the cache was large enough"
-    assert [len(rollout["token_ids"]) for rollout in rollouts] == [110] * 6
+    two = tight.rollouts(prompts[:2], [{"max_tokens": 200, "seed": i} for i in range(2)])
+    assert sum(map(tight.fell_apart, two)) > 0, "the cache was large enough"
+    rollouts = two + tight.rollouts(prompts, [{"max_tokens": 110, "seed": i} for i in range(6)])
+    assert [len(rollout["token_ids"]) for rollout in rollouts] == [200] * 2 + [110] * 6
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
-    assert distribution_p_value(rollouts, tight.model) > 1e-4
+    assert distribution_p_value(rollouts[2:], tight.model) > 1e-4
 
 
 def test_the_client_begins_no_more_than_the_cache_holds(tight: Pairs) -> None:
@@ -99,12 +114,13 @@ def test_the_client_begins_no_more_than_the_cache_holds(tight: Pairs) -> None:
     async def work(coordinator: DualVLLMCoordinator) -> Any:
         thetas, ts = [[i] * 20 for i in range(6)], [[i, i + 1] * 10 for i in range(6)]
         outputs = await coordinator.generate_batch(thetas, t_prompts=ts, max_tokens=110)
-        return outputs, coordinator.stats.decoding.restarts
+        return outputs, coordinator.stats.decoding
 
-    outputs, restarts = coordinated(tight, work)
+    outputs, stats = coordinated(tight, work)
     assert [len(output.generated_tokens) for output in outputs] == [110] * 6
     assert metric(tight.server, "num_preemptions_total") == before
-    assert restarts == sum(output.generated_tokens[:-1].count(VOCAB_SIZE - 1) for output in outputs)
+    assert stats.cache_waits > 0, "which is counted, and said once"
+    assert stats.restarts == sum(output.generated_tokens[:-1].count(VOCAB_SIZE - 1) for output in outputs)
 
 
 def test_the_same_seed_gives_the_same_tokens_in_any_company(tight: Pairs, ample: Pairs) -> None:
@@ -197,6 +213,41 @@ def test_ordinary_requests_are_left_alone(ample: Pairs) -> None:
     assert distribution_p_value(sampled, ample.model) > 1e-4
 
 
+def test_ordinary_requests_sample_what_a_server_without_pairs_does(ample: Pairs, vllm_pair: ServerPair) -> None:
+    """The same model, seeds and settings, here beside 32 pairs."""
+    settings = {
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.01,
+        "presence_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": 2.0},
+    }
+
+    async def plain(session: aiohttp.ClientSession, server: VllmServer, seed: int) -> list[int]:
+        body = {
+            "model": server.name,
+            "prompt": ragged_prompts(16, seed=60)[seed],
+            "max_tokens": 24,
+            "seed": seed,
+            "temperature": 0.8 + 0.1 * (seed % 4),
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **(settings if seed % 2 else {}),
+        }
+        async with session.post(server.url + "/v1/completions", json=body) as response:
+            return (await response.json())["choices"][0]["token_ids"]
+
+    async def work(session: aiohttp.ClientSession) -> list[Any]:
+        pairs = [ample.rollout(session, pair, max_tokens=40) for pair in prompts_of(32, seed=70)]
+        return await asyncio.gather(*(plain(session, ample.server, seed) for seed in range(16)), *pairs)
+
+    async def alone(session: aiohttp.ClientSession) -> list[Any]:
+        return await asyncio.gather(*(plain(session, vllm_pair.theta, seed) for seed in range(16)))
+
+    assert in_session(work)[:16] == in_session(alone)
+
+
 def test_a_stop_token_ends_the_rollout(ample: Pairs) -> None:
     """Also the token that marks rows which are alone, the last of the vocabulary, is a token like any other."""
     stops = list(range(0, VOCAB_SIZE, 3))
@@ -225,14 +276,14 @@ def test_a_client_that_goes_away_leaves_nothing_behind(ample: Pairs) -> None:
     assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
 
 
-@pytest.mark.skipif(not LORA_FLAGS, reason="vLLM's LoRA kernels for GPUs take no float32")
+@NEEDS_LORA
 def test_the_policy_may_be_an_adapter_and_the_target_its_base(ample: Pairs, tmp_path: Path) -> None:
     """In the memory of one model. The names of adapters are those of `/v1/load_lora_adapter`."""
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(ample.server.model, dtype=torch.float32)
     lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=8, init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(tmp_path)
-    load_adapter(ample.server, "policy", tmp_path)
+    adapter_route(ample.server, "load", lora_name="policy", lora_path=str(tmp_path), load_inplace=True)
     loaded = AutoModelForCausalLM.from_pretrained(ample.server.model, dtype=torch.float32)
     policy = PeftModel.from_pretrained(loaded, tmp_path).eval()
     rollouts = ample.rollouts(prompts_of(6, seed=8), [{"max_tokens": 20, "model": "policy"}] * 6)
@@ -240,13 +291,24 @@ def test_the_policy_may_be_an_adapter_and_the_target_its_base(ample: Pairs, tmp_
     assert min(np.abs(rollout["logprobs_theta"] - rollout["logprobs_t"]).max() for rollout in rollouts) > 0.1
     turned = ample.rollouts(prompts_of(2, seed=8), [{"max_tokens": 20, "t_model": "policy"}] * 2)
     assert max(largest_errors(turned, ample.model, policy).values()) < TOLERANCE
+
+    async def one_prompt(coordinator: DualVLLMCoordinator) -> Any:
+        return await coordinator.generate_batch([[3, 1, 4]] * 2, max_tokens=20, return_diagnostics=True)
+
+    adapted = coordinated(ample, one_prompt, t_model="policy")
+    assert max(largest_errors([as_rollout(output, [3, 1, 4]) for output in adapted], ample.model, policy).values()) < (
+        TOLERANCE
+    )
+    assert min(max(output.diagnostics["kl_t"]) for output in adapted) > 1e-3, "one prompt, two distributions"
+
     assert ample.describe()["adapters"] == ["policy"]
+    adapter_route(ample.server, "unload", lora_name="policy")
 
 
-def load_adapter(server: NativeServer, name: str, folder: Path) -> None:
-    body = json.dumps({"lora_name": name, "lora_path": str(folder), "load_inplace": True}).encode()
+def adapter_route(server: NativeServer, what: str, **body: Any) -> None:
+    """vLLM's own, whose answers are plain text."""
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.url + "/v1/load_lora_adapter", data=body, headers=headers)
+    request = urllib.request.Request(f"{server.url}/v1/{what}_lora_adapter", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=HANG).read()
 
 
@@ -330,6 +392,54 @@ def test_a_trainer_distils_the_policy_from_itself(ample: Pairs, tmp_path: Path) 
         assert evaluated["eval_sampling/alpha/mean"] == 0.0
     finally:
         coordinated(ample, lambda coordinator: coordinator.theta.reload_weights(str(ample.server.model)))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["self_distillation_cpu", pytest.param("self_distillation_lora_cpu", marks=NEEDS_LORA)]
+)
+def test_the_recipes_train(ample: Pairs, tmp_path: Path, recipe: str) -> None:
+    """Two steps of recipes/native by the command line, with a small model in place of the recipe's: full weights, which
+    the target follows, and an adapter, whose target is the model that the server was started with."""
+    changes: dict[str, Any] = {
+        "model_name_or_path": ample.server.model,
+        "dual_theta_url": ample.server.url,
+        "output_dir": tmp_path,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+    }
+    flags = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
+    adapter = "lora" in recipe
+    if adapter:
+        flags += ["--lora_target_modules", "q_proj", "down_proj"]
+    before = served(ample.server.url, ample.server.name)
+    try:
+        assert main(["train", str(REPOSITORY / f"recipes/native/{recipe}.yaml"), *flags]) == 0
+        steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in steps] == [1, 2]
+        assert max(entry["sampling/policy_drift/max"] for entry in steps) < 1e-3
+        assert [entry["sampling/kl_budget"] for entry in steps] == pytest.approx([0.05, 0.0])
+        moved = distance(served(ample.server.url, ample.server.name), before)
+        assert moved < 1e-4 if adapter else moved > 1e-3
+    finally:
+        if adapter:
+            adapter_route(ample.server, "unload", lora_name=ADAPTER_NAME)
+        coordinated(ample, lambda coordinator: coordinator.theta.reload_weights(str(ample.server.model)))
+
+
+def test_rows_are_generated_with_a_prompt_for_each_side(ample: Pairs, tmp_path: Path) -> None:
+    thetas, ts = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]]
+    rows = [json.dumps({"prompt": theta, "hint": t}) for theta, t in zip(thetas, ts, strict=True)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    files = ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out"), "--format", "jsonl"]
+    flags = ["--engine", "native", "--theta-url", ample.server.url, "--max-tokens", "6", "--ignore-eos"]
+    assert main(["generate", *files, "--t-prompt-column", "hint", *flags]) == 0
+    (shard,) = (tmp_path / "out").glob("train-*.jsonl")
+    for row, theta, t in zip(map(json.loads, shard.read_text().splitlines()), thetas, ts, strict=True):
+        for name, prompt in (("logprobs_theta", theta), ("logprobs_t", t)):
+            own = logprobs_of(ample.model, prompt, row["generated_tokens"])[np.arange(6), row["generated_tokens"]]
+            assert row[name] == pytest.approx(own, abs=TOLERANCE)
 
 
 def test_bench_compares_pairs_with_plain_generation_of_both_contexts(ample: Pairs, tmp_path: Path) -> None:
@@ -417,8 +527,40 @@ assert "--max-num-batched-tokens 42 or more" in refusal(Engine(budget=41))
     run_in_vllms_python(FAKE_SERVER + program)
 
 
-def test_a_side_that_is_aborted_is_begun_again_from_what_both_have() -> None:
-    """The engine is a fake: vLLM has no request that aborts one side. First π_t is gone after two tokens, then the last
+def test_an_aborted_side_ends_its_partner(ample: Pairs) -> None:
+    """By vLLM's own request, which asks for the names of requests; the log has them. Chi-square, false alarm one in
+    10,000."""
+
+    async def work(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+        begun = len(ample.server.log.read_text())
+        prompts = prompts_of(4, seed=13)
+        tasks = [
+            asyncio.create_task(ample.rollout(session, pair, max_tokens=300, seed=i)) for i, pair in enumerate(prompts)
+        ]
+        while not all(task.done() for task in tasks):
+            names = re.findall(r"Added request (dual-rollout-[0-9a-f]{32}-t)", ample.server.log.read_text()[begun:])
+            if len(names) >= 4:
+                async with session.post(ample.server.url + "/abort_requests", json={"request_ids": names}) as response:
+                    assert response.status == 200
+                break
+            await asyncio.sleep(0.01)
+        return await asyncio.gather(*tasks)
+
+    for _ in range(20):  # they may have ended before
+        rollouts = in_session(work)
+        assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
+        assert [len(rollout["token_ids"]) for rollout in rollouts] == [300] * 4
+        if any(ample.fell_apart(rollout) > 0 for rollout in rollouts):
+            break
+    else:
+        raise AssertionError("none was aborted")
+    assert distribution_p_value(rollouts, ample.model) > 1e-4
+    undisturbed = ample.rollouts(prompts_of(4, seed=13), [{"max_tokens": 300, "seed": i} for i in range(4)])
+    assert [one["token_ids"] for one in rollouts] == [one["token_ids"] for one in undisturbed]
+
+
+def test_sides_of_different_lengths_are_begun_again_from_what_both_have() -> None:
+    """The engine is a fake, which says exactly where. First π_t is gone after two tokens, then the last
     token is a mark, then both go on to the end."""
     program = """
 script = [((5, 6, 7), (5, 6), (5, 6, 7)), ((8, 99), (8, 99), (8, None)), ((9,), (9,), (9,))]
