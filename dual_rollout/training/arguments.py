@@ -16,6 +16,17 @@ from dual_rollout.yaml_file import read_mapping
 
 PREFIX = "dual_"
 
+TRAINER_OPTIONS = (
+    "importance_sampling_mode",
+    "importance_sampling_clip_min",
+    "importance_sampling_clip_max",
+    "weight_sync",
+    "weight_sync_dir",
+    "policy_check_bound",
+    "kept_rollouts",
+)
+"""The keys that go to `DualGRPOTrainer` as they are, without the prefix."""
+
 # argparse takes what stands before None: one flag with one or several URLs, and a mapping as JSON.
 _HINTS: dict[str, Any] = {
     "theta_url": list[str] | None | str,
@@ -136,6 +147,10 @@ class DualArguments(_coordinator_options()):  # type: ignore[misc]
                 except ValueError as error:
                     raise ValueError(f"{PREFIX}{name} must be {expected(hint)}: {error}") from error
         return CoordinatorConfig(**{**values, "theta_url": theta_url, "t_url": t_url})
+
+    def trainer_options(self) -> dict[str, Any]:
+        """The arguments of `DualGRPOTrainer` that are keys here, each by itself."""
+        return {name: getattr(self, PREFIX + name) for name in TRAINER_OPTIONS}
 
     def alpha_schedule(self) -> AlphaSchedule:
         """The `AlphaSchedule` these arguments describe."""

@@ -64,14 +64,8 @@ def main(argv: list[str] | None = None) -> None:
             quantization_config=get_quantization_config(recipe.model),
             peft_config=get_peft_config(recipe.model),
             dual_config=recipe.dual.coordinator_config(theta_url, t_url),
-            importance_sampling_mode=recipe.dual.dual_importance_sampling_mode,
-            importance_sampling_clip_min=recipe.dual.dual_importance_sampling_clip_min,
-            importance_sampling_clip_max=recipe.dual.dual_importance_sampling_clip_max,
             alpha_schedule=recipe.dual.alpha_schedule(),
-            weight_sync=recipe.dual.dual_weight_sync,
-            weight_sync_dir=recipe.dual.dual_weight_sync_dir,
-            policy_check_bound=recipe.dual.dual_policy_check_bound,
-            kept_rollouts=recipe.dual.dual_kept_rollouts,
+            **recipe.dual.trainer_options(),
         )
         with trainer.rollout:
             with _told_when_it_stops(trainer):

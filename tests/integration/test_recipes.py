@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -38,6 +39,17 @@ def test_every_recipe_parses(path: Path) -> None:
     recipe = parse_recipe(["--config", str(path), "--use_cpu", "true"])
     config = recipe.dual.coordinator_config("http://127.0.0.1:1", "http://127.0.0.1:2")
     assert config.top_k == yaml.safe_load(path.read_text()).get("dual_top_k", 100)
+
+
+def test_every_argument_of_the_trainer_is_a_key() -> None:
+    """And goes to it: those that several keys make are named here."""
+    ours = [kind for kind in DualGRPOTrainer.__mro__ if kind.__module__.startswith("dual_rollout")]
+    signatures = [inspect.signature(vars(kind)["__init__"]) for kind in ours if "__init__" in vars(kind)]
+    parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
+    named = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    options = parse_recipe(["--config", str(QUICKSTART), "--dual_kept_rollouts", "3"]).dual.trainer_options()
+    assert {*options, "dual_config", "alpha_schedule"} == named
+    assert options["kept_rollouts"] == 3
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
