@@ -19,7 +19,7 @@ from dual_rollout.servers.parsing import MALFORMED
 from dual_rollout.servers.probe import SAME_LOGPROB, follow_temperature
 from dual_rollout.servers.vllm_named_rows import requests_for, values_of, width
 from dual_rollout.servers.vllm_npy import decoded_floats
-from dual_rollout.sessions.wire import DRAW_PATH, PATH
+from dual_rollout.sessions.wire import DRAW_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ _ROUTES = (
     "/reset_prefix_cache",
     "/pause",
     "/v1/load_lora_adapter",
-    PATH,
     DRAW_PATH,
 )
 
@@ -109,8 +108,7 @@ class Probe:
             generate_endpoint="/inference/v1/generate" in routes,
             cached_rows=cached_rows,
             named_rows=named_rows,
-            sessions={PATH, DRAW_PATH} <= routes
-            and await self._has_sessions(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH)),
+            sessions=DRAW_PATH in routes and await self._has_sessions(min(_LIST_LENGTH, max_logprobs or _LIST_LENGTH)),
             detokenizes="/detokenize" in routes,
             reloads_weights="/collective_rpc" in routes,
             resets_prefix_cache="/reset_prefix_cache" in routes,

@@ -85,9 +85,8 @@ class EngineConformance:
             return engine._http.stats.requests  # type: ignore[attr-defined]
 
         found = use(target, ask)
-        assert found <= 23, (
-            found
-        )  # two of them to know the server again (its start time, what it says), one for sessions
+        # Two of them to know the server again (its start time, what it says), one for sessions.
+        assert found <= 23, found
 
     # ---- next tokens
 

@@ -22,7 +22,7 @@ import pytest
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
 from dual_rollout.decoding import outage
-from dual_rollout.servers import probe
+from dual_rollout.servers import vllm_probe
 from tests.chi_square import chi_square_p_value, standard_errors_off
 from tests.exact_distribution import position_distribution
 from tests.fault_proxy import FaultProxy, reset
@@ -243,7 +243,7 @@ WAYS: dict[str, dict[str, Any]] = {
 )
 def test_no_sequence_fails_on_real_models(padded_servers, monkeypatch, turned, way, scoring):
     if scoring is not None:
-        monkeypatch.setattr(probe, "_scoring", lambda *_: (scoring,))
+        monkeypatch.setattr(vllm_probe, "_scoring", lambda *_: (scoring,))
 
     async def run() -> list[GenerationOutput]:
         theta_url, t_url = padded_servers[::-1] if turned else padded_servers
