@@ -75,6 +75,26 @@ def check_served(model: Any, served: Collection[str]) -> None:
         raise UnknownModelError(f"the model {model!r:.80} does not exist; served are {', '.join(sorted(served))}")
 
 
+def adapter_of(state: Any, model: str | None) -> Any:
+    """vLLM's own object for the adapter of that name, which must still be loaded; None for the model itself.
+
+    Raises:
+        UnknownModelError: it is not served, or not any more.
+    """
+    adapter = state.openai_serving_models.lora_requests.get(model)
+    if adapter is None and model is not None:
+        check_served(model, served_names(state)[0])
+    return adapter
+
+
+def check_token_ids(name: str, token_ids: Any, vocab_size: int, *, may_be_empty: bool) -> None:
+    """Raise `ValueError` for what is no list of token ids of a vocabulary."""
+    if not isinstance(token_ids, list) or not (token_ids or may_be_empty) or not all(map(is_int, token_ids)):
+        raise ValueError(f"{name} must be a list of token ids{'' if may_be_empty else ', at least one'}")
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise ValueError(f"{name} has a token id outside [0, {vocab_size})")
+
+
 def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

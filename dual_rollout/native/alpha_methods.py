@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dual_rollout.config import AlphaRule
-from dual_rollout.native.q_star import LOG_ZERO, log_softmax, on_common
+from dual_rollout.native.q_star import LOG_ZERO, cut_to_common, log_softmax, on_common
 
 _ROUNDS = 12
 _NEAREST_0, _NEAREST_1 = 2.0**-53, 1.0 - 2.0**-24  # in float32
@@ -21,28 +21,18 @@ _NEAREST_0, _NEAREST_1 = 2.0**-53, 1.0 - 2.0**-24  # in float32
 def alpha_of_rule(rule: AlphaRule, temperature: float | Tensor, logits_theta: Tensor, logits_t: Tensor) -> Tensor:
     """`(n, 1)` α of one of `SOLVERS` for `(n, V_θ)` and `(n, V_t)` logits, before the bounds.
 
-    0 or 1 is that model itself. Where one model alone can say some token, an end is mostly the limit from inside (0, 1)
-    instead: then α is `_NEAREST_0` or `_NEAREST_1`, as in `functional.kl_symmetry`.
+    0 or 1 is that model itself; `_NEAREST_0` or `_NEAREST_1` the limit from inside (0, 1), see `kl_symmetry`.
     """
-    whole = log_softmax(logits_theta, temperature), log_softmax(logits_t, temperature)
-    vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
-    logp_theta, logp_t = (logp[:, :vocab_size] for logp in whole)
-    alpha, none = SOLVERS[rule.alpha_method](rule, whole, on_common(logp_theta, logp_t))
-    low, high = (
-        ((logp > LOG_ZERO) & (other <= LOG_ZERO)).any(dim=1, keepdim=True)
-        for logp, other in ((logp_theta, logp_t), (logp_t, logp_theta))
-    )
-    alpha = torch.where(low, alpha.clamp(min=_NEAREST_0), alpha)
-    alpha = torch.where(high, alpha.clamp(max=_NEAREST_1), alpha)
-    return alpha.masked_fill(none, 0.0)
+    return SOLVERS[rule.alpha_method](rule, log_softmax(logits_theta, temperature), log_softmax(logits_t, temperature))
 
 
 def _entropy(logp_theta: Tensor, logp_t: Tensor) -> Tensor:
     theta, t = (-(logp.exp() * logp).sum(dim=1, keepdim=True) for logp in (logp_theta, logp_t))
-    return torch.where(theta + t > 0, theta / (theta + t), 0.5)
+    return _limit_from_inside(torch.where(theta + t > 0, theta / (theta + t), 0.5), logp_theta, logp_t)
 
 
-def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
+def _ess_balance(logp_theta: Tensor, logp_t: Tensor) -> Tensor:
+    base, slope = on_common(*cut_to_common(logp_theta, logp_t))
     zero = torch.zeros_like(base[:, :1])
     offset = 2.0 * (_cumulants(base, slope, zero + 1.0)[0] - _cumulants(base, slope, zero)[0])
 
@@ -51,11 +41,11 @@ def _ess_balance(base: Tensor, slope: Tensor) -> Tensor:
         right, right_mean, _ = _cumulants(base, slope, 2.0 - alpha)
         return left - right + offset, right_mean - left_mean
 
-    return _root(imbalance, zero + 0.5)
+    return _limit_from_inside(_root(imbalance, zero + 0.5), logp_theta, logp_t)
 
 
-def _kl_budget(base: Tensor, slope: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """α, and the rows in which no α > 0 keeps to the budget."""
+def _kl_budget(logp_theta: Tensor, logp_t: Tensor, budget: float) -> Tensor:
+    base, slope = on_common(*cut_to_common(logp_theta, logp_t))
     half = torch.full_like(base[:, :1], 0.5)
 
     def excess(alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,8 +55,19 @@ def _kl_budget(base: Tensor, slope: Tensor, budget: float) -> tuple[Tensor, Tens
         return root - budget**0.5, alpha * variance / torch.where(root > 0, 2.0 * root, torch.nan)
 
     within = excess(2.0 * half)[0] <= 0
+    alpha = _limit_from_inside(torch.where(within, 1.0, _root(excess, half)), logp_theta, logp_t)
     at_once = -base.logsumexp(dim=1, keepdim=True)  # −log of π_θ's mass on the common support is the price of any α > 0
-    return torch.where(within, 1.0, _root(excess, half)), ~within & (at_once >= budget)
+    return alpha.masked_fill(~within & (at_once >= budget), 0.0)
+
+
+def _limit_from_inside(alpha: Tensor, logp_theta: Tensor, logp_t: Tensor) -> Tensor:
+    """α with 0 and 1 made the limits where the end itself leaves the common support, as that of `kl_symmetry`."""
+    theta, t = cut_to_common(logp_theta, logp_t)
+    theta_alone, t_alone = (
+        ((own > LOG_ZERO) & (other <= LOG_ZERO)).any(dim=1, keepdim=True) for own, other in ((theta, t), (t, theta))
+    )
+    alpha = torch.where(theta_alone, alpha.clamp(min=_NEAREST_0), alpha)
+    return torch.where(t_alone, alpha.clamp(max=_NEAREST_1), alpha)
 
 
 def _root(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], alpha: Tensor) -> Tensor:
@@ -91,15 +92,10 @@ def _cumulants(base: Tensor, slope: Tensor, alpha: Tensor) -> tuple[Tensor, Tens
     return psi, mean, (q * (slope - mean).square()).sum(dim=1, keepdim=True)
 
 
-def _in_every_row(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    return alpha, torch.zeros_like(alpha, dtype=torch.bool)
-
-
-_Pair = tuple[Tensor, Tensor]
-SOLVERS: Mapping[str, Callable[[Any, _Pair, _Pair], _Pair]] = {
-    "ess_balance": lambda rule, whole, common: _in_every_row(_ess_balance(*common)),
-    "entropy": lambda rule, whole, common: _in_every_row(_entropy(*whole)),
-    "kl_budget": lambda rule, whole, common: _kl_budget(*common, rule.kl_budget),
+SOLVERS: Mapping[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "ess_balance": lambda rule, logp_theta, logp_t: _ess_balance(logp_theta, logp_t),
+    "entropy": lambda rule, logp_theta, logp_t: _entropy(logp_theta, logp_t),
+    "kl_budget": lambda rule, logp_theta, logp_t: _kl_budget(logp_theta, logp_t, rule.kl_budget),
 }
-"""For each of `config.AlphaMethod` that `draw` does not know itself: α and the rows that have none, from the log-
-probabilities of both whole vocabularies, and from `q_star.on_common` of them."""
+"""What gives α for each of `config.AlphaMethod` that `draw` does not know itself: by a rule, and log-probabilities of
+both whole vocabularies, `(n, V_θ)` and `(n, V_t)`."""

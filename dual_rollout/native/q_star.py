@@ -83,9 +83,13 @@ def q_star(logits_theta: Tensor, logits_t: Tensor, choice: AlphaChoice) -> QStar
 
 def common_logprobs(logits_theta: Tensor, logits_t: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """log π_θ and log π_t of the tokens that both have, `(n, V)`; the mass of the others is not given to these."""
-    vocab_size = min(logits_theta.shape[1], logits_t.shape[1])
-    logp_theta, logp_t = (log_softmax(logits, temperature)[:, :vocab_size] for logits in (logits_theta, logits_t))
-    return logp_theta, logp_t
+    return cut_to_common(log_softmax(logits_theta, temperature), log_softmax(logits_t, temperature))
+
+
+def cut_to_common(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the tokens that only the longer vocabulary has."""
+    vocab_size = min(logp_theta.shape[1], logp_t.shape[1])
+    return logp_theta[:, :vocab_size], logp_t[:, :vocab_size]
 
 
 def on_common(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:

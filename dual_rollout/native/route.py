@@ -29,7 +29,15 @@ from dual_rollout.config import AlphaRule
 from dual_rollout.native.capacity import Places
 from dual_rollout.native.refusals import refuse_config
 from dual_rollout.native.wire import NUMBERS, PATH, Member, Side, check_temperature
-from dual_rollout.vllm_routes import answered, cache_tokens, check_served, is_int, served_names
+from dual_rollout.vllm_routes import (
+    adapter_of,
+    answered,
+    cache_tokens,
+    check_served,
+    check_token_ids,
+    is_int,
+    served_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +142,11 @@ class RolloutRequest:
 
     def _check(self, limits: Limits) -> None:
         seen_by_both = limits.vocab_size if self.t_prompt_token_ids is None else limits.common_vocab_size
-        _check_tokens("prompt_token_ids", self.prompt_token_ids, seen_by_both, may_be_empty=False)
+        check_token_ids("prompt_token_ids", self.prompt_token_ids, seen_by_both, may_be_empty=False)
         if self.t_prompt_token_ids is not None:
-            _check_tokens("t_prompt_token_ids", self.t_prompt_token_ids, seen_by_both, may_be_empty=False)
+            check_token_ids("t_prompt_token_ids", self.t_prompt_token_ids, seen_by_both, may_be_empty=False)
         check_temperature(self.temperature)
-        _check_tokens("stop_token_ids", self.stop_token_ids, limits.vocab_size, may_be_empty=True)
+        check_token_ids("stop_token_ids", self.stop_token_ids, limits.vocab_size, may_be_empty=True)
         if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r:.80}")
         if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
@@ -308,7 +316,7 @@ class RolloutServer:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=member.to_extra_args(),
             )
-            adapter = self._adapter(rollout.t_model if side == "t" else rollout.model)
+            adapter = adapter_of(self._state, rollout.t_model if side == "t" else rollout.model)
             tasks.append(asyncio.create_task(self._request(side, [*prompt, *tokens], params, adapter, name, drawn)))
         try:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -386,16 +394,9 @@ class RolloutServer:
         theta, t = rollout.prompt_token_ids, rollout.t_prompt_token_ids
         if t is None:
             return {"alone": theta}
-        if theta == t and self._adapter(rollout.model) is self._adapter(rollout.t_model):
+        if theta == t and adapter_of(self._state, rollout.model) is adapter_of(self._state, rollout.t_model):
             return {"both": theta}
         return {"theta": theta, "t": t}
-
-    def _adapter(self, model: str | None) -> Any:
-        """vLLM's own object for the adapter of that name, which must still be loaded; None for the model itself."""
-        adapter = self._state.openai_serving_models.lora_requests.get(model)
-        if adapter is None and model is not None:
-            check_served(model, served_names(self._state)[0])
-        return adapter
 
     def _cache_blocks(self) -> int:
         """Of the KV cache; vLLM keeps one for itself. Models with several kinds of layers take several for a token."""
@@ -428,10 +429,3 @@ def _is_early(tokens: Sequence[int], most: int, stops: Collection[int]) -> bool:
 
 def _request_id(name: str, side: str) -> str:
     return f"dual-rollout-{name}-{side}"
-
-
-def _check_tokens(name: str, tokens: Any, vocab_size: int, *, may_be_empty: bool) -> None:
-    if not isinstance(tokens, list) or not (tokens or may_be_empty) or not all(map(is_int, tokens)):
-        raise ValueError(f"{name} must be a list of token ids{'' if may_be_empty else ', at least one'}")
-    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise ValueError(f"{name} has a token id outside [0, {vocab_size})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dual_rollout.vllm_routes import check_served, is_int
+from dual_rollout.vllm_routes import check_served, check_token_ids, is_int
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ class DrawRequest:
             if draw.seed is not None and not is_int(draw.seed):
                 raise ValueError(f"a seed must be a whole number or null, got {draw.seed!r:.80}")
             for name, ids in (("excluded", draw.excluded), ("named", draw.named)):
-                if not isinstance(ids, list) or not all(map(is_int, ids)):
-                    raise ValueError(f"{name} must be a list of whole numbers, got {ids!r:.80}")
-                _check_ids(ids, limits)
+                check_token_ids(name, ids, limits.vocab_size, may_be_empty=True)
             if draw.excluded and draw.named:
                 raise ValueError("a draw may have excluded tokens or named ones")
 
@@ -149,16 +147,9 @@ def _check_temperature(temperature: Any) -> None:
 
 def _check_text(token_ids: Any, known: int, limits: Limits) -> None:
     """`token_ids` come after `known` others."""
-    if not isinstance(token_ids, list) or not token_ids or not all(map(is_int, token_ids)):
-        raise ValueError("token ids of a text must be a list of at least one whole number")
-    _check_ids(token_ids, limits)
+    check_token_ids("a text", token_ids, limits.vocab_size, may_be_empty=False)
     if known + len(token_ids) >= limits.max_model_len:
         raise ValueError(
             f"a text of {known + len(token_ids)} tokens leaves no room for one more in the model's context of "
             f"{limits.max_model_len} (--max-model-len)"
         )
-
-
-def _check_ids(token_ids: list[int], limits: Limits) -> None:
-    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
-        raise ValueError(f"a token id outside [0, {limits.vocab_size})")

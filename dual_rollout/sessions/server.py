@@ -19,7 +19,7 @@ import numpy as np
 from dual_rollout.sessions.engine_requests import Carry, ListOf, Lists, Session, drawn_once, lists_once
 from dual_rollout.sessions.request import DrawRequest, Limits, ListRequest, Text
 from dual_rollout.sessions.wire import SCHEDULER, UNKNOWN_SESSION, encoded, encoded_draws
-from dual_rollout.vllm_routes import RefusedError, cache_tokens, served_names
+from dual_rollout.vllm_routes import RefusedError, adapter_of, cache_tokens, served_names
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class SessionServer:
             RuntimeError: the engine has aborted some.
         """
         await self._unchanging.wait()
-        engine, lora = self._state.engine_client, self._adapter(request.model)
+        engine, lora = self._state.engine_client, adapter_of(self._state, request.model)
         self._at_work += 1
         try:
             asked = (drawn_once(engine, draw, float(request.temperature), lora) for draw in request.draws)
@@ -146,7 +146,7 @@ class SessionServer:
 
     async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists | BaseException]:
         """The lists after all texts, or why there is none. Up to the last line nothing else runs in between."""
-        engine = self._state.engine_client
+        engine, lora = self._state.engine_client, adapter_of(self._state, model)
         going_on = [(text, self._sessions[str(text.session)]) for text in texts if text.known]
         together = going_on if self._together else []
         others = [(session.engine_id(engine), text.token_ids) for text, session in together[1:]]
@@ -157,7 +157,7 @@ class SessionServer:
         self._at_work += len(texts)
         tasks = {}
         for text in texts:
-            task = asyncio.create_task(self._asked(text, model, params, carries.get(id(text), Carry())))
+            task = asyncio.create_task(self._asked(text, model, params, lora, carries.get(id(text), Carry())))
             task.add_done_callback(functools.partial(self._left, text))
             tasks[id(text)] = task
         if others:
@@ -172,9 +172,9 @@ class SessionServer:
             self._ending = {ending for ending in self._ending if not ending.done()}
             self._ending.add(asyncio.create_task(self._end(text.session)))
 
-    async def _asked(self, text: Text, model: str, params: ListOf, carry: Carry) -> Lists:
+    async def _asked(self, text: Text, model: str, params: ListOf, lora: Any, carry: Carry) -> Lists:
         """The list after a text: of its session, which may begin here, or of a request of one token."""
-        engine, lora, name = self._state.engine_client, self._adapter(model), text.session
+        engine, name = self._state.engine_client, text.session
         if name is not None and not text.known:
             await self._end(name)  # it is begun again
             if self._room_for(len(text.token_ids)):
@@ -188,9 +188,6 @@ class SessionServer:
         if session.ends or not self._room_for(0):
             await self._end(name)
         return lists
-
-    def _adapter(self, model: str) -> Any:
-        return self._state.openai_serving_models.lora_requests.get(model)
 
     def _room_for(self, tokens: int) -> bool:
         """Whether one session more, or a longer one, leaves room for other requests."""

@@ -66,27 +66,22 @@ class PlainDisplay:
     """Lines on stdout and tqdm's bar on stderr."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)  # which does nothing, as one that is closed
 
     def begin(self, done: int, steps: int) -> None:
         self._bar = tqdm(total=steps, initial=done, desc="training", unit="step", dynamic_ncols=True, leave=False)
 
     def advance(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        self._bar.update(done - self._bar.n)
 
     def hide_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.clear()
+        self._bar.clear()
 
     def show_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
+        self._bar.refresh()
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def heading(self, line: str) -> None:
         self.line(line)

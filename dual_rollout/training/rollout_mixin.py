@@ -182,9 +182,8 @@ class RolloutTrainerMixin(_Trainer):
         self._evaluated = []
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         rewards, completions = self._evaluated, getattr(self, "num_generations_eval", 1)
-        if has_length(
-            dataloader.dataset
-        ):  # several processes draw for the first rows again where the last batch is short
+        # Where the last batch is short, several processes draw for the first rows again.
+        if has_length(dataloader.dataset):
             rewards = rewards[: completions * len(dataloader.dataset)]
         rows = rewards_of_rows(rewards, completions)
         if rows:
