@@ -243,7 +243,10 @@ def test_the_whole_trainer(
     for i, log in enumerate(logs):
         weights = check_samples(kept.taken[8 * i : 8 * (i + 1)], rows(), policy, tiny_pair.t_model)
         assert log["ratio"] == pytest.approx(weights.mean(), rel=1e-2) and np.abs(weights - 1).max() > 0.01
-        assert log["sampling/policy_check"] < 1e-4 and 0 < log["sampling/alpha/mean"] < 1
+        assert log["sampling/policy_check"] < 1e-4
+    # TRL logs what its worker measured when that arrives: all with the first step, of a worker that is ahead by then.
+    alphas = [log["sampling/alpha/mean"] for log in logs if "sampling/alpha/mean" in log]
+    assert alphas and all(0 < alpha < 1 for alpha in alphas)
 
 
 @pytest.mark.parametrize("peft_config", [None, lora_config()], ids=["full", "merged adapter"])
