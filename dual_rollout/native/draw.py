@@ -36,8 +36,9 @@ PACKED = (
 )
 """Rows of `packed`, `(10, n)` int64; the last four are the bits of float32."""
 
-_GOLDEN = -1640531527  # 2^32 over the golden ratio, as int32
-_ODD = 0x3C6EF373  # below 2^31, as the upper half of a seed is: their sum is never 0, of which _mix makes 0
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
+ODD = 0x3C6EF373  # below 2^31, as the upper half of a seed is: their sum is never 0, of which _mix makes 0
+FIRST_FACTOR, SECOND_FACTOR = 0x85EBCA6B, 0xC2B2AE35  # of MurmurHash3's finaliser
 
 DrawInPlace = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`(logits, logits_t, packed, record)`: draws for every column of `packed`, between a row of `logits`, which are π_θ's,
@@ -90,10 +91,10 @@ def exponential(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     Numbers of 32 bits are put to use in full: the smallest time is 2^-33, so a token of probability far below that is
     drawn too rarely, which all together is less than size · 2^-32 in total variation.
     """
-    first = _mix(seeds[:, :1] ^ _mix(positions + _GOLDEN))
-    second = _mix(first ^ _mix(seeds[:, 1:] + _ODD))
+    first = _mix(seeds[:, :1] ^ _mix(positions + _int32(GOLDEN)))
+    second = _mix(first ^ _mix(seeds[:, 1:] + ODD))
     tokens = torch.arange(size, dtype=torch.int32, device=seeds.device)
-    bits = _mix(_mix(tokens * _GOLDEN + first) ^ second)
+    bits = _mix(_mix(tokens * _int32(GOLDEN) + first) ^ second)
     # In two halves, each exact in float32, so that small numbers keep their low bits.
     high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
     uniform = high.float() * 2.0**-16 + (low.float() + 0.5) * 2.0**-32
@@ -158,11 +159,16 @@ def at_least_two(rows: Tensor) -> Tensor:
 
 def _mix(bits: Tensor) -> Tensor:
     """Every bit of an int32 spread over all of them: the finaliser of MurmurHash3, a bijection."""
-    bits = (bits ^ _shift(bits, 16)) * -2048144789
-    bits = (bits ^ _shift(bits, 13)) * -1028477387
+    bits = (bits ^ _shift(bits, 16)) * _int32(FIRST_FACTOR)
+    bits = (bits ^ _shift(bits, 13)) * _int32(SECOND_FACTOR)
     return bits ^ _shift(bits, 16)
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:
     """A shift to the right that moves in zeros, as that of an unsigned number does."""
     return (bits >> count) & ((1 << (32 - count)) - 1)
+
+
+def _int32(bits: int) -> int:
+    """The int32 with the bits of an unsigned number, whose products and sums then have its bits too."""
+    return bits - (bits >> 31 << 32)

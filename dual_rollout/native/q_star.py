@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ITERATIONS = 4
+HALLEY_ROUNDS = 4
 LOG_ZERO = -1e4  # stands for log 0: its weight underflows, and differences of it are finite
-_ROUNDING = 1e-5
-_SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
+ROUNDING = 1e-5  # of α
+SAME = 1e-6  # E|log π_t − log π_θ| below which two rows are equal up to float32 rounding, nats
 
 
 class AlphaChoice(NamedTuple):
@@ -114,7 +114,7 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
     alpha = torch.full_like(slope[:, :1], 0.5)
     # So wide that the first bisection tries an end, where a row stays whose root is beyond.
     low, high = alpha - 1.0, alpha + 1.0
-    for _ in range(_ITERATIONS):
+    for _ in range(HALLEY_ROUNDS):
         path = logp_theta + alpha * slope
         weight = (path - path.amax(dim=1, keepdim=True)).exp()
         a, a1, a2 = _side(weight, slope.clamp(min=0.0))
@@ -125,9 +125,9 @@ def balanced_alpha(logp_theta: Tensor, slope: Tensor) -> Tensor:
         curvature = a2 - a1 * a1 - b2 + b1 * b1
         step = alpha - 2.0 * gap * rate / (2.0 * rate * rate - gap * curvature)
         # An empty side makes the step NaN, which is not inside; a converged one may miss the bracket by its rounding.
-        inside = (step >= low - _ROUNDING) & (step <= high + _ROUNDING)
+        inside = (step >= low - ROUNDING) & (step <= high + ROUNDING)
         step = torch.where(inside, step, 0.5 * (low + high)).clamp(0.0, 1.0)
-        same = a + b <= _SAME * weight.sum(dim=1, keepdim=True)
+        same = a + b <= SAME * weight.sum(dim=1, keepdim=True)
         alpha = torch.where(same, alpha, step)
     return alpha
 
