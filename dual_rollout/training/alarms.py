@@ -8,8 +8,6 @@ from typing import Any
 MOST_DRIFT = 0.1
 """Nats, mean over tokens. bfloat16 against float32 gives some hundredths."""
 LEAST_ESS = 0.1
-SAME_KL = 1e-6
-"""Nats, at every token: what one model's logits differ by from server to server gives less."""
 
 
 def alarms(logs: Mapping[str, Any]) -> dict[str, str]:
@@ -24,11 +22,6 @@ def alarms(logs: Mapping[str, Any]) -> dict[str, str]:
         found["drift"] = (
             f"The trainer's log π_θ is {drift:.2g} nats from the server's on average. Likely: bfloat16 on one side, "
             "dropout in the trainer's model, another base model or other adapters on the server."
-        )
-    if logs.get("sampling/kl/max", 1.0) < SAME_KL and logs.get("sampling/alpha/max", 0.0) > 0:
-        found["same"] = (
-            "The target adds nothing: KL(q‖π_θ) is 0 at every token. Likely: one model with one prompt, because the "
-            "dataset has no t_prompt column and the recipe no dual_t_prompt_template or dual_t_system_prompt."
         )
     ess = logs.get("sampling/effective_sample_size_ratio", 1.0)
     if ess < LEAST_ESS:

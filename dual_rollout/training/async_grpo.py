@@ -25,6 +25,7 @@ from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import encode_prompt, with_template_options
 from dual_rollout.training.contexts import T_TARGET_COLUMN, TargetContexts, same_turns
 from dual_rollout.training.random_streams import RandomStreams
+from dual_rollout.training.target_check import TargetCheck
 from dual_rollout.training.trl_settings import check_sampling_is_plain
 
 
@@ -58,7 +59,7 @@ class DualRolloutLoop(_AsyncRolloutLoop):
     def __init__(self, *, dual_config: CoordinatorConfig, **options: Any):
         super().__init__(**options)
         self._coordinator = DualVLLMCoordinator(dual_config, tokenizer=self.tokenizer)
-        self._streams = RandomStreams()
+        self._streams, self._target_check = RandomStreams(), TargetCheck()
         self._row: Mapping[str, Any] = {}
 
     async def _run_loops(self, stop_event: asyncio.Event) -> None:
@@ -100,9 +101,13 @@ class DualRolloutLoop(_AsyncRolloutLoop):
             temperature=self.temperature,
             seed=self._streams.next_seed(self._coordinator.config.seed, "loop", step=0, process=0),  # of each turn
             eos_token_ids=self.eos_token_ids,
+            return_diagnostics=True,
         )
         if output.error is not None:
             raise RolloutError(output.error)
+        self._target_check.look_at(
+            [output], None if conversation.t_prompt is None else [conversation.t_prompt], self.dataset
+        )
         self._count("sampling/alpha/mean", output.alpha_history)
         self._count("sampling/importance_sampling_ratio/mean", output.importance_weights)
         return output.generated_tokens, output.logprobs_q

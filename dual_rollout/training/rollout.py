@@ -6,20 +6,19 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
-from dual_rollout.config import AlphaRule, CoordinatorConfig, did_you_mean
+from dual_rollout.config import AlphaRule, CoordinatorConfig
 from dual_rollout.coordinator import check_entries
 from dual_rollout.exceptions import RolloutError
 from dual_rollout.text import with_template_options
 from dual_rollout.training.connections import ServerConnections
-from dual_rollout.training.contexts import T_PROMPT_COLUMN, TargetContexts, TargetContextsByPrompt, column_names
+from dual_rollout.training.contexts import TargetContexts, TargetContextsByPrompt
 from dual_rollout.training.policy_check import PolicyCheck
 from dual_rollout.training.processes import fail_together, process_index
 from dual_rollout.training.random_streams import RandomStreams
 from dual_rollout.training.rollout_batch import RolloutBatch
 from dual_rollout.training.rollout_metrics import mode_of
 from dual_rollout.training.schedules import AlphaSchedule
+from dual_rollout.training.target_check import TargetCheck
 from dual_rollout.training.trl_settings import check_rollout_is_all, check_training_args, uncorrected
 from dual_rollout.training.turns import ROLLOUT_COLUMNS, RolloutInProgress
 from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt
@@ -27,8 +26,6 @@ from dual_rollout.types import GenerationOutput, GenerationRequest, Prompt
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_SAME_DISTRIBUTION = 1e-3  # nats per token; the numerics of two servers stay below it
 
 
 class DualRollout(ServerConnections):
@@ -83,7 +80,7 @@ class DualRollout(ServerConnections):
         self._streams = RandomStreams()
         self._contexts = TargetContextsByPrompt()
         self._warned: set[str] = set()
-        self._compared = False  # whether a rollout has shown that π_t differs from π_θ, or not
+        self._target_check = TargetCheck()
 
     def __call__(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, Any]:
         """TRL's rollout function: one sequence per prompt (they come already repeated per generation).
@@ -159,7 +156,7 @@ class DualRollout(ServerConnections):
             stream=(mode_of(trainer), trainer.state.global_step, trainer.accelerator.process_index),
             tokenizer=self._tokenizer_under(trainer),
         )
-        self._warn_if_target_is_policy(outputs, contexts.t_prompts, trainer.train_dataset)
+        self._target_check.look_at(outputs, contexts.t_prompts, trainer.train_dataset)
         return outputs
 
     def generate(
@@ -209,7 +206,7 @@ class DualRollout(ServerConnections):
             stream=("loop", 0, process_index()),
             tokenizer=self.tokenizer,
         )
-        self._warn_if_target_is_policy(outputs, t_prompts)
+        self._target_check.look_at(outputs, t_prompts)
         tokenizer = self._open().tokenizer
         pad = 0 if tokenizer is None else tokenizer.pad_token_id
         return RolloutBatch.from_outputs(outputs, 0 if pad is None else pad)
@@ -296,31 +293,6 @@ class DualRollout(ServerConnections):
         options = {"tools": tools or None, "chat_template": getattr(trainer, "chat_template", None)}
         given = {name: value for name, value in options.items() if value is not None}
         return with_template_options(tokenizer, {**given, **trainer.chat_template_kwargs})
-
-    def _warn_if_target_is_policy(
-        self, outputs: Sequence[GenerationOutput], t_prompts: Sequence[Prompt | None] | None, dataset: Any = None
-    ) -> None:
-        """Say, at the first rollout that tells, that π_t and π_θ are one distribution: nothing else would show it."""
-        rows = [output for output in outputs if not all(output.without_target)]
-        if self._compared or not rows:
-            return
-        self._compared = True
-        divergence = np.nanmean([row.diagnostics[f"{name}_mean"] for row in rows for name in ("kl_theta", "kl_t")])
-        if not divergence < _SAME_DISTRIBUTION or process_index() != 0:
-            return
-        seen = "the prompts that π_t sees, t_prompts, make no difference"
-        if t_prompts is None:
-            seen = "π_t sees the policy's prompt, for no t_prompts were given"
-            if dataset is not None:
-                columns = [name for name in column_names(dataset) if name != "prompt"]
-                seen = f"π_t sees the policy's prompt, for the dataset has no column {T_PROMPT_COLUMN!r} that is not "
-                seen += f"null{did_you_mean(T_PROMPT_COLUMN, columns)}"
-        logger.warning(
-            "π_t gives the same probabilities as π_θ in this rollout (%.1e nats apart per token), so that every weight "
-            "is 1 and q* is the policy itself: the two servers have one model, and %s",
-            divergence,
-            seen,
-        )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -6,12 +6,14 @@ the sums of that kernel; the rest of the trainer is TRL's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
 import pickle
 import queue
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,7 +38,7 @@ from dual_rollout import (
     solve_kl_symmetry,
 )
 from dual_rollout.exceptions import WeightSyncError
-from dual_rollout.training.async_grpo import DualRolloutWorker
+from dual_rollout.training.async_grpo import DualRolloutWorker, _Conversation, _conversation
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from tests.async_loop import VERSION, make_loop, samples_of
 from tests.integration.conftest import TinyPair
@@ -354,6 +356,32 @@ def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair, config
         sums = np.sum([pushed.get(f"sampling/{name}/mean", (0.0, 0.0)) for pushed in metrics], axis=0)
         values = np.concatenate([getattr(output, column) for output in outputs])
         np.testing.assert_allclose(sums, (values.sum(), len(values)))
+
+
+def test_the_asynchronous_worker_says_if_the_target_adds_nothing(
+    tiny_pair: TinyPair, config: CoordinatorConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
+    tokenizer.response_template = qwen3_template
+    loop = make_loop(
+        dual_config=replace(config, t_url=config.theta_url),
+        dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows()]),
+        reward_funcs=[count_of_the],
+        processing_class=tokenizer,
+        eos_token_ids=[tokenizer.eos_token_id],
+        num_generations=2,
+        max_tokens=LENGTH,
+    )
+
+    async def turns() -> None:
+        _conversation.set(_Conversation(None, None))
+        async with loop._coordinator:
+            for _ in range(16):  # of one token at least
+                await loop._generate_one_turn([5, 6, 7])
+
+    asyncio.run(turns())
+    (said,) = [record.message for record in caplog.records if "adds nothing" in record.message]
+    assert "no column 't_prompt'" in said
 
 
 def test_the_asynchronous_worker_refuses_what_q_star_cannot_honour(monkeypatch: pytest.MonkeyPatch) -> None:

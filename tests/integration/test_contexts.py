@@ -474,8 +474,8 @@ def test_a_trainer_that_corrects_nothing_is_refused(options: dict[str, Any], nam
         DualRollout(CoordinatorConfig())(["the user"], trainer)
 
 
-def same_server_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if "same probabilities" in record.message]
+def said_of_the_target(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if "adds nothing" in record.message]
 
 
 def test_a_target_that_is_the_policy_is_said_once(
@@ -483,21 +483,25 @@ def test_a_target_that_is_the_policy_is_said_once(
 ) -> None:
     same = dataclasses.replace(dual_config(tiny_pair), t_url=tiny_pair.theta_url)
     with DualRollout(same) as rollout:
+        rollout.generate(["what is that"], max_tokens=3)
+        assert not said_of_the_target(caplog), "three tokens do not tell"
+        rollout.generate(["what is that"], targets=["none"], max_tokens=16)
+        assert not said_of_the_target(caplog), "tokens without a target even less"
         for _ in range(2):
-            rollout.generate(["what is that"], max_tokens=3)
-    (message,) = same_server_warnings(caplog)
+            rollout.generate(["what is that"] * 4, max_tokens=8)
+    (message,) = said_of_the_target(caplog)
     assert "no t_prompts were given" in message
     caplog.clear()
     misspelt = [{"prompt": row["prompt"], "t_promt": row["t_prompt"]} for row in rows()]
     run(tiny_pair, tmp_path, config=same, dataset=Dataset.from_list(misspelt), max_steps=2, learning_rate=0.0)
-    (message,) = same_server_warnings(caplog)
+    (message,) = said_of_the_target(caplog)
     assert "no column 't_prompt'" in message and "did you mean 't_promt'?" in message
     caplog.clear()
     with DualRollout(same) as rollout:
-        rollout.generate(["what is that"], t_prompts=["the user"], max_tokens=3)
+        rollout.generate(["what is that"], t_prompts=["the user"], max_tokens=16)
     with DualRollout(dual_config(tiny_pair)) as rollout:
-        rollout.generate(["what is that"], max_tokens=3)
-    assert not same_server_warnings(caplog)
+        rollout.generate(["what is that"], max_tokens=16)
+    assert not said_of_the_target(caplog)
 
 
 AT_EXIT = """
