@@ -49,6 +49,8 @@ class SequenceRecord:
         weight_versions: the version of π_θ's weights that each token was sampled under, as the weight sync counts them:
             the trainer's global step; None before the first sync.
         diagnostics: further columns by name, where they were asked for.
+        draft_tokens, accepted_tokens: tokens that were drafted for it from π_θ, and those of them that q* accepted; 0
+            and 0 where block decoding was not used.
     """
 
     token_ids: list[int] = _column(int, "generated_tokens")
@@ -59,6 +61,8 @@ class SequenceRecord:
     without_target: list[bool] = _column(bool)
     weight_versions: list[int | None] = _column(int, stored=False)
     diagnostics: dict[str, list[float]] = field(default_factory=dict)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def importance_weights(self) -> list[float]:
@@ -84,9 +88,9 @@ class SequenceRecord:
         for name, value in diagnostics.items():
             self.diagnostics.setdefault(name, []).append(value)
 
-    def stored_columns(self) -> dict[str, list[Any]]:
-        """What a shard keeps, under the names of `GenerationOutput`; see `STORED_COLUMNS`."""
-        return {output_name(name): getattr(self, name) for name in STORED_COLUMNS}
+    def stored_columns(self) -> dict[str, Any]:
+        """What a shard keeps, under the names of `GenerationOutput`; see `STORED_COLUMNS` and `COUNTS`."""
+        return {output_name(name): getattr(self, name) for name in (*STORED_COLUMNS, *COUNTS)}
 
 
 COLUMNS: tuple[str, ...] = tuple(spec.name for spec in fields(SequenceRecord) if "kind" in spec.metadata)
@@ -102,6 +106,9 @@ STORED_COLUMNS: dict[str, type] = {
     spec.name: spec.metadata["kind"] for spec in fields(SequenceRecord) if spec.metadata.get("stored")
 } | {"importance_weights": float}
 """The columns of shards, and what their entries are."""
+
+COUNTS = ("draft_tokens", "accepted_tokens")
+"""What is counted of the whole sequence, by its names in outputs, in shards and in the rollouts that a run keeps."""
 
 KEPT_DIAGNOSTICS = ("kl_theta", "coverage_theta", "coverage_t")
 """Of the diagnostics, those that files keep where any are wanted: `dual-rollout report` shows them."""

@@ -99,7 +99,8 @@ class GenerationOutput:
         prompt: the prompt as given.
         prompt_token_ids: the ids π_θ saw.
         record: the tokens and their numbers. Its columns are also attributes here: `generated_tokens`, `alpha_history`,
-            `logprobs_q`, `logprobs_theta`, `logprobs_t`, `importance_weights`, `without_target`, `weight_versions`.
+            `logprobs_q`, `logprobs_theta`, `logprobs_t`, `importance_weights`, `without_target`, `weight_versions`,
+            `draft_tokens`, `accepted_tokens`.
         generated_text: decoded without special tokens; None when no tokenizer could be loaded.
         finish_reason: "stop" (a stop token) or "length" (`max_tokens`); None when `error` is set.
         error: what went wrong with this prompt alone, or None. Tokens generated before the fault are kept.

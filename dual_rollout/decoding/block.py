@@ -88,7 +88,7 @@ class Block:
             owners += [sequence] * taken
             rows += range(end - length, end - length + taken)
             call.stats.accepted_tokens += run
-            sequence.note_draft(run)
+            sequence.note_draft(length, run)
         index = np.array(rows)
         redrawn = index[~kept[index]]
         columns[redrawn] = sample_rows(_residual(positions, redrawn), uniforms[redrawn, 1])

@@ -128,8 +128,10 @@ class DecodingSequence:
         elif len(self.tokens) >= self._max_tokens:
             self.finish_reason = "length"
 
-    def note_draft(self, accepted: int) -> None:
-        """Remember how many tokens of a draft were accepted, the recent ones most."""
+    def note_draft(self, length: int, accepted: int) -> None:
+        """Count a draft's tokens, and remember how many were accepted, of the recent drafts most."""
+        self.record.draft_tokens += length
+        self.record.accepted_tokens += accepted
         self.run_length = accepted if self.run_length is None else 0.7 * self.run_length + 0.3 * accepted
 
     def fail(self, error: Exception) -> None:

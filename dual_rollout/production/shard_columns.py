@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dual_rollout.production.rows import Columns, Row
-from dual_rollout.record import KEPT_DIAGNOSTICS, STORED_COLUMNS, output_name
+from dual_rollout.record import COUNTS, KEPT_DIAGNOSTICS, STORED_COLUMNS, output_name
 from dual_rollout.types import GenerationOutput
 
 _ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
@@ -44,6 +44,7 @@ def output_schema(source: pa.Schema, columns: Columns, *, diagnostics: bool = Fa
         ("finish_reason", pa.string()),
         *((output_name(name), pa.list_(_ARROW_TYPES[entry])) for name, entry in STORED_COLUMNS.items()),
         *((name, pa.list_(pa.float64())) for name in KEPT_DIAGNOSTICS if diagnostics),
+        *((name, pa.int32()) for name in COUNTS),
         ("error", pa.string()),
         ("versions", pa.string()),
         ("settings", pa.string()),

@@ -40,6 +40,7 @@ const rollouts = data.rollouts.map((about, number) => {
   }
   rollout.alpha = drawn ? alphas / drawn : undefined;
   rollout.ess = squares > 0 ? weights * weights / (weighted * squares) : undefined;
+  rollout.acceptance = about.draft_tokens ? about.accepted_tokens / about.draft_tokens : undefined;
   return rollout;
 });
 
@@ -197,7 +198,7 @@ function select(rollout) {
 function rolloutParts(rollout) {
   const facts = [
     ["step", rollout.step], ["row", rollout.index], ["reward", rollout.reward], ["advantage", rollout.advantage], ["α", rollout.alpha],
-    ["ESS", rollout.ess], ["tokens", rollout.length], ["target", rollout.t_target], ["error", rollout.error],
+    ["ESS", rollout.ess], ["tokens", rollout.length], ["drafts accepted", rollout.acceptance], ["target", rollout.t_target], ["error", rollout.error],
   ].filter(([, value]) => known(value));
   const parts = [element("dl", {}, facts.map(([name, value]) => element("div", {}, [
     element("dt", { textContent: name }), element("dd", { textContent: typeof value === "number" ? shown(value, 4) : value })])))];
@@ -267,14 +268,13 @@ function frame(title, low, high, bottom, top, children, keys = []) {
   return element("figure", {}, [element("figcaption", {}, [title, ...names]), svg]);
 }
 
-/** Values outside of the bounds are counted at the ends. */
-function histogram(title, low, high, value) {
+/** Of the rollouts that are listed, whose numbers `numbersOf` gives. Those outside of the bounds are counted at the ends. */
+function histogram(title, low, high, what, numbersOf) {
   const counts = new Array(30).fill(0);
   let all = 0;
   for (const rollout of listed) {
-    for (let i = rollout.start; i < rollout.end; i++) {
-      const v = value(i);
-      if (Number.isNaN(v)) continue;
+    for (const v of numbersOf(rollout)) {
+      if (!known(v)) continue;
       counts[Math.max(0, Math.min(29, Math.floor(30 * (v - low) / (high - low))))]++;
       all++;
     }
@@ -284,7 +284,7 @@ function histogram(title, low, high, value) {
   const bars = counts.map((count, k) => {
     const height = (HEIGHT - BOTTOM - TOP) * count / most, at = low + k * (high - low) / 30;
     return drawing("rect", { class: "bar", x: LEFT + k * width, y: HEIGHT - BOTTOM - height, width: width - 1, height }, [
-      drawing("title", {}, [`${shown(at)} to ${shown(at + (high - low) / 30)}: ${count} of ${all} tokens`])]);
+      drawing("title", {}, [`${shown(at)} to ${shown(at + (high - low) / 30)}: ${count} of ${all} ${what}`])]);
   });
   return [frame(title, low, high, 0, most, bars)];
 }
@@ -316,11 +316,14 @@ const overSteps = [
   ...lines("acceptance of drafts", [["share", "spec_decode/acceptance_rate"]]),
 ];
 
+const own = column => rollout => column.subarray(rollout.start, rollout.end);
+
 function drawHistograms() {
   byId("plots").replaceChildren(
-    ...histogram("α of the tokens listed", 0, 1, i => alpha[i]),
-    ...histogram("log weight, nats", -4, 4, logWeight),
-    ...histogram("coverage: mass of the shorter list", 0, 1, i => coverage[i]),
+    ...histogram("α of the tokens listed", 0, 1, "tokens", own(alpha)),
+    ...histogram("log weight, nats", -4, 4, "tokens", rollout => own(logTheta)(rollout).map((v, i) => v - logQ[rollout.start + i])),
+    ...histogram("coverage: mass of the shorter list", 0, 1, "tokens", own(coverage)),
+    ...histogram("drafts accepted, of each rollout", 0, 1, "rollouts", rollout => [rollout.acceptance]),
     ...overSteps);
 }
 

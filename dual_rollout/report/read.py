@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dual_rollout.prompts import as_text
-from dual_rollout.record import output_name
+from dual_rollout.record import COUNTS, output_name
 
 NUMBERS = {
     name: output_name(name)
@@ -27,7 +27,7 @@ SHOWN = (*(name for name in NUMBERS if not name.startswith("coverage")), "covera
 """Those that a `ShownRollout` has: the coverage is that of the list that holds less."""
 
 REQUIRED = ("generated_tokens", *(NUMBERS[name] for name in ("alpha", "logprobs_q", "logprobs_theta", "logprobs_t")))
-_PLAIN = ("step", "index", "generation", "prompt", "t_prompt", "t_target", "reward", "advantage", "error")
+_PLAIN = ("step", "index", "generation", "prompt", "t_prompt", "t_target", "reward", "advantage", "error", *COUNTS)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -36,7 +36,8 @@ class ShownRollout:
     """One sequence.
 
     Attributes:
-        about: `step`, `prompt`, `t_prompt`, `t_target`, `reward`, `advantage`, `error`, of those that are known.
+        about: `step`, `prompt`, `t_prompt`, `t_target`, `reward`, `advantage`, `error`, `draft_tokens` and
+            `accepted_tokens`, of those that are known.
         token_ids: `(T,)` int64.
         numbers: those of `SHOWN` that are known, `(T,)` float32 each; NaN where a token has none.
     """

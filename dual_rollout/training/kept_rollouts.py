@@ -11,13 +11,16 @@ import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
 from dual_rollout.prompts import as_text
-from dual_rollout.record import FLOAT_COLUMNS, KEPT_DIAGNOSTICS, output_name
+from dual_rollout.record import COUNTS, FLOAT_COLUMNS, KEPT_DIAGNOSTICS, output_name
 
 FOLDER = "rollouts"
 
 PER_TOKEN = {output_name(name): name for name in FLOAT_COLUMNS} | {name: name for name in KEPT_DIAGNOSTICS}
 """The numbers of each token, by their names in the files: those of shards, and a few diagnostics. NaN at tokens that
 were not drawn, as those of tools' results."""
+
+KEPT_OF_A_ROW = PER_TOKEN | {name: name for name in COUNTS}
+"""The columns of a trainer's rollout that are kept, by their names in the files; those that it lacks are null."""
 
 SCHEMA = pa.schema(
     [
@@ -29,6 +32,7 @@ SCHEMA = pa.schema(
         ("advantage", pa.float64()),
         ("generated_tokens", pa.list_(pa.int32())),
         *((name, pa.list_(pa.float32())) for name in PER_TOKEN),
+        *((name, pa.int32()) for name in COUNTS),
     ]
 )
 

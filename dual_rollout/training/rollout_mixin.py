@@ -20,7 +20,7 @@ from dual_rollout.training.console import Console
 from dual_rollout.training.contexts import CONTEXT_COLUMNS, TargetContexts, column_names
 from dual_rollout.training.correction import ImportanceSamplingMode
 from dual_rollout.training.evaluation import interval, rewards_of_rows
-from dual_rollout.training.kept_rollouts import PER_TOKEN, KeptRollouts
+from dual_rollout.training.kept_rollouts import KEPT_OF_A_ROW, KeptRollouts
 from dual_rollout.training.metrics_log import MetricsLog
 from dual_rollout.training.model_card import add_to_card, rollout_section
 from dual_rollout.training.processes import fail_together
@@ -294,7 +294,7 @@ class RolloutTrainerMixin(_Trainer):
         """The first rows of this process's rollout, before the weights are in its advantages."""
         rows: list[dict[str, Any]] = []
         advantages, rewards = output.get("advantages"), self._own_rewards()
-        numbers = {name: self._rollout_columns.get(column) for name, column in PER_TOKEN.items()}
+        numbers = {name: self._rollout_columns.get(column) for name, column in KEPT_OF_A_ROW.items()}
         for i in range(min(self._kept.limit, len(output["completion_ids"]))):
             length = len(self._rollout_columns["alpha"][i])
             rows.append(

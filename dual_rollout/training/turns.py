@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dual_rollout.config import NO_TARGET
-from dual_rollout.record import FLOAT_COLUMNS, KEPT_DIAGNOSTICS, SequenceRecord, oldest_version
+from dual_rollout.record import COUNTS, FLOAT_COLUMNS, KEPT_DIAGNOSTICS, SequenceRecord, oldest_version
 from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.rollout_metrics import (
     log_completion_columns,
@@ -153,13 +153,17 @@ class Turns:
             completions: the tokens of each row as the trainer has them, drawn or not.
 
         Returns:
-            `ROLLOUT_COLUMNS` and `KEPT_DIAGNOSTICS`, one entry per row. Of tokens that were not drawn the floats are
-            NaN.
+            `ROLLOUT_COLUMNS`, `KEPT_DIAGNOSTICS` and `COUNTS`, one entry per row. Of tokens that were not drawn the
+            floats are NaN.
         """
         self._rollout.finish([[turn.output for turn in turns] for turns in self._turns])
         both = list(zip(self._turns, completions, strict=True))
+        counts = {
+            name: [sum(getattr(turn.output.record, name) for turn in turns) for turns in self._turns] for name in COUNTS
+        }
         return {name: [_column(name, *row) for row in both] for name in (*FLOAT_COLUMNS, *KEPT_DIAGNOSTICS)} | {
-            "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns]
+            "weight_version": [oldest_version([turn.output.weight_version for turn in turns]) for turns in self._turns],
+            **counts,
         }
 
     def _left(self, row: int, context: list[int]) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator, GenerationOutput
 from dual_rollout.coordinator import CoordinatorStats
+from dual_rollout.record import COUNTS
 from tests.chi_square import chi_square_p_value, chi_square_survival, standard_errors_off
 from tests.conformance.suite import logprobs_of, reference
 from tests.exact_distribution import listed, position_distribution
@@ -81,6 +82,8 @@ class RolloutDistribution:
         exact = ExactDistribution(pair, options)
         outputs, stats = rollouts(pair, {"decoding": "block", "num_draft_tokens": 2, **options})
         assert 0 < stats.decoding.accepted_tokens < stats.decoding.draft_tokens
+        for name in COUNTS:
+            assert sum(getattr(output, name) for output in outputs) == getattr(stats.decoding, name)
         assert_distribution(exact, outputs)
         assert_record(exact, outputs)
         if options.get("support") == "tail":

@@ -36,7 +36,7 @@ from dual_rollout.production.rows import Columns, open_source
 from dual_rollout.production.run import Job, Summary, _owned, produce
 from dual_rollout.production.shard_columns import output_schema
 from dual_rollout.production.shards import Journal, OutputFolder, Share
-from dual_rollout.record import KEPT_DIAGNOSTICS, output_name
+from dual_rollout.record import COUNTS, KEPT_DIAGNOSTICS, output_name
 from dual_rollout.samplers.base import Sampler
 from dual_rollout.samplers.two_servers import TwoServerSampler
 from dual_rollout.types import GenerationOutput, GenerationRequest
@@ -86,11 +86,11 @@ def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
             np.testing.assert_allclose(row[name], other[name], rtol=1e-3, atol=1e-3)
 
 
-def batch(pair: TinyPair, prompts: list[Any], **options: Any) -> list[GenerationOutput]:
+def batch(pair: TinyPair, prompts: list[Any], *, diagnostics: bool = False, **settings: Any) -> list[GenerationOutput]:
     async def run() -> list[GenerationOutput]:
-        config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=20, seed=0)
+        config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=20, seed=0, **settings)
         async with DualVLLMCoordinator(config) as coordinator:
-            return await coordinator.generate_batch(prompts, max_tokens=6, **options)
+            return await coordinator.generate_batch(prompts, max_tokens=6, return_diagnostics=diagnostics)
 
     return asyncio.run(run())
 
@@ -105,7 +105,7 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
         tiny_pair, "--input", questions, "--output", out, "--format", format, "--rows-per-shard", 5,
         "--num-generations", 2, "--keep-columns", "answer", "n", "--max-concurrency", 4, "--diagnostics",
     )  # fmt: skip
-    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)], return_diagnostics=True)
+    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)], diagnostics=True)
     rows = rows_of(out)
     assert [(row["index"], row["generation"]) for row in rows] == [(i, g) for i in range(12) for g in range(2)]
     for row, output in zip(rows, outputs, strict=True):
@@ -131,6 +131,20 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
         column = output_name(name)
         for found, row in zip(page.numbers[name], rows, strict=True):
             np.testing.assert_array_equal(found, np.float32(row[column]))
+
+
+def test_shards_and_their_report_have_what_was_accepted_of_drafts(tiny_pair, questions, tmp_path):
+    out, block = tmp_path / "out", {"decoding": "block", "num_draft_tokens": 3}
+    flags = [word for name, value in block.items() for word in (f"--{name.replace('_', '-')}", value)]
+    generate(tiny_pair, "--input", questions, "--output", out, "--limit", 6, *flags)
+    outputs, plain = batch(tiny_pair, QUESTIONS[:6], **block), batch(tiny_pair, QUESTIONS[:1], decoding="lockstep")
+    assert main(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0
+    shown = read_page(tmp_path / "report.html").data["rollouts"]
+    for row, output, rollout in zip(rows_of(out), outputs, shown, strict=True):
+        assert row["draft_tokens"] > 0 and row["accepted_tokens"] <= row["draft_tokens"]
+        for name in COUNTS:
+            assert row[name] == getattr(output, name) == rollout[name]
+    assert [getattr(plain[0], name) for name in COUNTS] == [0, 0]
 
 
 def test_the_same_rows_from_jsonl_parquet_and_a_dataset(tiny_pair, questions, tmp_path):

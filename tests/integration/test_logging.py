@@ -200,6 +200,8 @@ def test_a_step_keeps_some_rollouts_for_the_report(run: Run) -> None:
             for column, name in (("alpha_history", "alpha"), ("importance_weights", "importance_weights")):
                 assert list(kept[column][row]) == pytest.approx(given[name][row], rel=1e-6)
             assert all(0 <= value <= 0.11 for value in kept["kl_theta"][row]), "the budget"
+            assert kept["accepted_tokens"][row] <= min(kept["draft_tokens"][row], len(kept["generated_tokens"][row]))
+        assert min(kept["draft_tokens"]) > 0 < sum(kept["accepted_tokens"]), "block decoding was asked for"
 
 
 def test_the_report_is_of_them(run: Run, tmp_path: Path) -> None:
@@ -208,6 +210,8 @@ def test_the_report_is_of_them(run: Run, tmp_path: Path) -> None:
     page, given = read_page(tmp_path / "report.html"), run.columns[0]
     assert page.ids[:3] == given["completion_ids"][:3]
     shown, said = "".join(page.texts[0]), given["completions"][0][0]["content"]
+    counted = [rollout["draft_tokens"] for rollout in page.data["rollouts"]]
+    assert len(counted) == 6 and all(counted)
     assert re.sub("[‥\N{REPLACEMENT CHARACTER}]", "", shown).startswith(re.sub("\N{REPLACEMENT CHARACTER}", "", said))
 
 

@@ -26,6 +26,7 @@ from tests.tiny_model import make_tokenizer
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=http://127.0.0.1:9/x>"
 TEXTS = ["the user is in\nthat", "é and 🙂 of", f"to {HOSTILE}", "what"]
 REWARDS = [0.25, 1.0, 0.0, 0.5]
+DRAFTS = [(8, 6), (4, 1), (0, 0), (None, None)]  # drafted and accepted tokens
 RESULT = slice(2, 5)  # tokens of the first rollout that a tool gave
 NUMBERS = ("alpha_history", "logprobs_q", "logprobs_theta", "logprobs_t", "kl_theta", "coverage_theta", "coverage_t")
 STEPS = [
@@ -47,6 +48,7 @@ def rows() -> list[dict[str, Any]]:
         weights = np.exp(numbers["logprobs_theta"] - numbers["logprobs_q"])
         about = {"prompt": [{"role": "user", "content": f"q {number}"}], "t_prompt": HOSTILE if number == 1 else None}
         about |= {"t_target": None, "reward": reward, "advantage": -0.5, "generated_tokens": ids}
+        about |= dict(zip(("draft_tokens", "accepted_tokens"), DRAFTS[number], strict=True))
         made.append(
             about | {name: v.tolist() for name, v in numbers.items()} | {"importance_weights": weights.tolist()}
         )
@@ -304,11 +306,17 @@ def test_plots_are_of_the_steps_and_of_the_rollouts_that_are_listed(page: Any) -
     marks = page.locator("figure", has_text="policy alone").locator("circle title").all_text_contents()
     assert marks == ["step 1: q* 0.3000", "step 2: q* 0.6000", "step 2: policy alone, evaluated 0.4000"]
 
-    def tokens() -> int:
-        bars = page.locator("figure", has_text="α of the tokens").locator("rect title").all_text_contents()
-        return sum(int(re.search(r": (\d+) of", bar)[1]) for bar in bars)
+    def counted(title: str) -> dict[str, int]:
+        bars = page.locator("figure", has_text=title).locator("rect title").all_text_contents()
+        found = (re.fullmatch(r"(.*): (\d+) of \d+ \w+", bar).groups() for bar in bars)
+        return {where: int(count) for where, count in found if int(count)}
 
     drawn = [sum(not math.isnan(value) for value in row["alpha_history"]) for row in ROWS]
-    assert tokens() == sum(drawn)
+    assert sum(counted("α of the tokens").values()) == sum(drawn)
+    assert counted("drafts accepted") == {"0.233 to 0.267": 1, "0.733 to 0.767": 1}, "of those with drafts"
     page.fill("#from-reward", "1")
-    assert tokens() == drawn[1]
+    assert sum(counted("α of the tokens").values()) == drawn[1]
+    assert counted("drafts accepted") == {"0.233 to 0.267": 1}
+    page.fill("#from-reward", "0.5")
+    page.fill("#to-reward", "0.5")
+    assert not counted("drafts accepted") and counted("α of the tokens"), "where nothing was drafted"
