@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,18 @@ from vllm.engine.protocol import StreamingInput
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from dual_rollout.sessions.request import Draw, Text
-from dual_rollout.sessions.wire import CARRIED
+from dual_rollout.sessions.wire import CARRIED, SESSION_PREFIX
 
-_PREFIX = "dual-rollout-list-"  # of our requests' ids
+_ONCE_PREFIX = "dual-rollout-list-"  # of the ids of requests for one token; sessions have another
 _UNLIKELY = -100.0  # the least that vLLM takes
 _MAX_NAMED = 128  # vLLM's own cap on logprob_token_ids
-_ABORTED = "the engine aborted a request, as it does on /pause"
+_NOTHING: Mapping[str, list[int]] = {}
+_NO_RANKS = np.zeros(1, np.int32)
+_numbers = itertools.count()
+ABORTED = "the engine aborted a request, as it does on /pause"
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,6 @@ class Lists:
     logprobs: np.ndarray
 
 
-@dataclass(frozen=True)
-class Carry:
-    """How the tokens of a session come to the engine: with those of `others`, or `by_another`."""
-
-    others: Sequence[tuple[str, list[int]]] = ()
-    by_another: bool = False
-
-
 class Session:
     """A request that stays in the engine.
 
@@ -76,7 +72,7 @@ class Session:
         self.length = 0
         self.idle_since: float | None = None
         self.ends = False
-        self._request_id = _request_id()
+        self._request_id = f"{SESSION_PREFIX}{next(_numbers)}"
         self._inputs: asyncio.Queue[StreamingInput] = asyncio.Queue()
         self._outputs: AsyncGenerator[Any, None] | None = None
         self._last: tuple[list[int], ListOf, Lists] | None = None
@@ -92,20 +88,28 @@ class Session:
         """Its request's name in the engine."""
         return engine.output_processor.external_req_ids[self._request_id][0]
 
-    async def go_on(self, engine: Any, token_ids: list[int], params: ListOf, lora: Any, carry: Carry) -> Lists:
-        """The list after these tokens more."""
+    async def go_on(
+        self, engine: Any, token_ids: list[int], params: ListOf, lora: Any, carried: Mapping[str, list[int]] = _NOTHING
+    ) -> Lists:
+        """The list after these tokens more. The message brings the engine those of other sessions too, by its name."""
+        self.begin_work(token_ids)
+        sampling = params.sampling(RequestOutputKind.DELTA, list(carried.items()))
+        self._inputs.put_nowait(StreamingInput(tokens_input(token_ids), sampling))
+        if self._outputs is None:
+            self._outputs = engine.generate(self._stream(), sampling, self._request_id, lora_request=lora)
+        lists = _lists(await anext(self._outputs, None), params.k)
+        self.end_work(token_ids, params, lists)
+        return lists
+
+    def begin_work(self, token_ids: list[int]) -> None:
+        """These tokens more are on their way to the engine."""
         self.idle_since = None
         self.length += len(token_ids)
-        if not carry.by_another:
-            sampling = params.sampling(RequestOutputKind.DELTA, carry.others)
-            self._inputs.put_nowait(StreamingInput(tokens_input(token_ids), sampling))
-            if self._outputs is None:
-                self._outputs = engine.generate(self._stream(), sampling, self._request_id, lora_request=lora)
-        assert self._outputs is not None, "what another brings is for a session that has begun"
-        lists = _lists(await anext(self._outputs, None), params.k)
+
+    def end_work(self, token_ids: list[int], params: ListOf, lists: Lists) -> None:
+        """The list after them has come."""
         self._last = token_ids, params, lists
         self.idle_since = time.monotonic()
-        return lists
 
     async def end(self) -> None:
         """Free what it holds."""
@@ -124,30 +128,93 @@ class ListsAsArrays(LogprobsProcessor):
         self.logprobs = [logprobs_lists]
 
 
-def lists_as_arrays(engine: Any) -> None:
-    """Let the engine's client keep the lists of our requests as arrays.
+class EngineOutputs:
+    """Takes our requests' lists out of what the engine answers, as the arrays that they are.
+
+    Of the sessions in a step the first may bring the lists of all (`scheduler.py`). The lists of those that are
+    `expected` need no work of vLLM's and go to who waits for them; other sessions get theirs back, in vLLM's form.
+
+    Args:
+        engine: of the API server, whose output processor is changed.
 
     Raises:
         AttributeError: it has not the parts that are changed here.
     """
-    processor = engine.output_processor
-    add_request, states, _ = processor.add_request, processor.request_states, processor.external_req_ids
-    LogprobsProcessor._update_sample_logprobs  # noqa: B018  what `ListsAsArrays` overrides
 
-    def add(request: Any, *args: Any, **kwargs: Any) -> None:
-        begins = request.request_id not in states
-        add_request(request, *args, **kwargs)
-        if begins and (request.external_req_id or request.request_id).startswith(_PREFIX):
-            states[request.request_id].logprobs_processor = ListsAsArrays.from_new_request(None, request)
+    def __init__(self, engine: Any) -> None:
+        processor = engine.output_processor
+        self._add_request, self._process, self._states = (
+            processor.add_request,
+            processor.process_outputs,
+            processor.request_states,
+        )
+        processor.external_req_ids, LogprobsProcessor._update_sample_logprobs  # noqa: B018  used, overridden elsewhere
+        processor.add_request, processor.process_outputs = self._add, self._processed
+        self._expected: dict[str, _Round] = {}
+        self._rows: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
 
-    processor.add_request = add
+    @contextlib.contextmanager
+    def expected(self, request_ids: Sequence[str], k: int) -> Iterator[asyncio.Future[list[Lists | None]]]:
+        """The lists of sessions that another brings their tokens, in order; None for one that the engine has ended."""
+        made = _Round(request_ids, k)
+        self._expected |= dict.fromkeys(request_ids, made)
+        try:
+            yield made.complete
+        finally:
+            for request_id in request_ids:
+                self._expected.pop(request_id, None)
+
+    def _add(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        begins = request.request_id not in self._states
+        self._add_request(request, *args, **kwargs)
+        if begins and request.request_id.startswith((_ONCE_PREFIX, SESSION_PREFIX)):
+            self._states[request.request_id].logprobs_processor = ListsAsArrays.from_new_request(None, request)
+
+    def _processed(self, outputs: Sequence[Any], timestamp: Any = None, stats: Any = None, **others: Any) -> Any:
+        left = []
+        for output in outputs:
+            if not output.request_id.startswith(SESSION_PREFIX):
+                left.append(output)
+                continue
+            row = self._row(output) if output.new_token_ids else None
+            waiting = self._expected.pop(output.request_id, None)
+            if waiting is not None:
+                waiting.note(output.request_id, row)
+            if waiting is None or row is None:
+                output.new_logprobs = row and LogprobsLists(row[0][None], row[1][None], _NO_RANKS)
+                left.append(output)
+            elif stats is not None:
+                stats.num_generation_tokens += 1
+        return self._process(left, timestamp, stats, **others)
+
+    def _row(self, output: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The list of one session: the next of those that came with this one or an earlier one of the step."""
+        if output.new_logprobs is not None:
+            self._rows = zip(output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs, strict=True)
+        return next(self._rows)
 
 
-_numbers = itertools.count()
+class _Round:
+    """Lists that are awaited together.
+
+    Attributes:
+        complete: all of them, in order, once they are there.
+    """
+
+    def __init__(self, request_ids: Sequence[str], k: int) -> None:
+        self._lists: dict[str, Lists | None] = dict.fromkeys(request_ids)
+        self._left, self._k = len(request_ids), k
+        self.complete: asyncio.Future[list[Lists | None]] = asyncio.get_running_loop().create_future()
+
+    def note(self, request_id: str, row: tuple[np.ndarray, np.ndarray] | None) -> None:
+        self._lists[request_id] = row and _without_sampled(*row, self._k)
+        self._left -= 1
+        if not self._left and not self.complete.done():
+            self.complete.set_result(list(self._lists.values()))
 
 
-def _request_id() -> str:
-    return f"{_PREFIX}{next(_numbers)}"
+def _once_id() -> str:
+    return f"{_ONCE_PREFIX}{next(_numbers)}"
 
 
 async def lists_once(engine: Any, token_ids: list[int], params: ListOf, lora: Any) -> Lists:
@@ -175,13 +242,13 @@ async def drawn_once(engine: Any, draw: Draw, temperature: float, lora: Any) -> 
     parts = [draw.named[i : i + _MAX_NAMED] for i in range(0, len(draw.named), _MAX_NAMED)]
     outputs = await asyncio.gather(*map(part, parts or [[]]))
     if any(output is None or not output.outputs[0].token_ids for output in outputs):
-        raise RuntimeError(_ABORTED)
+        raise RuntimeError(ABORTED)
     named = [_lists(output, len(names)).logprobs for output, names in zip(outputs, parts, strict=False)]
     return outputs[0].outputs[0].token_ids[0], np.concatenate([np.empty(0, np.float32), *named])
 
 
 async def _once(engine: Any, token_ids: list[int], sampling: SamplingParams, lora: Any) -> Any:
-    stream = engine.generate(tokens_input(token_ids), sampling, _request_id(), lora_request=lora)
+    stream = engine.generate(tokens_input(token_ids), sampling, _once_id(), lora_request=lora)
     async with contextlib.aclosing(stream):
         return await anext(stream, None)
 
@@ -189,6 +256,11 @@ async def _once(engine: Any, token_ids: list[int], sampling: SamplingParams, lor
 def _lists(output: Any, k: int) -> Lists:
     """The list in an answer of the engine, without the token that was sampled, which comes first."""
     if output is None or not output.outputs[0].logprobs:
-        raise RuntimeError(_ABORTED)
+        raise RuntimeError(ABORTED)
     arrays = output.outputs[0].logprobs[-1]
-    return Lists(arrays.logprob_token_ids[0, 1 : k + 1].copy(), arrays.logprobs[0, 1 : k + 1].copy())
+    return _without_sampled(arrays.logprob_token_ids[0], arrays.logprobs[0], k)
+
+
+def _without_sampled(token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> Lists:
+    """A copy, which keeps nothing of the step's other lists."""
+    return Lists(token_ids[1 : k + 1].copy(), logprobs[1 : k + 1].copy())

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from dual_rollout.sessions.engine_requests import lists_as_arrays
+from dual_rollout.sessions.engine_requests import EngineOutputs
 from dual_rollout.sessions.request import DrawRequest, ListRequest
 from dual_rollout.sessions.server import SessionServer
 from dual_rollout.sessions.wire import DRAW_PATH, PATH, SESSIONS_PATH
@@ -63,11 +63,11 @@ def may_change_model(method: str, path: str) -> bool:
 def add_route(app: FastAPI) -> SessionServer | None:
     """None, with a line in the log, where this vLLM is not what the route is written for."""
     try:
-        lists_as_arrays(app.state.engine_client)
+        server = SessionServer(app.state, EngineOutputs(app.state.engine_client))
     except AttributeError as error:
         logger.error("no sessions (dual_rollout.sessions): this version of vLLM is not known (%s)", error)
         return None
-    router, server = APIRouter(), SessionServer(app.state)
+    router = APIRouter()
 
     @router.get(SESSIONS_PATH)
     async def describe() -> dict[str, int]:

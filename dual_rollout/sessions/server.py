@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dual_rollout.sessions.engine_requests import Carry, ListOf, Lists, Session, drawn_once, lists_once
+from dual_rollout.sessions.engine_requests import (
+    ABORTED,
+    EngineOutputs,
+    ListOf,
+    Lists,
+    Session,
+    drawn_once,
+    lists_once,
+)
 from dual_rollout.sessions.request import DrawRequest, Limits, ListRequest, Text
 from dual_rollout.sessions.wire import SCHEDULER, UNKNOWN_SESSION, encoded, encoded_draws
 from dual_rollout.vllm_routes import RefusedError, adapter_of, cache_tokens, served_names
@@ -35,15 +43,15 @@ class UnknownSessionError(RefusedError):
 
 
 class SessionServer:
-    """Answers requests with the engine of an API server, whose `app.state` it is given.
+    """Answers requests with the engine of an API server, whose `app.state` and outputs it is given.
 
     Attributes:
         paused: whether the engine is, so that new requests wait.
     """
 
-    def __init__(self, state: Any):
+    def __init__(self, state: Any, outputs: EngineOutputs):
         self.paused = False
-        self._state = state
+        self._state, self._outputs = state, outputs
         self._sessions: dict[str, Session] = {}
         self._held = 0  # tokens of all sessions
         self._changes = 0  # under way, of the model
@@ -71,12 +79,12 @@ class SessionServer:
         """
         await self._unchanging.wait()
         for name in request.ended:
-            await self._end(name)
+            await self._end_when_idle(name)
         params = ListOf(request.k, float(request.temperature))
         before = [self._answered(text, request.model, params) for text in request.texts]
         asked = [text for text, lists in zip(request.texts, before, strict=True) if lists is None]
         found = await self._lists(asked, request.model, params)
-        answers = iter([_raised(lists) for lists in found])
+        answers = iter(found)
         rows = [next(answers) if lists is None else lists for lists in before]
         kept = [text.session in self._sessions for text in request.texts]
         return {
@@ -119,11 +127,8 @@ class SessionServer:
             # What is at work in a paused engine has not begun, and does so afterwards.
             while self._at_work and not self.paused and time.monotonic() < deadline:
                 await asyncio.sleep(0.001)
-            for name, session in list(self._sessions.items()):
-                if session.idle_since is None:
-                    session.ends = True
-                else:
-                    await self._end(name)
+            for name in list(self._sessions):
+                await self._end_when_idle(name)
             yield
         finally:
             self._changes -= 1
@@ -144,36 +149,55 @@ class SessionServer:
             raise UnknownSessionError(f"session {text.session!r:.80} has {session.length} tokens, not {text.known}")
         return lists
 
-    async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists | BaseException]:
-        """The lists after all texts, or why there is none. Up to the last line nothing else runs in between."""
-        engine, lora = self._state.engine_client, adapter_of(self._state, model)
-        going_on = [(text, self._sessions[str(text.session)]) for text in texts if text.known]
-        together = going_on if self._together else []
-        others = [(session.engine_id(engine), text.token_ids) for text, session in together[1:]]
-        carries = {id(text): Carry(by_another=True) for text, _ in together[1:]}
-        carries |= {id(text): Carry(others) for text, _ in together[:1]}
-        for _, session in going_on:
-            session.idle_since = None
+    async def _lists(self, texts: Sequence[Text], model: str, params: ListOf) -> list[Lists]:
+        """The lists after all texts, or, once all have been answered, why one has none. Up to the last `await` nothing
+        else runs in between."""
+        lora = adapter_of(self._state, model)
+        going_on = [text for text in texts if text.known]
+        for text in going_on:
+            self._session(text).idle_since = None
+        together = self._together and len(going_on) > 1
+        parts = [[text] for text in texts if not (together and text.known)] + [going_on] * together
         self._at_work += len(texts)
-        tasks = {}
+        tasks = []
+        for part in parts:
+            work = self._asked(part[0], model, params, lora) if len(part) == 1 else self._round(part, params, lora)
+            tasks.append(asyncio.create_task(work))
+            tasks[-1].add_done_callback(functools.partial(self._left, part))
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        pairs = (zip(part, _raised(lists), strict=True) for part, lists in zip(parts, found, strict=True))
+        lists = {id(text): mine for part in pairs for text, mine in part}
+        return [lists[id(text)] for text in texts]
+
+    def _left(self, texts: Sequence[Text], task: asyncio.Task[list[Lists]]) -> None:
+        """Texts are not at work any more. If they have no lists, their sessions end."""
+        self._at_work -= len(texts)
+        if not task.cancelled() and task.exception() is None:
+            return
+        self._ending = {ending for ending in self._ending if not ending.done()}
+        names = [text.session for text in texts if text.session is not None]
+        self._ending |= {asyncio.create_task(self._end(name)) for name in names if name in self._sessions}
+
+    async def _round(self, texts: Sequence[Text], params: ListOf, lora: Any) -> list[Lists]:
+        """The lists of sessions that go on together: the message of the first brings the engine the tokens of all."""
+        engine, (first, *others) = self._state.engine_client, texts
+        carried = {self._session(text).engine_id(engine): text.token_ids for text in others}
+        self._held += sum(len(text.token_ids) for text in texts)
+        for text in others:
+            self._session(text).begin_work(text.token_ids)
+        with self._outputs.expected(list(carried), params.k) as expected:
+            lists = [await self._session(first).go_on(engine, first.token_ids, params, lora, carried)]
+            for text, mine in zip(others, await expected, strict=True):
+                if mine is None:
+                    raise RuntimeError(ABORTED)
+                self._session(text).end_work(text.token_ids, params, mine)
+                lists.append(mine)
         for text in texts:
-            task = asyncio.create_task(self._asked(text, model, params, lora, carries.get(id(text), Carry())))
-            task.add_done_callback(functools.partial(self._left, text))
-            tasks[id(text)] = task
-        if others:
-            carrier, *carried = (tasks[id(text)] for text, _ in together)
-            carrier.add_done_callback(functools.partial(_give_up, carried))
-        return await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await self._end_unless_kept(text)
+        return lists
 
-    def _left(self, text: Text, task: asyncio.Task[Lists]) -> None:
-        """A text is not at work any more. If it has no list, its session ends."""
-        self._at_work -= 1
-        if _failed(task) and text.session is not None and text.session in self._sessions:
-            self._ending = {ending for ending in self._ending if not ending.done()}
-            self._ending.add(asyncio.create_task(self._end(text.session)))
-
-    async def _asked(self, text: Text, model: str, params: ListOf, lora: Any, carry: Carry) -> Lists:
-        """The list after a text: of its session, which may begin here, or of a request of one token."""
+    async def _asked(self, text: Text, model: str, params: ListOf, lora: Any) -> list[Lists]:
+        """The list after one text: of its session, which may begin here, or of a request of one token."""
         engine, name = self._state.engine_client, text.session
         if name is not None and not text.known:
             await self._end(name)  # it is begun again
@@ -181,13 +205,18 @@ class SessionServer:
                 self._sessions[name] = Session(model)
                 self._watch()
         if name is None or (name not in self._sessions and not text.known):
-            return await lists_once(engine, text.token_ids, params, lora)
-        session = self._sessions[name]
+            return [await lists_once(engine, text.token_ids, params, lora)]
         self._held += len(text.token_ids)
-        lists = await session.go_on(engine, text.token_ids, params, lora, carry)
-        if session.ends or not self._room_for(0):
-            await self._end(name)
-        return lists
+        lists = await self._session(text).go_on(engine, text.token_ids, params, lora)
+        await self._end_unless_kept(text)
+        return [lists]
+
+    def _session(self, text: Text) -> Session:
+        return self._sessions[str(text.session)]
+
+    async def _end_unless_kept(self, text: Text) -> None:
+        if self._session(text).ends or not self._room_for(0):
+            await self._end(str(text.session))
 
     def _room_for(self, tokens: int) -> bool:
         """Whether one session more, or a longer one, leaves room for other requests."""
@@ -202,6 +231,14 @@ class SessionServer:
 
     def _places(self) -> int:
         return int(self._state.engine_client.vllm_config.scheduler_config.max_num_seqs * _SHARE_OF_PLACES)
+
+    async def _end_when_idle(self, name: str) -> None:
+        """At once, or with the answer that it is at work for."""
+        session = self._sessions.get(name)
+        if session is not None and session.idle_since is None:
+            session.ends = True
+        else:
+            await self._end(name)
 
     async def _end(self, name: str) -> None:
         if (session := self._sessions.pop(name, None)) is not None:
@@ -220,17 +257,6 @@ class SessionServer:
             for name, session in list(self._sessions.items()):
                 if session.idle_since is not None and session.idle_since < since:
                     await self._end(name)
-
-
-def _give_up(carried: Sequence[asyncio.Task[Any]], carrier: asyncio.Task[Any]) -> None:
-    """What a message carries that does not arrive would be waited for in vain."""
-    if _failed(carrier):
-        for task in carried:
-            task.cancel()
-
-
-def _failed(task: asyncio.Task[Any]) -> bool:
-    return task.cancelled() or task.exception() is not None
 
 
 def _raised(answer: T | BaseException) -> T:

@@ -19,6 +19,9 @@ UNKNOWN_SESSION = 409
 CARRIED = "dual_rollout_carried"
 """The key of `SamplingParams.extra_args` under which one session brings the engine the tokens of others, see
 `scheduler.py`."""
+SESSION_PREFIX = "dual-rollout-session-"
+"""Begins the names of the engine's requests that are sessions; of those in a step the first has the lists of all, see
+`scheduler.py`."""
 MIDDLEWARE = "dual_rollout.sessions.route.SessionMiddleware"
 """The --middleware that has the routes."""
 SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
