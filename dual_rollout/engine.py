@@ -111,6 +111,7 @@ class Capabilities:
         version: of the server's software.
         vocab_size: rows of the model's output, padding included.
         max_logprobs: longest list of log-probabilities it gives; None for no limit met.
+        prompt_lists: it takes several prompts in one request.
         logprobs_mode: "processed" when log-probabilities follow the temperature, else "raw".
         named_logprobs: it reports log-probabilities of tokens that the request names.
         prefix_caching: it reuses what it has computed for a common prefix.
@@ -132,6 +133,7 @@ class Capabilities:
     version: str | None = None
     vocab_size: int | None = None
     max_logprobs: int | None = None
+    prompt_lists: bool = True
     logprobs_mode: Literal["raw", "processed"] = "raw"
     named_logprobs: bool = False
     prefix_caching: bool | None = None

@@ -29,6 +29,12 @@ class Exchange:
         """Pass it on."""
         return self.send(self.body)
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Of a completion, which has a list of prompts or one alone; none of another request."""
+        asked = json.loads(self.body).get("prompt", [])
+        return [asked] if asked and isinstance(asked[0], int) else asked
+
 
 Fault = Callable[[Exchange], Awaitable[web.StreamResponse]]
 

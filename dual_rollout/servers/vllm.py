@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_BIASED_TOKENS = 1024  # on logit_bias: newer model runners fail on more, for everybody
-_MAX_PROMPTS = 1024  # vLLM's own cap on a list of prompts
 _LOWEST_TEMPERATURE = 0.01  # vLLM takes anything lower, but for 0, as this
 
 
@@ -127,6 +126,8 @@ class VLLMEngine(VLLMModelWeights):
                         f"answers to the probe have another shape ({type(error).__name__}: {error})", url=self.url
                     ) from error
                 self._parser.vocab_size = self._capabilities.vocab_size
+                if not self._capabilities.prompt_lists:
+                    self._requests.prompts_per_request = 1
                 await self._identity.remember_model(probe.prompt)
                 logger.info("%s: %s", self.url, summary(self._capabilities))
                 warn_of_refusals(self.url, self._capabilities.refused)
@@ -283,13 +284,7 @@ class VLLMEngine(VLLMModelWeights):
             lists = await self._by_sessions(lambda: self._sessions.lists(prompts, k, on_wire(temperature)))
             if lists is not None:
                 return lists
-            parts = await asyncio.gather(
-                *(
-                    self._requests.lists(prompts[i : i + _MAX_PROMPTS], k, temperature)
-                    for i in range(0, len(prompts), _MAX_PROMPTS)
-                )
-            )
-        return joined(parts)
+            return await self._requests.lists(prompts, k, temperature)
 
     async def _by_sessions(self, ask: Callable[[], Awaitable[T]]) -> T | None:
         """None from a server that has no sessions, or none any more."""

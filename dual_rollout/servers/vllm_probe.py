@@ -102,6 +102,7 @@ class Probe:
             version=version,
             vocab_size=vocab_size,
             max_logprobs=max_logprobs,
+            prompt_lists=await self._takes_prompt_lists(),
             logprobs_mode=mode,
             named_logprobs=await self._names_tokens(schema),
             prefix_caching=prefix_caching,
@@ -161,6 +162,15 @@ class Probe:
         except EngineProtocolError:
             pass
         return None, None
+
+    async def _takes_prompt_lists(self) -> bool:
+        """vLLM's Rust front end (0.32) does not."""
+        try:
+            await self._complete(prompt=[self.prompt, self.prompt])
+        except EngineRejectedError as error:
+            self._note("several prompts in one request", error)
+            return False
+        return True
 
     async def _logprobs_mode(self, k: int) -> Literal["raw", "processed"]:
         one, two = [await self._lists([self.prompt], k, temperature) for temperature in (1.0, 2.0)]

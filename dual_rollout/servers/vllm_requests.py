@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dual_rollout.engine import TokenIds
-from dual_rollout.functional.top_k import TopK
+from dual_rollout.functional.top_k import TopK, joined
 from dual_rollout.servers.http import longest_answer
 from dual_rollout.servers.vllm_answers import CompletionParser, token_ids_of
 from dual_rollout.servers.vllm_checked_requests import CheckedRequests
@@ -31,6 +32,9 @@ class VLLMRequests:
         described: to be awaited before a request, which needs the model's name.
         model: the name to ask for, at the moment.
         models: names that answers may give for it.
+
+    Attributes:
+        prompts_per_request: the most that the server takes together.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class VLLMRequests:
     ):
         self._requests, self._parser = requests, parser
         self._described, self._model, self._models = described, model, models
+        self.prompts_per_request = 1024  # vLLM's own cap
 
     async def complete(
         self,
@@ -56,7 +61,7 @@ class VLLMRequests:
         """What `read` makes of the choices of a completion. `watched` as in `CheckedRequests.ask`."""
         await self._described()
         payload = {
-            "prompt": prompts,
+            "prompt": prompts if len(prompts) > 1 else prompts[0],
             "max_tokens": 1,
             "return_tokens_as_token_ids": True,
             **_PLAIN_SAMPLING,
@@ -88,15 +93,19 @@ class VLLMRequests:
         )
 
     async def lists(self, prompts: Sequence[TokenIds], k: int, temperature: float, *, watched: bool = True) -> TopK:
-        """The lists after each prompt, in one request; `watched` as in `CheckedRequests.ask`."""
-        sent = on_wire(temperature)
-        return await self.complete(
-            prompts,
-            lambda choices: self._parser.drafts(choices, 1, k, greedy=sent == 0.0).lists,
-            watched=watched,
-            logprobs=k,
-            temperature=sent,
-        )
+        """The lists after each prompt; `watched` as in `CheckedRequests.ask`."""
+        sent, size = on_wire(temperature), self.prompts_per_request
+
+        def ask(together: Sequence[TokenIds]) -> Awaitable[TopK]:
+            return self.complete(
+                together,
+                lambda choices: self._parser.drafts(choices, 1, k, greedy=sent == 0.0).lists,
+                watched=watched,
+                logprobs=k,
+                temperature=sent,
+            )
+
+        return joined(await asyncio.gather(*(ask(prompts[i : i + size]) for i in range(0, len(prompts), size))))
 
     async def score_prompt(self, text: TokenIds, count: int, k: int) -> TopK:
         """Lists for the last `count` tokens of a text, computed anew."""

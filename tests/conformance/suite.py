@@ -74,7 +74,7 @@ class EngineConformance:
         assert found.vocab_size == reference(target.model).config.vocab_size
         assert (found.logprobs_mode, found.prefix_caching, found.named_logprobs) == ("raw", True, True)
         assert found.generate_endpoint and found.detokenizes
-        assert found.reloads_weights and found.resets_prefix_cache
+        assert found.reloads_weights and found.resets_prefix_cache and found.prompt_lists
 
     def test_the_probe_finds_that_adapters_can_be_loaded(self, target: Target) -> None:
         assert use(target.with_lora, lambda engine: engine.probe([1, 2])).loads_lora
@@ -86,7 +86,7 @@ class EngineConformance:
 
         found = use(target, ask)
         # Two of them to know the server again (its start time, what it says), one for sessions.
-        assert found <= 23, found
+        assert found <= 24, found
 
     # ---- next tokens
 

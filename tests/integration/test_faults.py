@@ -293,6 +293,32 @@ def test_choices_out_of_order_are_put_in_order(tiny_pair: TinyPair):
     assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url)
 
 
+@pytest.mark.parametrize("run", [LOCKSTEP, BLOCK, {"decoding": "lockstep", "support": "tail"}], ids=str)
+def test_a_server_that_takes_one_prompt_in_a_request(tiny_pair: TinyPair, run: Run):
+    """As vLLM's Rust front end (0.32), whose words these are."""
+
+    async def fault(exchange: Exchange) -> web.StreamResponse:
+        if isinstance(json.loads(exchange.body).get("prompt", [0])[0], list):
+            words = "prompt: data did not match any variant of untagged enum Prompt at line 1 column 40"
+            return web.json_response({"error": {"message": words}}, status=400)
+        return await fault_proxy.passed_on(exchange)
+
+    async def generated() -> list[GenerationOutput]:
+        async with (
+            FaultProxy(tiny_pair.theta_url, fault).running() as one,
+            FaultProxy(tiny_pair.t_url).running() as other,
+            DualVLLMCoordinator(configured(one.url, other.url, run)) as coordinator,
+        ):
+            outputs = await generate(coordinator, run)
+            of_one, of_other = [await engine.probe(PROMPTS[0]) for engine in (coordinator.theta, coordinator.t)]
+        assert (of_one.prompt_lists, of_other.prompt_lists) == (False, True)
+        assert "several prompts in one request" in of_one.refused[0] and not of_other.refused
+        return outputs
+
+    outputs = asyncio.run(asyncio.wait_for(generated(), HANG))
+    assert tokens(outputs) == undisturbed(tiny_pair.theta_url, tiny_pair.t_url, run)
+
+
 def test_a_request_that_hangs_is_given_up_and_asked_again(tiny_pair: TinyPair):
     outputs, _, proxy = run_behind_proxies(
         tiny_pair, lambda _: fault_proxy.hang, lambda number: number == 3, "t", request_timeout=3.0
@@ -410,9 +436,8 @@ def test_a_prompt_that_a_server_cannot_answer_fails_alone(tiny_pair: TinyPair):
     poison = PROMPTS[5][:2]
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
-        prompts = json.loads(exchange.body)["prompt"]
         status, content = await exchange.ask()
-        if any(prompt[:2] == poison for prompt in prompts):
+        if any(prompt[:2] == poison for prompt in exchange.prompts):
             status, content = 500, b'{"error": {"message": "Out of range float values are not JSON compliant"}}'
         return web.Response(body=content, status=status, content_type="application/json")
 
