@@ -56,13 +56,6 @@ function element(name, properties = {}, children = []) {
   return made;
 }
 
-function drawing(name, attributes, children = []) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
 // ---- colours ---------------------------------------------------------------------------------------------------------
 
 // `place` of a value is from -1 (blue) over 0 (none) to 1 (orange).
@@ -151,7 +144,7 @@ function list() {
   byId("space").style.height = `${ROW * (listed.length + 1)}px`;
   byId("list").scrollTop = 0;
   drawRows();
-  drawHistograms();
+  for (const draw of histograms) draw();
   if (!listed.includes(selected)) select(listed[0] ?? null);
 }
 
@@ -253,84 +246,97 @@ function step(distance) {
   if (next) next.focus();
 }
 
-// ---- plots -----------------------------------------------------------------------------------------------------------
+// ---- plots, which uPlot draws on canvases; what they show is also said in words ---------------------------------------
 
-const WIDTH = 250, HEIGHT = 110, LEFT = 38, BOTTOM = 16, TOP = 8;
+const HEIGHT = 96, BARS = 30, DASHES = [[], [5, 3], [1.5, 3]], BORDERS = ["solid", "dashed", "dotted"];
+const inTheme = name => () => getComputedStyle(document.documentElement).getPropertyValue(name);
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+const charts = [];
 
-function frame(title, low, high, bottom, top, children, keys = []) {
-  const label = (x, y, content, anchor) => drawing("text", { x, y, "text-anchor": anchor }, [content]);
-  const svg = drawing("svg", { width: WIDTH, height: HEIGHT, role: "img", "aria-label": `${title}, from ${shown(bottom)} to ${shown(top)}` }, [
-    drawing("path", { class: "axis", fill: "none", d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - 6}` }),
-    label(LEFT - 4, TOP + 8, shown(top), "end"), label(LEFT - 4, HEIGHT - BOTTOM, shown(bottom), "end"),
-    label(LEFT, HEIGHT - 4, shown(low), "start"), label(WIDTH - 6, HEIGHT - 4, shown(high), "end"), ...children,
-  ]);
-  const names = keys.flatMap((key, i) => [" ", element("span", { className: `key-${i + 1}`, textContent: ["──", "╌╌", "····"][i] }), ` ${key}`]);
-  return element("figure", {}, [element("figcaption", {}, [title, ...names]), svg]);
+/** An empty plot. What it returns fills it: with the values across and those of each name, and with words that tell of them. */
+function plot(title, names, across, x, y, style) {
+  const caption = element("figcaption", {}, [title]), picture = element("div", { role: "img" });
+  const figure = element("figure", {}, [caption, picture]), line = { stroke: inTheme("--line"), width: 1 };
+  const axis = { stroke: inTheme("--faint"), font: "10px system-ui, sans-serif", gap: 3, grid: line, ticks: { show: false } };
+  const chart = new uPlot({
+    width: 180, height: HEIGHT, padding: [6, 8, 0, 0],
+    scales: { x: { time: false, range: x }, y: { range: y } },
+    axes: [[18, 30], [36, 24]].map(([size, space]) => ({ ...axis, size, space, values: (_, places) => places.map(place => compact.format(place)) })),
+    series: [across, ...names.map((label, k) => ({
+      label, stroke: inTheme(`--line-${k + 1}`), width: 1.5, dash: DASHES[k], points: { size: 4 }, value: (_, v) => shown(v), ...style }))],
+    cursor: { y: false, drag: { x: false, y: false }, dataIdx: (_, __, k) => k },
+    legend: { mount: (_, table) => caption.append(table), markers: { stroke: (_, k) => `var(--line-${k})`, dash: (_, k) => BORDERS[k - 1] } },
+  }, [[], ...names.map(() => [])], picture);
+  byId("plots").append(figure);
+  charts.push(chart);
+  return (values, words) => {
+    figure.hidden = !words;
+    picture.ariaLabel = `${title}: ${words}`;
+    chart.setData(values);
+  };
 }
 
 /** Of the rollouts that are listed, whose numbers `numbersOf` gives. Those outside of the bounds are counted at the ends. */
 function histogram(title, low, high, what, numbersOf) {
-  const counts = new Array(30).fill(0);
-  let all = 0;
-  for (const rollout of listed) {
-    for (const v of numbersOf(rollout)) {
-      if (!known(v)) continue;
-      counts[Math.max(0, Math.min(29, Math.floor(30 * (v - low) / (high - low))))]++;
-      all++;
+  const width = (high - low) / BARS, middles = Array.from({ length: BARS }, (_, k) => low + (k + 0.5) * width);
+  const bounds = k => known(k) ? `${shown(low + k * width)} to ${shown(low + (k + 1) * width)}` : "";
+  const fill = plot(title, [what], { label: "", value: (_, v, __, k) => bounds(k) }, [low, high], (_, least, most) => [0, most || 1], {
+    paths: uPlot.paths.bars({ size: [1, Infinity], gap: 1 }), fill: inTheme("--line-1"), width: 0, points: { show: false } });
+  return () => {
+    const counts = new Array(BARS).fill(0);
+    for (const rollout of listed) {
+      for (const v of numbersOf(rollout)) if (known(v)) counts[Math.max(0, Math.min(BARS - 1, Math.floor((v - low) / width)))]++;
     }
-  }
-  if (!all) return [];
-  const most = Math.max(...counts), width = (WIDTH - 6 - LEFT) / 30;
-  const bars = counts.map((count, k) => {
-    const height = (HEIGHT - BOTTOM - TOP) * count / most, at = low + k * (high - low) / 30;
-    return drawing("rect", { class: "bar", x: LEFT + k * width, y: HEIGHT - BOTTOM - height, width: width - 1, height }, [
-      drawing("title", {}, [`${shown(at)} to ${shown(at + (high - low) / 30)}: ${count} of ${all} ${what}`])]);
-  });
-  return [frame(title, low, high, 0, most, bars)];
+    const all = counts.reduce((sum, count) => sum + count), most = Math.max(...counts);
+    fill([middles, counts], all && `${all} ${what}, most of them (${most}) from ${bounds(counts.indexOf(most))}`);
+  };
 }
+
+const steps = [];  // what is known of each, of its training and of its evaluation
+for (const entry of data.steps) steps.at(-1)?.step === entry.step ? Object.assign(steps.at(-1), entry) : steps.push({ ...entry });
+steps.sort((a, b) => a.step - b.step);  // those of several runs
 
 /** Lines over steps, of those names that the entries have. */
 function lines(title, named) {
-  const series = named.map(([key, name]) => [key, data.steps.filter(entry => known(entry[name])).map(entry => [entry.step, entry[name]])]);
-  const there = series.filter(([, points]) => points.length), points = there.flatMap(([, own]) => own);
-  if (!points.length) return [];
-  const [x0, x1] = [Math.min(...points.map(p => p[0])), Math.max(...points.map(p => p[0]))];
-  const [y0, y1] = [Math.min(0, ...points.map(p => p[1])), Math.max(...points.map(p => p[1]))];
-  const x = v => LEFT + (WIDTH - 6 - LEFT) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5);
-  const y = v => HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y1 > y0 ? (v - y0) / (y1 - y0) : 0.5);
-  const marks = there.flatMap(([key, own], k) => [
-    drawing("path", { class: `line-${k + 1}`, d: own.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("") }),
-    ...(own.length > 60 ? [] : own.map(([a, b]) => drawing("circle", { class: `dot-${k + 1}`, cx: x(a), cy: y(b), r: 2 }, [
-      drawing("title", {}, [`step ${a}: ${key} ${shown(b, 4)}`])]))),
-  ]);
-  return [frame(title, x0, x1, y0, y1, marks, there.map(([key]) => key))];
+  const there = named.filter(([, name]) => steps.some(entry => known(entry[name]))), names = there.map(([key]) => key);
+  const rows = steps.filter(entry => there.some(([, name]) => known(entry[name])));
+  if (!rows.length) return;
+  const columns = there.map(([, name]) => rows.map(entry => entry[name]));
+  const words = columns.map((column, k) => {
+    const values = column.filter(known), said = [values[0], values.at(-1), Math.min(...values), Math.max(...values)].map(v => shown(v));
+    return `${names[k]} from ${said[0]} to ${said[1]}, between ${said[2]} and ${said[3]}`;
+  });
+  const y = (_, low, high) => [Math.min(0, low), Math.max(0, high) + 0.05 * (high - low) || 1];
+  plot(title, names, { label: "step" }, undefined, y)([rows.map(entry => entry.step), ...columns], `${words.join("; ")}; steps ${rows[0].step} to ${rows.at(-1).step}`);
 }
-
-const overSteps = [
-  ...lines("reward", [["q*", "reward"], ["policy alone, evaluated", "eval_reward"]]),
-  ...lines("α", [["mean", "sampling/alpha/mean"]]),
-  ...lines("ESS", [["of the weights", "sampling/effective_sample_size_ratio"]]),
-  ...lines("k̂ of the weights", [["too heavy above 0.7", "sampling/pareto_k"]]),
-  ...lines("seconds", [["rollout", "rollout/seconds"], ["sync", "perf/weight_sync_s"], ["update", "perf/update_s"]]),
-  ...lines("coverage of the lists", [["mean", "sampling/top_k_mass/mean"], ["least", "sampling/top_k_mass/min"]]),
-  ...lines("acceptance of drafts", [["share", "spec_decode/acceptance_rate"]]),
-];
 
 const own = column => rollout => column.subarray(rollout.start, rollout.end);
+const histograms = [
+  histogram("α of the tokens listed", 0, 1, "tokens", own(alpha)),
+  histogram("log weight, nats", -4, 4, "tokens", rollout => own(logTheta)(rollout).map((v, i) => v - logQ[rollout.start + i])),
+  histogram("coverage of the shorter list", 0, 1, "tokens", own(coverage)),
+  histogram("drafts accepted, by rollout", 0, 1, "rollouts", rollout => [rollout.acceptance]),
+];
+lines("reward", [["q*", "reward"], ["policy alone", "eval_reward"]]);
+lines("α", [["mean", "sampling/alpha/mean"]]);
+lines("ESS", [["of the weights", "sampling/effective_sample_size_ratio"]]);
+lines("k̂ of the weights", [["k̂ (too heavy above 0.7)", "sampling/pareto_k"]]);
+lines("seconds", [["rollout", "rollout/seconds"], ["sync", "perf/weight_sync_s"], ["update", "perf/update_s"]]);
+lines("coverage of the lists", [["mean", "sampling/top_k_mass/mean"], ["least", "sampling/top_k_mass/min"]]);
+lines("acceptance of drafts", [["share", "spec_decode/acceptance_rate"]]);
 
-function drawHistograms() {
-  byId("plots").replaceChildren(
-    ...histogram("α of the tokens listed", 0, 1, "tokens", own(alpha)),
-    ...histogram("log weight, nats", -4, 4, "tokens", rollout => own(logTheta)(rollout).map((v, i) => v - logQ[rollout.start + i])),
-    ...histogram("coverage: mass of the shorter list", 0, 1, "tokens", own(coverage)),
-    ...histogram("drafts accepted, of each rollout", 0, 1, "rollouts", rollout => [rollout.acceptance]),
-    ...overSteps);
-}
+new ResizeObserver(() => {
+  const widths = charts.map(chart => chart.root.closest("figure").clientWidth);
+  charts.forEach((chart, i) => widths[i] && chart.setSize({ width: widths[i], height: HEIGHT }));
+}).observe(byId("plots"));
 
 // ---- theme, keys, and the first view ---------------------------------------------------------------------------------
 
 function setTheme(name) { document.documentElement.dataset.theme = name; }
-const otherTheme = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+function otherTheme() {
+  setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  for (const chart of charts) chart.redraw();
+}
 byId("theme").addEventListener("click", otherTheme);
 
 addEventListener("keydown", event => {

@@ -79,11 +79,10 @@ def render(data: dict[str, Any]) -> str:
     """The page. Its Content-Security-Policy lets a browser load nothing from anywhere."""
     files = {name: resources.files("dual_rollout.report").joinpath(name).read_text("utf-8") for name in _FILES}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files.pop("page.html"))
-    return template.render(style=files["page.css"], program=files["page.js"], data=data)
+    return environment.from_string(files["page.html"]).render(files=files, data=data)
 
 
-_FILES = ("page.html", "page.css", "page.js")
+_FILES = ("page.html", "page.css", "page.js", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "uplot/LICENSE")
 
 
 def _column(rollouts: Sequence[ShownRollout], name: str) -> list[np.ndarray]:

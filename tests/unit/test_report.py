@@ -99,7 +99,7 @@ def test_the_page_holds_the_numbers_and_texts_of_the_run(page_path: Path) -> Non
 
 def test_the_page_fetches_nothing_and_runs_no_text(page_path: Path) -> None:
     html = read_page(page_path).html
-    assert html.count("<script") == 2, "none of a prompt or of a completion"
+    assert html.count("<script") == 3, "none of a prompt or of a completion"
     addresses = re.findall(r"""\b(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]*)""", html)
     assert set(addresses) == {"data:,", "http://127.0.0.1:9/x\\u003e"}, "the latter in a text, escaped"
     assert "<img" not in html and "default-src 'none'" in html
@@ -300,23 +300,54 @@ def test_both_ends_of_the_colours_are_told_apart(page: Any, theme: str, vision: 
 
 @in_a_browser
 def test_plots_are_of_the_steps_and_of_the_rollouts_that_are_listed(page: Any) -> None:
-    titles = page.locator("figcaption").all_inner_texts()
-    for title in ("α of the tokens", "log weight", "coverage: mass", "reward", "k̂ of the weights", "seconds"):
-        assert any(found.startswith(title) for found in titles), title
-    marks = page.locator("figure", has_text="policy alone").locator("circle title").all_text_contents()
-    assert marks == ["step 1: q* 0.3000", "step 2: q* 0.6000", "step 2: policy alone, evaluated 0.4000"]
+    """In words, which a screen reader says, and as what stands under the mouse."""
 
-    def counted(title: str) -> dict[str, int]:
-        bars = page.locator("figure", has_text=title).locator("rect title").all_text_contents()
-        found = (re.fullmatch(r"(.*): (\d+) of \d+ \w+", bar).groups() for bar in bars)
-        return {where: int(count) for where, count in found if int(count)}
+    def said(title: str) -> str:
+        return page.locator("figure:visible", has_text=title).locator("[role=img]").get_attribute("aria-label")
+
+    def under_the_mouse(title: str, x: float) -> list[str]:
+        canvas = page.locator("figure", has_text=title).locator(".u-over")
+        size = canvas.bounding_box()
+        canvas.hover(position={"x": x * (size["width"] - 1), "y": 20})
+        return page.locator("figure", has_text=title).locator(".u-value").all_inner_texts()
+
+    titles = page.locator("figcaption").all_inner_texts()
+    for title in ("α of the tokens", "log weight", "coverage of the shorter", "reward", "k̂ of the weights", "seconds"):
+        assert any(found.startswith(title) for found in titles), title
+    assert said("policy alone") == (
+        "reward: q* from 0.300 to 0.600, between 0.300 and 0.600; "
+        "policy alone from 0.400 to 0.400, between 0.400 and 0.400; steps 1 to 2"
+    )
+    assert under_the_mouse("policy alone", 0) == ["1", "0.300", "–"]
+    assert under_the_mouse("policy alone", 1) == ["2", "0.600", "0.400"]
 
     drawn = [sum(not math.isnan(value) for value in row["alpha_history"]) for row in ROWS]
-    assert sum(counted("α of the tokens").values()) == sum(drawn)
-    assert counted("drafts accepted") == {"0.233 to 0.267": 1, "0.733 to 0.767": 1}, "of those with drafts"
+    assert said("α of the tokens").startswith(f"α of the tokens listed: {sum(drawn)} tokens, most of them")
+    assert "2 rollouts, most of them (1) from 0.233 to 0.267" in said("drafts accepted"), "of those with drafts"
+    assert under_the_mouse("drafts accepted", 0.76) == ["0.733 to 0.767", "1"]
+    assert under_the_mouse("drafts accepted", 0.51) == ["0.500 to 0.533", "0"]
     page.fill("#from-reward", "1")
-    assert sum(counted("α of the tokens").values()) == drawn[1]
-    assert counted("drafts accepted") == {"0.233 to 0.267": 1}
+    assert f" {drawn[1]} tokens, " in said("α of the tokens") and " 1 rollouts, " in said("drafts accepted")
     page.fill("#from-reward", "0.5")
     page.fill("#to-reward", "0.5")
-    assert not counted("drafts accepted") and counted("α of the tokens"), "where nothing was drafted"
+    shown = page.locator("figure:visible figcaption").all_inner_texts()
+    assert not any("drafts accepted" in title for title in shown), "where nothing was drafted"
+    assert any("α of the tokens" in title for title in shown)
+
+
+@in_a_browser
+def test_plots_change_with_the_theme_and_have_lines_that_differ_without_colour(page: Any) -> None:
+    reward = page.locator("figure", has_text="policy alone")
+    markers = reward.locator(".u-marker").evaluate_all("all => all.map(m => getComputedStyle(m).borderTopStyle)")
+    assert markers[1:] == ["solid", "dashed"]
+
+    def colours(title: str) -> set[tuple[int, ...]]:
+        picture = page.locator("figure", has_text=title).locator("canvas").screenshot()
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3)
+        return set(map(tuple, pixels.tolist()))
+
+    blue, other = {"light": (0, 114, 178), "dark": (86, 180, 233)}, {"light": "dark", "dark": "light"}
+    for theme in ("light", "dark"):
+        for title in ("policy alone", "α of the tokens"):  # a line, and bars
+            assert blue[theme] in colours(title) and blue[other[theme]] not in colours(title), (theme, title)
+        page.keyboard.press("t")

@@ -40,7 +40,7 @@ def test_an_sdist_has_every_file_of(part: str, names: set[str]) -> None:
         for path in (ROOT / part).rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
-        and path.suffix in ("", ".py", ".md", ".yaml", ".sh", ".png")
+        and path.suffix in ("", ".css", ".html", ".js", ".md", ".png", ".py", ".sh", ".yaml")
     }
     assert wanted and not wanted - names
 
