@@ -41,6 +41,7 @@ class DecodingSequence:
         self.context_theta = GrowingText(prompt_theta)
         self.context_t = GrowingText(prompt_t)
         self._bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+        self._stream = self._bits.state
         self.rng = np.random.Generator(self._bits)
         self.record = SequenceRecord()
         self.top_theta: list[float] = []
@@ -85,12 +86,9 @@ class DecodingSequence:
         So a round that has to be repeated, because a server failed or a neighbour's prompt was refused, ends in the
         same tokens, and what happens at one position does not shift the numbers of the next.
         """
-        state = self._bits.state
-        state["state"]["counter"] = np.array(
-            [0, 0, 0, len(self.tokens) if position is None else position], dtype=np.uint64
-        )
-        state["buffer_pos"], state["has_uint32"] = 4, 0  # nothing left over from another position
-        self._bits.state = state
+        # Nothing is left over in this state from another position: it is that of a new stream, but for the counter.
+        self._stream["state"]["counter"][-1] = len(self.tokens) if position is None else position
+        self._bits.state = self._stream
         return self.rng
 
     def append(

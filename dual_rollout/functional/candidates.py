@@ -28,7 +28,7 @@ ROUNDING = float(np.finfo(np.float32).eps)
 TAIL_TOKEN = NO_TOKEN
 """Stands for "some token outside S" where a candidate's id is expected."""
 
-_LAST = np.iinfo(np.int64).max  # sorts padding behind every token id
+_LAST = 2**40  # sorts padding behind every token id
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +106,9 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     size = min((top.vocab_size for top in (theta, t) if top.vocab_size is not None), default=_LAST)
     ids = np.concatenate([theta.token_ids, t.token_ids], axis=1)
     ids[(ids == NO_TOKEN) | (ids >= size)] = _LAST
-    # Stable: of a token in both lists the π_θ entry comes first, the π_t entry right behind it.
-    order = np.argsort(ids, axis=1, kind="stable")
-    ids = np.take_along_axis(ids, order, axis=1)
-    logp = np.take_along_axis(np.concatenate([theta.logprobs, t.logprobs], axis=1), order, axis=1)
+    ids, order = _sorted(ids)
+    starts = ids.shape[1] * np.arange(len(ids))[:, None]
+    logp = np.concatenate([theta.logprobs, t.logprobs], axis=1).ravel()[starts + order]
 
     valid = ids != _LAST
     pair = np.zeros_like(valid)
@@ -146,6 +145,17 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
         exact_tail=exact_tail,
         theta_alone=theta_alone,
     )
+
+
+def _sorted(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row of ids sorted, and the columns that they come from. Of a token in both lists the π_θ entry comes first,
+    the π_t entry right behind it.
+
+    An id and its column are sorted as one number, which takes a tenth of a stable `argsort`.
+    """
+    bits = ids.shape[1].bit_length()
+    keys = np.sort(ids << bits | np.arange(ids.shape[1]), axis=1)
+    return keys >> bits, keys & (1 << bits) - 1
 
 
 def _on_candidates(
@@ -186,7 +196,7 @@ def _as_row(name: str, logprobs: Mapping[int, float], vocab_size: int | None) ->
     ids = np.fromiter(logprobs.keys(), dtype=np.int64, count=len(logprobs))
     values = np.fromiter(logprobs.values(), dtype=np.float64, count=len(logprobs))
     possible = values > -np.inf
-    if not possible.any() or (ids < 0).any() or np.isnan(values).any() or (values > 1e-6).any():
-        raise ValueError(f"{name} must map token ids >= 0 to log-probabilities <= 0, at least one above -inf")
+    if not possible.any() or ((ids < 0) | (ids >= _LAST)).any() or np.isnan(values).any() or (values > 1e-6).any():
+        raise ValueError(f"{name} must map token ids in [0, 2^40) to log-probabilities <= 0, at least one above -inf")
     complete = bool(np.isneginf(values).any()) or len(ids) == vocab_size
     return TopK(ids[None], values[None], complete, vocab_size)
