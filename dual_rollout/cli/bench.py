@@ -119,14 +119,18 @@ def _line(row: Row) -> str:
 
 
 def _ratios(rows: list[Row]) -> str:
-    """The closing table: each speed as a multiple of what it is to be compared with."""
+    """The closing table: each speed as a multiple of what it is to be compared with, whose names are above each other
+    where they have two words."""
     bases = list(rows[0].relative)
     if not bases:
         return ""
-    lines = ["", "mode          conc. context" + "".join(f"{'of ' + base:>16}" for base in bases)]
+    words = [("", *base.split("_"))[-2:] for base in bases]
+    upper, lower = ("".join(f" {word:>8}" for word in each) for each in zip(*words, strict=True))
+    above = [f"{'':26}{upper}"] if upper.strip() else []
+    lines = ["", "Speed as a multiple of that of", *above, f"mode         conc. context{lower}"]
     for row in rows:
-        shown = "".join(f"{row.relative[base]:>16.2f}" for base in bases)
-        lines.append(f"{row.mode:13}{row.concurrency:>6}{row.context:>8}{shown}")
+        shown = "".join(f" {row.relative[base]:>8.2f}" for base in bases)
+        lines.append(f"{row.mode:12}{row.concurrency:>6}{row.context:>8}{shown}")
     return "\n".join(lines)
 
 
