@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,11 +37,11 @@ class TargetCheck:
         """
         if self._decided:
             return
-        for output in outputs:
-            for name in ("kl_theta", "kl_t"):  # NaN at tokens without a target, and nothing of a sequence without any
-                known = output.record.diagnostics.get(name, [])
-                self._kl += [value for value in known if not math.isnan(value)]
-        if len(self._kl) < 2 * _ENOUGH:
+        for record in (output.record for output in outputs):
+            kl_theta, kl_t = (record.diagnostics.get(name, []) for name in ("kl_theta", "kl_t"))
+            tokens = zip(record.without_target, kl_theta, kl_t, strict=True)
+            self._kl += [max(own, other) for without_target, own, other in tokens if not without_target]
+        if len(self._kl) < _ENOUGH:
             return
         self._decided = True
         divergence = float(np.mean(self._kl))

@@ -485,7 +485,7 @@ def test_a_target_that_is_the_policy_is_said_once(
     with DualRollout(same) as rollout:
         rollout.generate(["what is that"], max_tokens=3)
         assert not said_of_the_target(caplog), "three tokens do not tell"
-        rollout.generate(["what is that"], targets=["none"], max_tokens=16)
+        rollout.generate(["what is that"] * 8, targets=["none"] * 8, max_tokens=16)
         assert not said_of_the_target(caplog), "tokens without a target even less"
         for _ in range(2):
             rollout.generate(["what is that"] * 4, max_tokens=8)
