@@ -39,7 +39,7 @@ RECIPE = "recipes/quickstart/grpo_cpu.yaml"  # where a document names no recipe 
 
 def usages() -> list[list[str]]:
     """The commands in the docstrings of scripts, with what is optional in them."""
-    scripts = [*ROOT.glob("recipes/*/*.py"), *ROOT.glob("tests/bench_*.py")]
+    scripts = [*ROOT.glob("recipes/*/*.py"), *ROOT.glob("tests/bench_*.py"), ROOT / "tests/report_pictures.py"]
     texts = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in scripts]
     lines = [line for text in texts for line in text.splitlines() if line.startswith("    python ")]
     return [words for line in lines for words in commands_of(re.sub(r"[\[\]]|\.\.\.", "", line))]
