@@ -2,8 +2,8 @@
 
     python -m tests.report_pictures outputs/grpo_cpu
 
-Light: the figures, and of the rewarded rollouts the one with the token that π_t likes better than π_θ by most. Dark: without
-the figures, coloured by weight, the one with the token that it likes less by most.
+Light: the figures, and of the rewarded rollouts the one with the token that π_t likes better than π_θ by most. Dark:
+without the figures, coloured by weight, the one with the token that it likes less by most.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FIND = """sign => {
   const rewarded = rollouts.filter(rollout => rollout.reward > 0), best = { ratio: -Infinity };
   for (const rollout of rewarded.length ? rewarded : rollouts) {
     for (let i = rollout.start; i < rollout.end; i++) {
-      if (/\\w/.test(text(i)) && sign * logRatio(i) > best.ratio) Object.assign(best, { ratio: sign * logRatio(i), rollout: rollout.number, i });
+      const ratio = /\\w/.test(text(i)) ? sign * logRatio(i) : NaN;
+      if (ratio > best.ratio) Object.assign(best, { ratio, rollout: rollout.number, i });
     }
   }
   return best;
