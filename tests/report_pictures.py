@@ -3,7 +3,7 @@
     python -m tests.report_pictures outputs/grpo_cpu
 
 Light: the figures, and of the rewarded rollouts the one with the token that π_t likes better than π_θ by most. Dark:
-without the figures, coloured by weight, the one with the token that it likes less by most.
+without the figures, coloured by weight, the one with the largest.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.browser import browser
 FOLDER = Path(__file__).parents[1] / "docs/images"
 SIZE = {"width": 1180, "height": 840}
 
-FIND = """sign => {
-  const rewarded = rollouts.filter(rollout => rollout.reward > 0), best = { ratio: -Infinity };
+FIND = """() => {
+  const rewarded = rollouts.filter(rollout => rollout.reward > 0), best = { value: -Infinity };
   for (const rollout of rewarded.length ? rewarded : rollouts) {
     for (let i = rollout.start; i < rollout.end; i++) {
-      const ratio = /\\w/.test(text(i)) ? sign * logRatio(i) : NaN;
-      if (ratio > best.ratio) Object.assign(best, { ratio, rollout: rollout.number, i });
+      const value = /\\w/.test(text(i)) ? colour.value(i) : NaN;
+      if (value > best.value) Object.assign(best, { value, rollout: rollout.number, i });
     }
   }
   return best;
@@ -42,13 +42,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         report = Path(folder) / "report.html"
         write_report([args.run], report)
-        for theme, key, sign in (("light", "4", 1), ("dark", "2", -1)):
+        for theme, key in (("light", "4"), ("dark", "2")):
             page = chromium.new_page(viewport=SIZE, color_scheme=theme)
             page.goto(report.as_uri())
             page.keyboard.press(key)
             if theme == "dark":
                 page.click("#figures summary")
-            found = page.evaluate(FIND, sign)
+            found = page.evaluate(FIND)
             page.evaluate(SHOW, [found["rollout"], found["i"]])
             page.mouse.move(0, 0)
             page.screenshot(path=args.output / f"report-{theme}.png")
