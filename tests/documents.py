@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
@@ -17,6 +20,21 @@ _BEFORE_A_PROGRAM = ("until", "while", "if", "then", "do", "else", "export", "sr
 def blocks(page: Path, language: str) -> list[str]:
     """Its blocks of code in a language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def snippet(page: str, name: str) -> str:
+    """The only block of Python of a page, as `docs/native.md`, that names something."""
+    (found,) = [text for text in blocks(ROOT / page, "python") if name in text]
+    return found
+
+
+def run_snippet(source: str, **names: Any) -> dict[str, Any]:
+    """Run Python of a page, which may await, with what its page takes for granted; returns its names."""
+    code = compile(source, "a document", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    running = eval(code, names)
+    if running is not None:
+        asyncio.run(running)
+    return names
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import trl.experimental.async_grpo
 import trl.experimental.async_grpo.packing as packing
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from trl.chat_template_utils import qwen3_template
 from trl.experimental.async_grpo import AsyncGRPOConfig, async_rollout_worker
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
+import dual_rollout
 from dual_rollout import (
     CoordinatorConfig,
     DualAsyncGRPOTrainer,
@@ -41,6 +43,7 @@ from dual_rollout.exceptions import WeightSyncError
 from dual_rollout.training.async_grpo import DualRolloutWorker, _Conversation, _conversation
 from dual_rollout.training.async_policy_check import AsyncPolicyCheck
 from tests.async_loop import VERSION, make_loop, samples_of
+from tests.documents import run_snippet, snippet
 from tests.integration.conftest import TinyPair
 from tests.integration.test_trainers import EVERY_THIRD, rows
 from tests.integration.test_training import count_of_the
@@ -169,15 +172,19 @@ def make(
             plain |= {"max_steps": 2, "learning_rate": 1e-2, "token_budget": 48, "epsilon": 1.0, "epsilon_high": 2.0}
             tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
             tokenizer.response_template = qwen3_template  # ChatML, as the tiny models' template
+            given = {
+                "train_dataset": Dataset.from_list(rows()),
+                "reward_funcs": count_of_the,
+                "processing_class": tokenizer,
+                "rollout_worker": Worker(),
+                **(trainer_options or {}),
+            }
             return DualAsyncGRPOTrainer(
                 str(model),
-                args=AsyncGRPOConfig(output_dir=str(tmp_path / "run"), **{**plain, **options}),
+                args=AsyncGRPOConfig(**{**plain, **options, "output_dir": str(tmp_path / "run")}),
                 dual_config=config,
-                train_dataset=Dataset.from_list(rows()),
-                reward_funcs=count_of_the,
-                processing_class=tokenizer,
                 weight_transfer=cast(Any, FolderTransfer(rollout, tmp_path / "weights", send)),
-                **{"rollout_worker": Worker(), **(trainer_options or {})},
+                **given,
             )
 
         yield make
@@ -313,6 +320,27 @@ def test_what_cannot_be_right_is_refused(make: Callable[..., Any], config: Coord
     trainer._lora_sync = True  # TRL's answer to a server with --enable-lora
     with pytest.raises(ValueError, match="without --enable-lora"):
         AsyncPolicyCheck(trainer, config)
+
+
+def test_the_trainer_of_the_document(
+    make: Callable[..., Any], tiny_pair: TinyPair, config: CoordinatorConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what `make` gives every trainer here, which takes the places of vLLM, of GPUs and of long runs."""
+    source = snippet("docs/training.md", "DualAsyncGRPOTrainer")
+    source = source.replace("http://theta:8000", tiny_pair.theta_url).replace("http://t:8000", tiny_pair.t_url)
+
+    def trainer(model: str, *, args: dict[str, Any], dual_config: CoordinatorConfig, **given: Any) -> Any:
+        assert (dual_config.theta_url, dual_config.t_url) == (config.theta_url, config.t_url)
+        return make(model=Path(model), trainer_options=given, **{**args, "max_steps": 1})
+
+    monkeypatch.setattr(trl.experimental.async_grpo, "AsyncGRPOConfig", dict)
+    monkeypatch.setattr(dual_rollout, "DualAsyncGRPOTrainer", trainer)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.theta_model)
+    tokenizer.response_template = qwen3_template
+    names = {"model": str(tiny_pair.theta_model), "my_reward": count_of_the, "tokenizer": tokenizer}
+    made = run_snippet(source, dataset=Dataset.from_list(rows()), **names)["trainer"]
+    made.train()
+    assert made.state.global_step == 1 and made.weight_transfer.number == 2
 
 
 def test_the_asynchronous_worker_samples_from_q_star(tiny_pair: TinyPair, config: CoordinatorConfig) -> None:

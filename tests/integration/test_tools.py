@@ -34,6 +34,7 @@ from dual_rollout.training.contexts import TargetContexts, same_turns
 from dual_rollout.training.turns import Turns, rows_with_results
 from dual_rollout.types import GenerationOutput
 from tests.async_loop import make_loop, samples_of
+from tests.documents import run_snippet, snippet
 from tests.integration.conftest import TinyPair
 from tests.integration.test_distillation import distillation_config
 from tests.integration.test_training import grpo_config
@@ -254,6 +255,35 @@ def test_every_turn_with_tools_is_drawn_from_q_star(pair: TinyPair, tmp_path: Pa
             assert len(row["generated_tokens"]) == len(given["alpha"])
             np.testing.assert_array_equal(row["alpha_history"], np.float32(given["alpha"]))
             np.testing.assert_array_equal(np.isnan(row["kl_theta"]), np.isnan(given["alpha"]))
+
+
+def test_the_trainer_of_the_document(pair: TinyPair, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def add(a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first
+            b: the second
+        """
+        calls.append((a, b))
+        return a + b
+
+    options = {"max_completion_length": LENGTH, "max_steps": 1, "per_device_train_batch_size": 8}
+    trainer = run_snippet(
+        snippet("docs/training.md", "tools=[multiply]"),
+        DualGRPOTrainer=DualGRPOTrainer,
+        model=str(pair.theta_model),
+        multiply=add,
+        reward=lengths,
+        args=grpo_config(tmp_path, **options),
+        dataset=Dataset.from_list(rows()),
+        config=dual_config(pair),
+    )["trainer"]
+    with trainer.rollout:
+        trainer.train()
+    assert calls and trainer.state.global_step == 1
 
 
 def test_two_processes_go_through_their_own_turns(pair: TinyPair, tmp_path: Path) -> None:
