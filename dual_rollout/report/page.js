@@ -248,7 +248,7 @@ function step(distance) {
 
 // ---- plots, which uPlot draws on canvases; what they show is also said in words ---------------------------------------
 
-const HEIGHT = 96, BARS = 30, DASHES = [[], [5, 3], [1.5, 3]], BORDERS = ["solid", "dashed", "dotted"];
+const HEIGHT = 96, BARS = 30, DASHES = [[], [5, 3], [1.5, 3], [9, 3]], BORDERS = ["solid", "dashed", "dotted", "dashed"];
 const inTheme = name => () => getComputedStyle(document.documentElement).getPropertyValue(name);
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const charts = [];
@@ -263,9 +263,9 @@ function plot(title, names, across, x, y, style) {
     scales: { x: { time: false, range: x }, y: { range: y } },
     axes: [[18, 30], [36, 24]].map(([size, space]) => ({ ...axis, size, space, values: (_, places) => places.map(place => compact.format(place)) })),
     series: [across, ...names.map((label, k) => ({
-      label, stroke: inTheme(`--line-${k + 1}`), width: 1.5, dash: DASHES[k], points: { size: 4 }, value: (_, v) => shown(v), ...style }))],
+      label, stroke: inTheme(`--line-${k % 3 + 1}`), width: 1.5, dash: DASHES[k % 4], points: { size: 4 }, value: (_, v) => shown(v), ...style }))],
     cursor: { y: false, drag: { x: false, y: false }, dataIdx: (_, __, k) => k },
-    legend: { mount: (_, table) => caption.append(table), markers: { stroke: (_, k) => `var(--line-${k})`, dash: (_, k) => BORDERS[k - 1] } },
+    legend: { mount: (_, table) => caption.append(table), markers: { stroke: (_, k) => `var(--line-${(k + 2) % 3 + 1})`, dash: (_, k) => BORDERS[(k + 3) % 4] } },
   }, [[], ...names.map(() => [])], picture);
   byId("plots").append(figure);
   charts.push(chart);
@@ -317,7 +317,8 @@ const histograms = [
   histogram("coverage of the shorter list", 0, 1, "tokens", own(coverage)),
   histogram("drafts accepted, by rollout", 0, 1, "rollouts", rollout => [rollout.acceptance]),
 ];
-lines("reward", [["q*", "reward"], ["policy alone", "eval_reward"]]);
+const evaluated = [...new Set(steps.flatMap(Object.keys))].filter(name => /^eval_(\w+_)?reward$/.test(name));  // each of a dataset
+lines("reward", [["q*", "reward"], ...evaluated.map(name => [`policy alone${name.slice(4, -7).replace("_", ", ")}`, name])]);
 lines("α", [["mean", "sampling/alpha/mean"]]);
 lines("ESS", [["of the weights", "sampling/effective_sample_size_ratio"]]);
 lines("k̂ of the weights", [["k̂ (too heavy above 0.7)", "sampling/pareto_k"]]);

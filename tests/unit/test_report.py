@@ -32,7 +32,7 @@ NUMBERS = ("alpha_history", "logprobs_q", "logprobs_theta", "logprobs_t", "kl_th
 STEPS = [
     {"step": 1, "reward": 0.3, "sampling/alpha/mean": 0.5, "sampling/pareto_k": 0.2, "rollout/seconds": 2.0},
     {"step": 2, "reward": 0.6, "sampling/alpha/mean": 0.4, "sampling/pareto_k": math.nan, "rollout/seconds": 1.0},
-    {"step": 2, "eval_loss": 0.0, "eval_reward": 0.4},
+    {"step": 2, "eval_loss": 0.0, "eval_reward": 0.4, "eval_hard_reward": 0.1},
 ]
 
 
@@ -316,10 +316,11 @@ def test_plots_are_of_the_steps_and_of_the_rollouts_that_are_listed(page: Any) -
         assert any(found.startswith(title) for found in titles), title
     assert said("policy alone") == (
         "reward: q* from 0.300 to 0.600, between 0.300 and 0.600; "
+        "policy alone, hard from 0.100 to 0.100, between 0.100 and 0.100; "
         "policy alone from 0.400 to 0.400, between 0.400 and 0.400; steps 1 to 2"
     )
-    assert under_the_mouse("policy alone", 0) == ["1", "0.300", "–"]
-    assert under_the_mouse("policy alone", 1) == ["2", "0.600", "0.400"]
+    assert under_the_mouse("policy alone", 0) == ["1", "0.300", "–", "–"]
+    assert under_the_mouse("policy alone", 1) == ["2", "0.600", "0.100", "0.400"]
 
     drawn = [sum(not math.isnan(value) for value in row["alpha_history"]) for row in ROWS]
     assert said("α of the tokens").startswith(f"α of the tokens listed: {sum(drawn)} tokens, most of them")
@@ -339,7 +340,7 @@ def test_plots_are_of_the_steps_and_of_the_rollouts_that_are_listed(page: Any) -
 def test_plots_change_with_the_theme_and_have_lines_that_differ_without_colour(page: Any) -> None:
     reward = page.locator("figure", has_text="policy alone")
     markers = reward.locator(".u-marker").evaluate_all("all => all.map(m => getComputedStyle(m).borderTopStyle)")
-    assert markers[1:] == ["solid", "dashed"]
+    assert markers[1:] == ["solid", "dashed", "dotted"]
 
     def colours(title: str) -> set[tuple[int, ...]]:
         picture = page.locator("figure", has_text=title).locator("canvas").screenshot()
