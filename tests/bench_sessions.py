@@ -1,6 +1,7 @@
 """What sessions are worth: lockstep on two vLLM servers that have them, by sessions and by whole texts, in turn.
 
     python -m tests.bench_sessions --theta-url URL --t-url URL --tokenizer FOLDER [--concurrency 4 16 64]
+        [--support tail --top-k 20]
 
 Both servers are started with the flags of docs/serving.md's "Sessions". `both` is plain generation by the two, side by
 side. Rows are medians; ratios medians of the ratios within a turn.
@@ -50,6 +51,7 @@ async def main(args: argparse.Namespace) -> None:
         t_url=args.t_url,
         tokenizer=args.tokenizer,
         top_k=args.top_k,
+        support=args.support,
         decoding="lockstep",
         ignore_eos=True,
         max_concurrency=max(args.concurrency),
@@ -82,5 +84,6 @@ if __name__ == "__main__":
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=100)
+    parser.add_argument("--support", choices=["union", "tail"], default="union")
     parser.add_argument("--repeat", type=int, default=5)
     asyncio.run(main(parser.parse_args()))

@@ -64,9 +64,9 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
 
 @pytest.fixture(scope="session")
 def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for the policy's model that loads adapters, and to which sessions go on one by one."""
+    """A server for the policy's model that loads adapters and has sessions."""
     if not LORA_FLAGS:
         pytest.skip("vLLM's LoRA kernels for GPUs take no float32")
     log = tmp_path_factory.mktemp("lora") / "server.log"
-    with VllmServer(vllm_pair.theta.model, flags=(*LORA_FLAGS, *SESSION_FLAGS), log=log) as server:
+    with VllmServer(vllm_pair.theta.model, flags=(*LORA_FLAGS, *SESSION_FLAGS, *TOGETHER_FLAGS), log=log) as server:
         yield server.url
