@@ -249,6 +249,7 @@ function step(distance) {
 // ---- plots, which uPlot draws on canvases; what they show is also said in words ---------------------------------------
 
 const HEIGHT = 96, BARS = 30, DASHES = [[], [5, 3], [1.5, 3], [9, 3]], BORDERS = ["solid", "dashed", "dotted", "dashed"];
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap(power => [1, 2, 5].map(digit => digit * 10 ** power));  // between steps that are named
 const inTheme = name => () => getComputedStyle(document.documentElement).getPropertyValue(name);
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const charts = [];
@@ -257,15 +258,21 @@ const charts = [];
 function plot(title, names, across, x, y, style) {
   const caption = element("figcaption", {}, [title]), picture = element("div", { role: "img" });
   const figure = element("figure", {}, [caption, picture]), line = { stroke: inTheme("--line"), width: 1 };
-  const axis = { stroke: inTheme("--faint"), font: "10px system-ui, sans-serif", gap: 3, grid: line, ticks: { show: false } };
+  const axis = {
+    stroke: inTheme("--faint"), font: "10px system-ui, sans-serif", gap: 3, grid: line, ticks: { show: false },
+    values: (_, places) => places.map(place => compact.format(place)),
+  };
   const chart = new uPlot({
     width: 180, height: HEIGHT, padding: [6, 8, 0, 0],
     scales: { x: { time: false, range: x }, y: { range: y } },
-    axes: [[18, 30], [36, 24]].map(([size, space]) => ({ ...axis, size, space, values: (_, places) => places.map(place => compact.format(place)) })),
+    axes: [{ ...axis, size: 18, space: 30, incrs: across.incrs }, { ...axis, size: 36, space: 24 }],
     series: [across, ...names.map((label, k) => ({
       label, stroke: inTheme(`--line-${k % 3 + 1}`), width: 1.5, dash: DASHES[k % 4], points: { size: 4 }, value: (_, v) => shown(v), ...style }))],
     cursor: { y: false, drag: { x: false, y: false }, dataIdx: (_, __, k) => k },
-    legend: { mount: (_, table) => caption.append(table), markers: { stroke: (_, k) => `var(--line-${(k + 2) % 3 + 1})`, dash: (_, k) => BORDERS[(k + 3) % 4] } },
+    legend: {
+      mount: (_, table) => caption.append(table),
+      markers: { stroke: (_, k) => `var(--line-${(k + 2) % 3 + 1})`, dash: (_, k) => BORDERS[(k + 3) % 4] },  // k = 0 is what is across
+    },
   }, [[], ...names.map(() => [])], picture);
   byId("plots").append(figure);
   charts.push(chart);
@@ -307,7 +314,8 @@ function lines(title, named) {
     return `${names[k]} from ${said[0]} to ${said[1]}, between ${said[2]} and ${said[3]}`;
   });
   const y = (_, low, high) => [Math.min(0, low), Math.max(0, high) + 0.05 * (high - low) || 1];
-  plot(title, names, { label: "step" }, undefined, y)([rows.map(entry => entry.step), ...columns], `${words.join("; ")}; steps ${rows[0].step} to ${rows.at(-1).step}`);
+  words.push(`steps ${rows[0].step} to ${rows.at(-1).step}`);
+  plot(title, names, { label: "step", incrs: WHOLE }, undefined, y)([rows.map(entry => entry.step), ...columns], words.join("; "));
 }
 
 const own = column => rollout => column.subarray(rollout.start, rollout.end);
