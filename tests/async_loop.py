@@ -32,15 +32,34 @@ def make_loop(**options: Any) -> DualRolloutLoop:
     )
 
 
+class LoopInThread:
+    """A rollout worker for TRL's trainer."""
+
+    def __init__(self, loop: DualRolloutLoop):
+        self.rollout_buffer, self.metrics_queue = loop.rollout_buffer, loop._metrics_queue
+        self._loop, self._thread = loop, threading.Thread(target=loop.run, daemon=True)
+
+    def start(self) -> None:
+        PartialState(cpu=True)  # for its logger, as in TRL's process
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._loop._loop.call_soon_threadsafe(self._loop._stop_event.set)
+        self._thread.join(timeout=HANG)
+        assert not self._thread.is_alive()
+
+    def update_model_version(self, model_version: int) -> None:
+        self._loop._model_version_value.value = model_version
+
+    def check_health(self, stale_after_s: float) -> None:
+        assert self._thread.is_alive()
+
+
 def samples_of(loop: DualRolloutLoop, count: int) -> list[RolloutSample]:
     """Its first samples."""
-    PartialState(cpu=True)  # for its logger, as in TRL's process
-    thread = threading.Thread(target=loop.run, daemon=True)
-    thread.start()
+    worker = LoopInThread(loop)
+    worker.start()
     try:
-        samples = [loop.rollout_buffer.get(timeout=HANG) for _ in range(count)]
+        return [worker.rollout_buffer.get(timeout=HANG) for _ in range(count)]
     finally:
-        loop._loop.call_soon_threadsafe(loop._stop_event.set)
-        thread.join(timeout=HANG)
-    assert not thread.is_alive()
-    return samples
+        worker.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-ROUTES = ("/v1/completions", "/inference/v1/generate")
+ROUTES = ("/v1/completions", "/inference/v1/generate", "/v1/dual_rollout/generate")
 """Those that everything sampled comes from."""
 
 

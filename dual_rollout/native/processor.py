@@ -53,6 +53,10 @@ class Processor(LogitsProcessorV1, LogitsProcessorV2):
         model, backend = vllm_config.model_config, current_platform.simple_compile_backend
         two_models = getattr(model.hf_config, "dual_rollout", None)
         vocab_size, vocab_size_t = model.get_vocab_size(), None
+        if vllm_config.lora_config is not None and current_platform.is_cpu():
+            from dual_rollout.native.cpu_adapters import skip_rows_without_adapter
+
+            skip_rows_without_adapter()
         self._target_logits = self._ordinary = None
         if two_models is not None:
             from dual_rollout.native.model import target_logits

@@ -22,7 +22,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from dual_rollout.config import AlphaRule
@@ -235,22 +234,14 @@ class RolloutServer:
             )
 
     def check_adapters(self, rollout: RolloutRequest) -> None:
-        """Raise `ValueError` where vLLM's CPU build would show an adapter to a side that has none.
-
-        There (0.31) a request without an adapter, in a step with one that has, gets the last of the --max-loras places.
-        So that has to stay empty.
-        """
+        """Raise `ValueError` where both sides have adapters, and no step of the engine holds two."""
         loaded = self._state.openai_serving_models.lora_requests
-        if rollout.t_prompt_token_ids is None:
-            return
-        sides = {rollout.model in loaded, rollout.t_model in loaded}
-        if len(sides) == 2 and current_platform.is_cpu():
-            places = self._engine.vllm_config.lora_config.max_loras
-            if len(loaded) >= places:
-                raise ValueError(
-                    f"{len(loaded)} adapters are loaded, and the CPU build needs a place more than that: start the "
-                    f"server with --max-loras {len(loaded) + 1}"
-                )
+        named = {rollout.model, rollout.t_model if rollout.t_prompt_token_ids is not None else None} & set(loaded)
+        if named and len(named) > self._engine.vllm_config.lora_config.max_loras:
+            raise ValueError(
+                f"the sides have the adapters {' and '.join(sorted(named))}, which are never in one step: start the "
+                f"server with --max-loras {len(named)} or more"
+            )
 
     async def generate(self, rollout: RolloutRequest) -> dict[str, Any]:
         """One rollout, as the answer's JSON.

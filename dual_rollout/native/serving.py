@@ -45,7 +45,7 @@ def vllm_command(
     if ordinary_requests is not None and "--logprobs-mode" not in names:
         command += ["--logprobs-mode", "processed_logprobs"]  # or they would be π_θ's
     if "--enable-lora" in names and "--max-loras" not in names:
-        command += ["--max-loras", "2"]  # see `RolloutServer.check_adapters`
+        command += ["--max-loras", "2"]  # one for each side
     return [*command, *flags]
 
 

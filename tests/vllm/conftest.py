@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from tests.tiny_model import make_tiny_model, perturbed_copy
-from tests.vllm.servers import LORA_FLAGS, REPOSITORY, VllmServer, running
+from tests.vllm.pairs import Pairs
+from tests.vllm.servers import LORA_FLAGS, REPOSITORY, NativeServer, VllmServer, running
 
 SESSION_FLAGS = ("--middleware", MIDDLEWARE)
 TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
+# Four pairs at most, whose 16 blocks of 32 tokens do not hold them, and steps that read prompts in pieces.
+TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
+AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", *LORA_FLAGS)
 FAULT_FLAGS = ("--middleware", "tests.vllm.carrier_faults.CarrierFaults")
 
 
@@ -70,3 +76,27 @@ def lora_url(vllm_pair: ServerPair, tmp_path_factory: pytest.TempPathFactory) ->
     log = tmp_path_factory.mktemp("lora") / "server.log"
     with VllmServer(vllm_pair.theta.model, flags=(*LORA_FLAGS, *SESSION_FLAGS, *TOGETHER_FLAGS), log=log) as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def servers_of_pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pairs, Pairs]]:
+    """Two servers of one model's pairs, started side by side."""
+    folder = tmp_path_factory.mktemp("pairs")
+    model = make_tiny_model(folder / "model", hidden_size=128, seed=0)
+    tight = NativeServer(model, flags=TIGHT, log=folder / "tight.log")
+    ample = NativeServer(model, flags=AMPLE, log=folder / "ample.log")
+    with running(tight, ample):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        yield Pairs(tight, loaded), Pairs(ample, loaded)
+
+
+@pytest.fixture
+def tight(servers_of_pairs: tuple[Pairs, Pairs]) -> Pairs:
+    """Too little memory for its pairs, steps too short for their prompts, prefixes cached."""
+    return servers_of_pairs[0]
+
+
+@pytest.fixture
+def ample(servers_of_pairs: tuple[Pairs, Pairs]) -> Pairs:
+    """Room for all; prefixes are not cached; adapters. A test that changes its weights puts them back."""
+    return servers_of_pairs[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import urllib.request
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +76,13 @@ def in_session(work: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, Any]]
     return asyncio.run(run())
 
 
+def adapter_route(server: NativeServer, what: str, **body: Any) -> None:
+    """vLLM's own, whose answers are plain text."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/{what}_lora_adapter", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=HANG).read()
+
+
 def prompts_of(count: int, seed: int = 0) -> list[Prompts]:
     """Of 1 to 59 tokens, unlike on the two sides."""
     return list(zip(ragged_prompts(count, seed), ragged_prompts(count, seed + 100), strict=True))
@@ -113,11 +122,22 @@ def largest_errors(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None
 
 def distribution_p_value(rollouts: Sequence[dict[str, Any]], theta: Any, t: Any = None) -> float:
     """Whether the tokens are draws from q: each is put at a random place of its share of [0, 1], and all places
-    together are uniform then. Chi-square in 20 cells."""
+    together are uniform then. Chi-square in 20 cells. The shares are in the order of log π_t − log π_θ, so that draws
+    from another α, or from one side alone, are not uniform whatever the contexts."""
     rng, places = np.random.default_rng(0), []
     for rollout in rollouts:
-        q = np.exp(distributions_of(rollout, theta, t or theta)[2])
-        chosen = np.arange(len(q)), rollout["token_ids"]
-        places.append(q.cumsum(1)[chosen] - rng.random(len(q)) * q[chosen])
-    counts = np.histogram(np.concatenate(places), 20, (0, 1))[0]
+        logp_theta, logp_t, log_q = distributions_of(rollout, theta, t or theta)
+        places.append(places_of(rollout["token_ids"], logp_t - logp_theta, np.exp(log_q), rng))
+    return uniform_p_value(np.concatenate(places))
+
+
+def places_of(tokens: list[int], slope: np.ndarray, q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`(T,)`, of `(T, V)` slopes and probabilities."""
+    order = slope.argsort(axis=1, kind="stable")
+    rows, ends = np.arange(len(q)), np.take_along_axis(q, order, 1).cumsum(1)
+    return ends[rows, order.argsort(axis=1)[rows, tokens]] - rng.random(len(q)) * q[rows, tokens]
+
+
+def uniform_p_value(places: np.ndarray) -> float:
+    counts = np.histogram(places, 20, (0, 1))[0]
     return chi_square_p_value(counts, np.full(20, counts.sum() / 20))

@@ -20,6 +20,7 @@ from dual_rollout.native.wire import NUMBERS, Member
 
 VOCAB, SLOTS, MARK = 50, 8, 49
 config = Namespace(
+    lora_config=None,
     model_config=Namespace(hf_config=Namespace(), get_vocab_size=lambda: VOCAB),
     scheduler_config=Namespace(max_num_seqs=SLOTS))
 state = Namespace(
