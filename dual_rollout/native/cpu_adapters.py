@@ -2,7 +2,8 @@
 
 In a step where some request has an adapter, a row that has none is at place −1 of `--max-loras`. vLLM's kernels for
 GPUs skip it; its CPU build takes −1 for the last place, and whatever adapter is there. For a target without an adapter
-that would be the policy's, or one of its earlier versions: adapters that are unloaded stay in their places.
+that would be the policy's, or one of its earlier versions: adapters that are unloaded stay in their places. vLLM's pull
+request 48421 mends it there.
 """
 
 from __future__ import annotations

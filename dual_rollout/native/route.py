@@ -236,7 +236,8 @@ class RolloutServer:
     def check_adapters(self, rollout: RolloutRequest) -> None:
         """Raise `ValueError` where both sides have adapters, and no step of the engine holds two."""
         loaded = self._state.openai_serving_models.lora_requests
-        named = {rollout.model, rollout.t_model if rollout.t_prompt_token_ids is not None else None} & set(loaded)
+        sides = (rollout.model,) if rollout.t_prompt_token_ids is None else (rollout.model, rollout.t_model)
+        named = {name for name in sides if name is not None and name in loaded}
         if named and len(named) > self._engine.vllm_config.lora_config.max_loras:
             raise ValueError(
                 f"the sides have the adapters {' and '.join(sorted(named))}, which are never in one step: start the "
