@@ -187,7 +187,9 @@ class CoordinatorConfig:
     max_retries: int = _option(5, "Times that one request is sent again, whatever went wrong (docs/scale.md).", _FROM_0)
     request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.", _ABOVE_0)
     total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.", _ABOVE_0)
-    connection_pool_size: int = _option(32, "Open connections per server.", _FROM_1)
+    connection_pool_size: int | None = _option(
+        None, "Open connections per server; as many as max_concurrency when unset.", _FROM_1
+    )
     show_progress: bool = _option(False, "Show a progress bar.")
 
     def __new__(cls, **values: Any) -> Self:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+from aiohttp import web
+
 from dual_rollout import CoordinatorConfig, DualVLLMCoordinator
 from tests.bench_soak import prompt, soak
-from tests.fault_proxy import FaultProxy
+from tests.fault_proxy import Exchange, FaultProxy, passed_on
 from tests.hang import HANG
 from tests.integration.conftest import TinyPair
 
@@ -29,6 +31,30 @@ def test_some_hundred_sequences(tiny_pair: TinyPair) -> None:
             outputs = await alone.generate_batch([prompt(i) for i in range(20)], max_tokens=3)
         assert [output.generated_tokens for output in outputs] == [kept[i].generated_tokens for i in range(20)]
 
+    asyncio.run(asyncio.wait_for(run(), HANG))
+
+
+def test_by_default_each_sequence_has_a_connection(tiny_pair: TinyPair) -> None:
+    """Where a sequence is a request, as in drawing from π_θ alone or by the native engine: 40 are open at once, which
+    the answers wait for."""
+
+    async def wait_for_all(exchange: Exchange) -> web.StreamResponse:
+        while theta.most_open < 40:
+            await asyncio.sleep(0.01)
+        return await passed_on(exchange)
+
+    async def run() -> None:
+        async with theta.running():
+            config = CoordinatorConfig(theta_url=theta.url, t_url=tiny_pair.t_url, top_k=20, max_concurrency=40)
+            async with DualVLLMCoordinator(config) as coordinator:
+                await coordinator.generate_batch([prompt(0)], max_tokens=1)
+                theta.fault = wait_for_all
+                outputs = await coordinator.generate_batch(
+                    [prompt(i) for i in range(40)], targets=["none"] * 40, max_tokens=2
+                )
+            assert all(output.error is None for output in outputs)
+
+    theta = FaultProxy(tiny_pair.theta_url)
     asyncio.run(asyncio.wait_for(run(), HANG))
 
 
