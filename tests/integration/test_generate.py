@@ -86,11 +86,11 @@ def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
             np.testing.assert_allclose(row[name], other[name], rtol=1e-3, atol=1e-3)
 
 
-def batch(pair: TinyPair, prompts: list[Any], *, diagnostics: bool = False, **settings: Any) -> list[GenerationOutput]:
+def batch(pair: TinyPair, prompts: list[Any], *, decoding: Any = "auto", **options: Any) -> list[GenerationOutput]:
     async def run() -> list[GenerationOutput]:
-        config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=20, seed=0, **settings)
+        config = CoordinatorConfig(theta_url=pair.theta_url, t_url=pair.t_url, top_k=20, seed=0, decoding=decoding)
         async with DualVLLMCoordinator(config) as coordinator:
-            return await coordinator.generate_batch(prompts, max_tokens=6, return_diagnostics=diagnostics)
+            return await coordinator.generate_batch(prompts, max_tokens=6, **options)
 
     return asyncio.run(run())
 
@@ -105,7 +105,7 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
         tiny_pair, "--input", questions, "--output", out, "--format", format, "--rows-per-shard", 5,
         "--num-generations", 2, "--keep-columns", "answer", "n", "--max-concurrency", 4, "--diagnostics",
     )  # fmt: skip
-    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)], diagnostics=True)
+    outputs = batch(tiny_pair, [text for text in QUESTIONS for _ in range(2)], return_diagnostics=True)
     rows = rows_of(out)
     assert [(row["index"], row["generation"]) for row in rows] == [(i, g) for i in range(12) for g in range(2)]
     for row, output in zip(rows, outputs, strict=True):
@@ -134,10 +134,9 @@ def test_rows_are_those_of_a_batch(tiny_pair, questions, tmp_path, format):
 
 
 def test_shards_and_their_report_have_what_was_accepted_of_drafts(tiny_pair, questions, tmp_path):
-    out, block = tmp_path / "out", {"decoding": "block", "num_draft_tokens": 3}
-    flags = [word for name, value in block.items() for word in (f"--{name.replace('_', '-')}", value)]
-    generate(tiny_pair, "--input", questions, "--output", out, "--limit", 6, *flags)
-    outputs, plain = batch(tiny_pair, QUESTIONS[:6], **block), batch(tiny_pair, QUESTIONS[:1], decoding="lockstep")
+    out = tmp_path / "out"
+    generate(tiny_pair, "--input", questions, "--output", out, "--limit", 6, "--decoding", "block")
+    outputs, plain = (batch(tiny_pair, QUESTIONS[:6], decoding=name) for name in ("block", "lockstep"))
     assert main(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0
     shown = read_page(tmp_path / "report.html").data["rollouts"]
     for row, output, rollout in zip(rows_of(out), outputs, shown, strict=True):
