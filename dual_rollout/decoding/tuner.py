@@ -21,6 +21,7 @@ _SETTLED_ROUNDS = 8, 32  # at first, and when the choice has stood for a while
 _SIMPLER = 0.95  # an earlier choice this close to the fastest is preferred: measurements err by as much
 _HOPELESS = 0.4  # of the best so far: another way to score will not make up for this
 _PROMISING = 0.85  # of the best so far: worth trying at other lengths
+_MANY_SEQUENCES = 16  # from here on, four groups may be faster yet than two
 _REMEMBERED_ROUNDS = 512  # after as many, what was slower is measured again: acceptance changes as the policy learns
 
 
@@ -200,6 +201,8 @@ class Tuner:
         groups = (1, 2) if load.sequences > 1 else (1,)
         if config.decoding != "block":
             yield from (Choice("lockstep", count) for count in groups)
+            if self.sessions and load.sequences >= _MANY_SEQUENCES and measured.best(1) == [Choice("lockstep", 2)]:
+                yield Choice("lockstep", 4)  # a round is short there, and much of it is not the servers'
             if not drafting:
                 return
         length = config.num_draft_tokens or (DEFAULT_DRAFT_TOKENS if config.decoding == "block" else _FIRST_LENGTH)

@@ -213,10 +213,24 @@ def test_drafts_at_a_temperature_are_for_servers_that_report_it() -> None:
 
 
 def test_auto_tries_no_block_where_both_servers_keep_texts() -> None:
-    made = drive(Tuner(sessions=True), CoordinatorConfig(), Load.of(16, 60), FAST_BLOCKS, 9)
+    speeds = FAST_BLOCKS | {"lockstep, 4 groups": 100.0}
+    made = drive(Tuner(sessions=True), CoordinatorConfig(), Load.of(16, 60), speeds, 9)
     assert made[-1] == "lockstep, 2 groups" and not any("block" in name for name in made)
     config = CoordinatorConfig(decoding="block", num_draft_tokens=4)
     assert "block" in drive(Tuner(sessions=True), config, Load.of(16, 60), FAST_BLOCKS, 1)[0], "who asks for it gets it"
+
+
+@pytest.mark.parametrize(
+    ("sequences", "two", "four", "best"),
+    [(64, 130.0, 145.0, 4), (64, 130.0, 132.0, 2), (64, 90.0, 200.0, 1), (4, 130.0, 200.0, 2)],
+)
+def test_four_groups_are_tried_where_two_gain_and_both_servers_keep_texts(
+    sequences: int, two: float, four: float, best: int
+) -> None:
+    speeds = {"lockstep, 1 group": 100.0, "lockstep, 2 groups": two, "lockstep, 4 groups": four}
+    made = drive(Tuner(sessions=True), CoordinatorConfig(decoding="lockstep"), Load.of(sequences, 60), speeds, 9)
+    assert made[-1] == f"lockstep, {best} group{'s' if best > 1 else ''}"
+    assert ("lockstep, 4 groups" in made) == (sequences == 64 and two > 100.0)
 
 
 def test_trials_that_a_change_of_load_interrupted_are_made_at_the_next() -> None:
