@@ -87,5 +87,13 @@ def add_route(app: FastAPI) -> SessionServer | None:
 
         return await answered(request, work)
 
-    app.include_router(router)
+    _include_first(app, router)
     return server
+
+
+def _include_first(app: FastAPI, router: APIRouter) -> None:
+    """Before vLLM's routes, of which there are a hundred: they are tried in order, twice, for each request."""
+    routes = app.router.routes
+    others = len(routes)
+    app.include_router(router)
+    routes[:] = routes[others:] + routes[:others]
