@@ -241,25 +241,24 @@ def test_ordinary_requests_are_the_policys(unlike: Native) -> None:
 def test_whole_distributions_are_served_to_ordinary_requests(native: Native) -> None:
     """log q* of every token of the vocabulary, after 208 contexts, where the server was told to."""
     prompts = [prompt[:20] for prompt in ragged_prompts(13, seed=7)]
-    for i, prompt in enumerate(prompts):
-        temperature = (1.0, 0.7)[i % 2]
+    for temperature, asked in ((1.0, prompts[::2]), (0.7, prompts[1::2])):
         body = {
             "model": native.server.name,
-            "prompt": prompt,
+            "prompt": asked,
             "max_tokens": 16,
             "ignore_eos": True,
             "logprobs": VOCAB_SIZE,
             "temperature": temperature,
             "return_tokens_as_token_ids": True,
         }
-        (choice,) = native.server.post("/v1/completions", body)["choices"]
-        rows = choice["logprobs"]["top_logprobs"]
-        served = np.array([[row[f"token_id:{token}"] for token in range(VOCAB_SIZE)] for row in rows])
-        tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
-        logps = [logprobs_of(model, [*prompt, *tokens], len(prompt), temperature) for model in (native.theta, native.t)]
-        alpha = solve_alpha(*logps)[:, None]
-        path = (1 - alpha) * logps[0] + alpha * logps[1]
-        assert np.abs(served - path + np.log(np.exp(path).sum(1, keepdims=True))).max() < 2e-3  # α is in float32
+        for prompt, choice in zip(asked, native.server.post("/v1/completions", body)["choices"], strict=True):
+            rows = choice["logprobs"]["top_logprobs"]
+            served = np.array([[row[f"token_id:{token}"] for token in range(VOCAB_SIZE)] for row in rows])
+            text = [*prompt, *(int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"])]
+            logps = [logprobs_of(model, text, len(prompt), temperature) for model in (native.theta, native.t)]
+            alpha = solve_alpha(*logps)[:, None]
+            path = (1 - alpha) * logps[0] + alpha * logps[1]
+            assert np.abs(served - path + np.log(np.exp(path).sum(1, keepdims=True))).max() < 2e-3  # α is in float32
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

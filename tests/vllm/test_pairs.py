@@ -61,7 +61,9 @@ def test_exact_with_prompts_read_in_pieces(tight: Pairs) -> None:
     assert [len(rollout["token_ids"]) for rollout in rollouts] == [40] * len(prompts)
     assert max(largest_errors(rollouts, tight.model).values()) < TOLERANCE
     assert distribution_p_value(rollouts, tight.model) > 1e-4
-    assert sum(map(tight.fell_apart, rollouts)) > 0, "nothing fell out of step: the test shows too little"
+    restarts = sum(map(tight.fell_apart, rollouts))
+    assert restarts > 0, "nothing fell out of step: the test shows too little"
+    assert restarts < 36, "more than one in ten tokens was begun again"
 
 
 def test_exact_with_too_little_memory(tight: Pairs) -> None:
@@ -174,6 +176,7 @@ def test_ordinary_requests_are_left_alone(ample: Pairs) -> None:
 
     found = in_session(work)
     assert max(largest_errors(found[:64], ample.model).values()) < TOLERANCE
+    assert not any(map(ample.fell_apart, found[:64]))
     assert distribution_p_value(found[:64], ample.model) > 1e-4
     sampled = [
         {"prompts": (prompt, None), "token_ids": tokens, "alpha": np.zeros(12)}
