@@ -430,18 +430,19 @@ def test_a_model_that_is_not_served_is_not_found(ample: Pairs) -> None:
 
 
 def test_an_aborted_side_ends_its_partner(ample: Pairs) -> None:
-    """By vLLM's own request, which asks for the names of requests; the log has them. Chi-square, false alarm one in
-    10,000."""
+    """The policy's or the target's, by vLLM's own request, which asks for the names of requests; the log has them.
+    Chi-square, false alarm one in 10,000."""
 
     async def work(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         begun = len(ample.server.log.read_text())
         prompts = prompts_of(4, seed=13)
         tasks = [
-            asyncio.create_task(ample.rollout(session, pair, max_tokens=300, seed=i)) for i, pair in enumerate(prompts)
+            asyncio.create_task(ample.rollout(session, pair, max_tokens=160, seed=i)) for i, pair in enumerate(prompts)
         ]
         while not all(task.done() for task in tasks):
-            names = re.findall(r"Added request (dual-rollout-[0-9a-f]{32}-t)", ample.server.log.read_text()[begun:])
-            if len(names) >= 4:
+            added = re.findall(r"Added request (dual-rollout-[0-9a-f]{32})-", ample.server.log.read_text()[begun:])
+            if len(added) >= 8:
+                names = [f"{name}-{('theta', 't')[i % 2]}" for i, name in enumerate(dict.fromkeys(added))]
                 async with session.post(ample.server.url + "/abort_requests", json={"request_ids": names}) as response:
                     assert response.status == 200
                 break
@@ -451,11 +452,11 @@ def test_an_aborted_side_ends_its_partner(ample: Pairs) -> None:
     for _ in range(20):  # they may have ended before
         rollouts = in_session(work)
         assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
-        assert [len(rollout["token_ids"]) for rollout in rollouts] == [300] * 4
+        assert [len(rollout["token_ids"]) for rollout in rollouts] == [160] * 4
         if any(ample.fell_apart(rollout) > 0 for rollout in rollouts):
             break
     else:
         raise AssertionError("none was aborted")
     assert distribution_p_value(rollouts, ample.model) > 1e-4
-    undisturbed = ample.rollouts(prompts_of(4, seed=13), [{"max_tokens": 300, "seed": i} for i in range(4)])
+    undisturbed = ample.rollouts(prompts_of(4, seed=13), [{"max_tokens": 160, "seed": i} for i in range(4)])
     assert [one["token_ids"] for one in rollouts] == [one["token_ids"] for one in undisturbed]
