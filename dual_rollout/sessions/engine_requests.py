@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm import SamplingParams
@@ -50,9 +50,8 @@ class ListOf:
         )
 
 
-@dataclass(frozen=True)
-class Lists:
-    """One list: `(k,)` token ids and log-probabilities, the most likely first."""
+class Lists(NamedTuple):
+    """One list: `(k,)` token ids and log-probabilities, the most likely first; rows of arrays that a step made."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -262,5 +261,4 @@ def _lists(output: Any, k: int) -> Lists:
 
 
 def _without_sampled(token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> Lists:
-    """A copy, which keeps nothing of the step's other lists."""
-    return Lists(token_ids[1 : k + 1].copy(), logprobs[1 : k + 1].copy())
+    return Lists(token_ids[1 : k + 1], logprobs[1 : k + 1])

@@ -181,19 +181,22 @@ class SessionServer:
     async def _round(self, texts: Sequence[Text], params: ListOf, lora: Any) -> list[Lists]:
         """The lists of sessions that go on together: the message of the first brings the engine the tokens of all."""
         engine, (first, *others) = self._state.engine_client, texts
-        carried = {self._session(text).engine_id(engine): text.token_ids for text in others}
+        carrier, *carried = sessions = [self._session(text) for text in texts]
         self._held += sum(len(text.token_ids) for text in texts)
-        for text in others:
-            self._session(text).begin_work(text.token_ids)
-        with self._outputs.expected(list(carried), params.k) as expected:
-            lists = [await self._session(first).go_on(engine, first.token_ids, params, lora, carried)]
-            for text, mine in zip(others, await expected, strict=True):
+        tokens = {}
+        for text, session in zip(others, carried, strict=True):
+            session.begin_work(text.token_ids)
+            tokens[session.engine_id(engine)] = text.token_ids
+        with self._outputs.expected(list(tokens), params.k) as expected:
+            lists = [await carrier.go_on(engine, first.token_ids, params, lora, tokens)]
+            for text, session, mine in zip(others, carried, await expected, strict=True):
                 if mine is None:
                     raise RuntimeError(ABORTED)
-                self._session(text).end_work(text.token_ids, params, mine)
+                session.end_work(text.token_ids, params, mine)
                 lists.append(mine)
-        for text in texts:
-            await self._end_unless_kept(text)
+        if any(session.ends for session in sessions) or not self._room_for(0):
+            for text in texts:
+                await self._end_unless_kept(text)
         return lists
 
     async def _asked(self, text: Text, model: str, params: ListOf, lora: Any) -> list[Lists]:
