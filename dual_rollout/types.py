@@ -156,3 +156,16 @@ class StreamChunk:
     logprob_q: float
     importance_weight: float
     finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModel:
+    """The target that rows have which name none.
+
+    Attributes:
+        model: its name; on a native server also a folder, or an adapter's name.
+        gets_policys_weights: whether full weights that π_θ's server is given are this model's too.
+    """
+
+    model: str
+    gets_policys_weights: bool

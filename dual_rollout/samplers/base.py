@@ -11,7 +11,7 @@ from dual_rollout.decoding.call import CallSettings
 from dual_rollout.decoding.sequence import DecodingSequence
 from dual_rollout.engine import Engine, EngineInfo
 from dual_rollout.samplers.examination import Examination
-from dual_rollout.types import GenerationRequest, Role
+from dual_rollout.types import GenerationRequest, Role, TargetModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,10 @@ class Servers(Protocol):
         Args:
             describe: what a model's server says of itself; None where it does not answer.
         """
+        ...
+
+    async def target(self) -> TargetModel:
+        """What the target is; asks its server."""
         ...
 
     async def examine(self) -> Examination:

@@ -11,7 +11,7 @@ from dual_rollout.engine import Engine, EngineInfo
 from dual_rollout.exceptions import PreflightError
 from dual_rollout.native.client import NativeEngine, NativeServerInfo
 from dual_rollout.samplers.examination import LORA, Check, Examination, ability, answered, weights_check
-from dual_rollout.types import Role
+from dual_rollout.types import Role, TargetModel
 
 _WRONG_ROWS = 1.5  # nats; two kernels in bfloat16 differ by up to 0.4
 
@@ -31,6 +31,12 @@ class NativeServer:
     def in_words(self, describe: Callable[[Role], EngineInfo | None]) -> str:
         """See `Servers`."""
         return "one native server"
+
+    async def target(self) -> TargetModel:
+        """See `Servers`."""
+        if (second := (await self._engine.native_server()).target) is not None:
+            return TargetModel(second, False)
+        return TargetModel(self._config.t_model or (await self._engine.describe()).model, True)
 
     async def examine(self) -> Examination:
         """See `Servers`. A few tokens show whether it draws from the right rows."""

@@ -13,7 +13,7 @@ from dual_rollout.samplers.examination import LORA, Check, Examination, ability,
 from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from dual_rollout.tokenizer_check import compare_tokens
 from dual_rollout.tokenizer_files import Comparison
-from dual_rollout.types import Role
+from dual_rollout.types import Role, TargetModel
 
 _PROMPT = [1, 2, 3, 4]  # ids that any vocabulary has
 _REFUSED = "speed: a rollout works without it; the server's own words say what it lacks"
@@ -33,6 +33,10 @@ class ServerPair:
         """See `Servers`."""
         theta, t = _kind(self._config.theta_engine, describe("theta")), _kind(self._config.t_engine, describe("t"))
         return "two embedded servers" if theta == t == _EMBEDDED else f"{theta}, {t}"
+
+    async def target(self) -> TargetModel:
+        """See `Servers`. One server may be both."""
+        return TargetModel((await self.t.describe()).model, self.t.url == self.theta.url)
 
     async def examine(self) -> Examination:
         """See `Servers`."""

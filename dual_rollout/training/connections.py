@@ -18,7 +18,7 @@ from dual_rollout.exceptions import EngineError
 from dual_rollout.servers import Engine, EngineInfo
 from dual_rollout.training.event_loop import LoopThread
 from dual_rollout.training.processes import fail_together, process_index
-from dual_rollout.types import Role
+from dual_rollout.types import Role, TargetModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ServerConnections:
         self.tokenizer = tokenizer
         self._run_name = f"dual_rollout run {secrets.token_hex(4)}"
         self._given_version: str | None = None
-        self._served_models: dict[str, EngineInfo] = {}
+        self._told: dict[str, Any] = {}
         self._loop: LoopThread | None = None
         self._coordinator: DualVLLMCoordinator | None = None
         self._close_at_exit: Any = None
@@ -111,21 +111,28 @@ class ServerConnections:
 
     def served_model(self, which: Role) -> str:
         """The name of π_θ's or π_t's model on its server; asked once, "unknown" while the server does not answer."""
-        info = self._describe(which)
-        return "unknown" if info is None else info.model
+        found = self.target() if which == "t" else self._describe(which)
+        return "unknown" if found is None else found.model
+
+    def target(self) -> TargetModel | None:
+        """The target that rows have which name none; asked once, None while its server does not answer."""
+        return self._asked_once("the target", self._open().servers.target)
 
     def servers_in_words(self) -> str:
         """What serves π_θ and π_t, such as "vllm, sglang" or "one native server"; no names and addresses."""
         return self._open().servers.in_words(self._describe)
 
     def _describe(self, which: Role) -> EngineInfo | None:
-        if which not in self._served_models:
-            engine: Engine = getattr(self._open().servers, which)
+        engine: Engine = getattr(self._open().servers, which)
+        return self._asked_once(f"the model that serves as {which}", engine.describe)
+
+    def _asked_once(self, what: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        if what not in self._told:
             try:
-                self._served_models[which] = self._run(asyncio.wait_for(engine.describe(), _NAME_WITHIN_S))
+                self._told[what] = self._run(asyncio.wait_for(ask(), _NAME_WITHIN_S))
             except (EngineError, TimeoutError) as error:
-                logger.warning("the name of the model that serves as %s is not known: %s", which, error)
-        return self._served_models.get(which)
+                logger.warning("the name of %s is not known: %s", what, error)
+        return self._told.get(what)
 
     @property
     def stats(self) -> CoordinatorStats:

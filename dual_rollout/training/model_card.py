@@ -10,7 +10,9 @@ from datasets import Dataset
 
 from dual_rollout import __version__
 from dual_rollout.config import NO_TARGET
+from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.contexts import T_PROMPT_COLUMN, T_TARGET_COLUMN
+from dual_rollout.training.weight_sync import LoraWeightSync
 
 _BEFORE = "### Framework versions"
 """The heading of TRL's card in front of which the section stands."""
@@ -76,8 +78,19 @@ def _target(trainer: Any, routes: set[Any]) -> str:
     if None not in routes:
         return "none but those that rows name"
     columns = getattr(trainer.train_dataset, "column_names", None) or []
-    name = _without_folders(trainer.rollout.served_model("t"))
-    return f"{name}, which saw prompts of its own" if T_PROMPT_COLUMN in columns else name
+    notes = [_without_folders(trainer.rollout.served_model("t"))]
+    if T_PROMPT_COLUMN in columns:
+        notes.append("which saw prompts of its own")
+    if _target_follows(trainer):
+        notes.append("with the policy's weights of each moment")
+    return ", ".join(notes)
+
+
+def _target_follows(trainer: Any) -> bool:
+    """Whether each weight sync was of the target too."""
+    target = trainer.rollout.target()
+    sends_all = not isinstance(trainer._weight_sync, LoraWeightSync)
+    return target is not None and (target.model == ADAPTER_NAME or (target.gets_policys_weights and sends_all))
 
 
 def _without_folders(model: str) -> str:

@@ -408,6 +408,8 @@ def test_a_trainer_learns_from_it(native: Native, tmp_path: Path) -> None:
         history = [entry for entry in trainer.state.log_history if "sampling/alpha/mean" in entry]
         assert len(history) == 3 and all(0 < entry["sampling/alpha/mean"] < 1 for entry in history)
         assert trainer.evaluate()["eval_sampling/alpha/mean"] == 0.0
+        trainer.create_model_card(model_name="a-model")
+        assert f"| target π_t | {native.server.target.name} |" in (tmp_path / "README.md").read_text()
     finally:
         reload_policy(native, native.server.model)
     assert_right(largest_errors(native, generate(native, [[4, 5]], max_tokens=20)))

@@ -172,6 +172,8 @@ def test_both_sides_have_the_weights_that_they_should(
     trainer.at_start, trainer.target_follows = trained.model, target_follows
     with trainer.rollout:
         trainer.train()
+    trainer.create_model_card(model_name="a-model")
+    assert ("with the policy's weights of each moment" in (tmp_path / "README.md").read_text()) == target_follows
     assert len(sent) == (3 if "TRL" in kind else 0)
     assert len(trainer.errors) == 3 and max(trainer.errors) < TOLERANCE
     assert trainer.apart[-1] > 0.05 > TOLERANCE > trainer.apart[0], "the policy has left where it began"
