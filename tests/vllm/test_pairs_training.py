@@ -260,11 +260,17 @@ def test_a_trainer_distils_the_policy_from_itself(trained: Pairs, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "recipe", ["self_distillation_cpu", pytest.param("self_distillation_lora_cpu", marks=NEEDS_LORA)]
+    ("recipe", "further"),
+    [
+        ("self_distillation_cpu", []),
+        pytest.param("self_distillation_lora_cpu", [], marks=NEEDS_LORA),
+        pytest.param("self_distillation_lora_cpu", ["--dual_t_model", ADAPTER_NAME], marks=NEEDS_LORA),
+    ],
+    ids=["full weights", "adapter", "adapter in both roles"],
 )
-def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str) -> None:
+def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str, further: list[str]) -> None:
     """Two steps of recipes/native by the command line, with a small model in place of the recipe's: full weights, which
-    the target follows, and an adapter, whose target is the model that the server was started with."""
+    the target follows, and an adapter, whose target is the model that the server was started with, or follows too."""
     changes: dict[str, Any] = {
         "model_name_or_path": trained.server.model,
         "dual_theta_url": trained.server.url,
@@ -273,7 +279,7 @@ def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str) -> None:
         "per_device_train_batch_size": 4,
         "max_completion_length": 8,
     }
-    flags = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
+    flags = [*further, *(str(word) for key, value in changes.items() for word in (f"--{key}", value))]
     adapter = "lora" in recipe
     if adapter:
         flags += ["--lora_target_modules", "q_proj", "down_proj"]
@@ -285,4 +291,4 @@ def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str) -> None:
     assert [entry["sampling/kl_budget"] for entry in steps] == pytest.approx([0.05, 0.0])
     assert (ADAPTER_NAME in served_models(trained.server.url)) == adapter
     if adapter:
-        assert distance(served(trained.server.url, trained.server.name), before) < 1e-4, "the target stays"
+        assert distance(served(trained.server.url, trained.server.name), before) < 1e-4, "the base stays"
