@@ -186,11 +186,11 @@ class EngineOutputs:
                 stats.num_generation_tokens += 1
         return self._process(left, timestamp, stats, **others)
 
-    def _row(self, output: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _row(self, output: Any) -> tuple[np.ndarray, np.ndarray] | None:
         """The list of one session: the next of those that came with this one or an earlier one of the step."""
         if output.new_logprobs is not None:
             self._rows = zip(output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs, strict=True)
-        return next(self._rows)
+        return next(self._rows, None)
 
 
 class _Round:

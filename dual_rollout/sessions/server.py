@@ -74,8 +74,8 @@ class SessionServer:
 
         Raises:
             UnknownSessionError: a session is not here; none has gone on.
-            ValueError, VLLMClientError: a text is refused; its session has ended, the others have gone on.
-            RuntimeError: the engine has aborted some.
+            ValueError, VLLMClientError: a text is refused; its session has ended, and those that went on with it.
+            RuntimeError: the engine has aborted some; likewise.
         """
         await self._unchanging.wait()
         for name in request.ended:

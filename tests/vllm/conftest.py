@@ -59,7 +59,11 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
         theta=VllmServer(
             theta,
             flags=(*SESSION_FLAGS, *TOGETHER_FLAGS, *FAULT_FLAGS),
-            environment={"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            environment={
+                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+                # The lists of a step's sessions come as one array, also where vLLM takes its outputs in several parts.
+                "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "5",
+            },
             log=folder / "theta.log",
         ),
         t=VllmServer(t, log=folder / "t.log"),
