@@ -159,7 +159,8 @@ class Benchmark:
 
         With both servers, or both contexts, generated on their own, a token counts once each has one.
         """
-        servers = [_Server(HttpTransport(url, pool_size=concurrency)) for url in self._urls(mode)]
+        # Two requests of each sequence where both contexts are generated plainly.
+        servers = [_Server(HttpTransport(url, pool_size=2 * concurrency)) for url in self._urls(mode)]
 
         async def generate(prompts: list[list[int]], max_tokens: int) -> None:
             await asyncio.gather(*(sequence(servers, prompt, max_tokens) for prompt in prompts))
