@@ -137,7 +137,7 @@ def _sessions_check(name: str, found: Capabilities) -> Check:
         name,
         "sessions",
         found.sessions,
-        f"speed: lockstep is 1.6 to 3.5 times as fast with {flags}, which start_vllm.sh sets (docs/serving.md)",
+        f"speed: lockstep is 1.6 to 4.6 times as fast with {flags}, which start_vllm.sh sets (docs/serving.md)",
     )
 
 
