@@ -195,8 +195,8 @@ class SessionServer:
                 session.end_work(text.token_ids, params, mine)
                 lists.append(mine)
         if any(session.ends for session in sessions) or not self._room_for(0):
-            for text in texts:
-                await self._end_unless_kept(text)
+            for text, session in zip(texts, sessions, strict=True):
+                await self._end_unless_kept(text, session)
         return lists
 
     async def _asked(self, text: Text, model: str, params: ListOf, lora: Any) -> list[Lists]:
@@ -209,16 +209,17 @@ class SessionServer:
                 self._watch()
         if name is None or (name not in self._sessions and not text.known):
             return [await lists_once(engine, text.token_ids, params, lora)]
+        session = self._session(text)
         self._held += len(text.token_ids)
-        lists = await self._session(text).go_on(engine, text.token_ids, params, lora)
-        await self._end_unless_kept(text)
+        lists = await session.go_on(engine, text.token_ids, params, lora)
+        await self._end_unless_kept(text, session)
         return [lists]
 
     def _session(self, text: Text) -> Session:
         return self._sessions[str(text.session)]
 
-    async def _end_unless_kept(self, text: Text) -> None:
-        if self._session(text).ends or not self._room_for(0):
+    async def _end_unless_kept(self, text: Text, session: Session) -> None:
+        if session.ends or not self._room_for(0):
             await self._end(str(text.session))
 
     def _room_for(self, tokens: int) -> bool:
