@@ -53,7 +53,7 @@ class NativeServer:
         reloads = await answered(engine.reloads_weights(), deadline) is True
         loads_lora = await answered(engine.loads_lora(), deadline) is True
         checks = [
-            *_server_checks(server, f"{info.model} at {engine.url}"),
+            *_server_checks(server, f"{info.model} at {engine.url}", self._config.max_concurrency),
             _values_check(server, difference),
             *_weight_sync_checks(server, reloads, loads_lora),
             await weights_check(self.policy_name, engine, info.model, deadline),
@@ -61,17 +61,18 @@ class NativeServer:
         return Examination({"native": asdict(server)}, checks)
 
 
-def _server_checks(server: NativeServerInfo, name: str) -> list[Check]:
+def _server_checks(server: NativeServerInfo, name: str, max_concurrency: int) -> list[Check]:
     requests = server.max_requests
     places = (
         f"{requests} rollouts at once, or {requests // 2} with two prompts (--max-num-seqs); the KV cache holds "
         f"{server.cache_blocks * server.block_size} tokens of them"
     )
+    fill = "" if max_concurrency >= requests else f"speed: raise max_concurrency, {max_concurrency}, to fill them"
     return [
         Check("q*", "server", "ok", name),
         Check("q*", "target", "ok", server.target or "the same model: give it a prompt of its own, or another adapter"),
         Check("q*", "vocabulary", "ok", f"{server.common_vocab_size} tokens"),
-        Check("q*", "places", "ok", places),
+        Check("q*", "places", "optional" if fill else "ok", places, fill),
     ]
 
 

@@ -379,6 +379,16 @@ def test_doctor_compares_values(ample: Pairs) -> None:
     assert "both sides within" in values
 
 
+@pytest.mark.parametrize(("drawn", "advice"), [(4, "speed: raise max_concurrency, 4, to fill them"), (16, "")])
+def test_doctor_says_that_places_stay_empty(ample: Pairs, drawn: int, advice: str) -> None:
+    async def examine() -> Examination:
+        config = CoordinatorConfig(engine="native", theta_url=ample.server.url, max_concurrency=drawn)
+        async with DualVLLMCoordinator(config) as coordinator:
+            return await coordinator.servers.examine()
+
+    assert [check.fix for check in asyncio.run(examine()).checks if check.name == "places"] == [advice]
+
+
 def test_doctor_sees_numbers_of_other_rows(ample: Pairs) -> None:
     """As CUDA graphs once mixed them up; here each token has the numbers of the one before."""
 
