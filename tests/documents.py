@@ -39,12 +39,22 @@ def run_snippet(source: str, **names: Any) -> dict[str, Any]:
 
 def commands(page: Path) -> list[list[str]]:
     """The commands in its blocks of code, as words: the program, without its environment's folder, and arguments."""
-    return [words for block in blocks(page, "bash") for words in commands_of(block)]
+    return [words for _, words in commands_with_settings(page)]
+
+
+def commands_with_settings(page: Path) -> list[tuple[dict[str, str], list[str]]]:
+    """The same commands, each after the variables of the environment that are set before it on its line."""
+    return [command for block in blocks(page, "bash") for command in _commands_with_settings_of(block)]
 
 
 def arguments_of(program: str, page: Path) -> list[list[str]]:
     """What follows the program in those of a page's commands that run it."""
     return [words[1:] for words in commands(page) if words[0] == program]
+
+
+def subcommands(page: str, name: str) -> list[list[str]]:
+    """The commands `dual-rollout NAME ...` of a page, as `docs/native.md`: NAME and what follows it."""
+    return [words for words in arguments_of("dual-rollout", ROOT / page) if words[0] == name]
 
 
 def commands_of(script: str) -> list[list[str]]:
@@ -53,6 +63,10 @@ def commands_of(script: str) -> list[list[str]]:
     Variables that the script sets are put in where it names them; others stay. Comments, settings of the environment,
     keywords and redirections are left out. Of `bash -c` the commands are those of its script.
     """
+    return [words for _, words in _commands_with_settings_of(script)]
+
+
+def _commands_with_settings_of(script: str) -> list[tuple[dict[str, str], list[str]]]:
     reader = shlex.shlex(_with_variables(script), posix=True, punctuation_chars="();<>|&\n")
     reader.whitespace, reader.commenters, reader.whitespace_split = " \t", "", True
     lines: list[list[str]] = [[]]
@@ -62,11 +76,11 @@ def commands_of(script: str) -> list[list[str]]:
         else:
             lines[-1].append(word)
     found = []
-    for words in map(_command_in, lines):
+    for settings, words in map(_command_in, lines):
         if words[:2] == ["bash", "-c"]:
-            found += commands_of(words[2])
+            found += _commands_with_settings_of(words[2])
         elif words:
-            found.append(words)
+            found.append((settings, words))
     return found
 
 
@@ -82,12 +96,17 @@ def _with_variables(script: str) -> str:
     return "\n".join(lines)
 
 
-def _command_in(words: list[str]) -> list[str]:
-    """The program and its arguments in what stands between two separators; nothing where there is no program."""
+def _command_in(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Variables set for it, the program and its arguments in what stands between two separators; no words where there
+    is no program."""
+    settings = {}
     while words and (words[0] in _BEFORE_A_PROGRAM or re.match(r"\w+=", words[0])):
+        name, sets, value = words[0].partition("=")
+        if sets:
+            settings[name] = value
         words = words[1:]
     for i, word in enumerate(words):
         if set(word) <= set("<>"):
             words = words[:i]
             break
-    return [_ENVIRONMENT.sub("", words[0]), *words[1:]] if words else []
+    return settings, [_ENVIRONMENT.sub("", words[0]), *words[1:]] if words else []

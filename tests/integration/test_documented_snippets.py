@@ -22,7 +22,7 @@ RUN_ELSEWHERE = {
     ("README.md", "DualGRPOTrainer"): "test_readme.py",
     ("README.md", "DualVLLMCoordinator"): "test_readme.py",
     ("docs/generate.md", "ray.remote"): "Ray is not installed; its commands are those of test_generate.py",
-    ("docs/native.md", "DualVLLMCoordinator"): "needs vLLM: tests/vllm/test_native.py",
+    ("docs/native.md", "DualVLLMCoordinator"): "needs vLLM: tests/vllm/test_pairs.py",
     ("docs/training.md", "DualAsyncGRPOTrainer"): "test_async_trainer.py",
     ("docs/training.md", "tools="): "test_tools.py",
 }

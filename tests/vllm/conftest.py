@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from transformers import AutoModelForCausalLM
 from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from tests.tiny_model import make_tiny_model, perturbed_copy
 from tests.vllm.pairs import Pairs
-from tests.vllm.servers import LORA_FLAGS, ON_GPU, REPOSITORY, NativeServer, VllmServer, running
+from tests.vllm.servers import (
+    LORA_FLAGS,
+    NATIVE_RECIPES,
+    ON_GPU,
+    REPOSITORY,
+    DocumentedServer,
+    NativeServer,
+    VllmServer,
+    running,
+)
 
 SESSION_FLAGS = ("--middleware", MIDDLEWARE)
 TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
@@ -23,7 +33,7 @@ TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
 TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
 # Of 32 tokens, for sixteen sequences of 512: 1.6 GiB less than by default, which the servers of later tests need too.
 BLOCKS = () if ON_GPU else ("--num-gpu-blocks-override=260",)
-AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", *BLOCKS, *LORA_FLAGS)
+AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", *BLOCKS)
 FAULT_FLAGS = ("--middleware", "tests.vllm.carrier_faults.CarrierFaults")
 
 
@@ -90,7 +100,10 @@ def servers_of_pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     folder = tmp_path_factory.mktemp("pairs")
     model = make_tiny_model(folder / "model", hidden_size=128, seed=0)
     tight = NativeServer(model, flags=TIGHT, log=folder / "tight.log")
-    ample = NativeServer(model, flags=AMPLE, log=folder / "ample.log")
+    # That of recipes/native/README.md, with the flags that it has for adapters.
+    (for_adapters,) = re.findall(r"add `(--enable-lora [^`]+)`", NATIVE_RECIPES.read_text(encoding="utf-8"))
+    adapters = () if ON_GPU else for_adapters.split()
+    ample = DocumentedServer(model, flags=(*adapters, *AMPLE), log=folder / "ample.log")
     with running(tight, ample):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         yield Pairs(tight, loaded), Pairs(ample, loaded)

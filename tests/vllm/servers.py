@@ -27,10 +27,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.documents import commands_with_settings
 from tests.hang import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+NATIVE_RECIPES = REPOSITORY / "recipes/native/README.md"
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache, /pause, /server_info
@@ -39,9 +42,7 @@ ENVIRONMENT = {
     # process would import vLLM once more, and spin while it waits. The CPU build needs this variable besides the flag.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
+    **OFFLINE,
 }
 # Blocks are of 32 tokens, the fewest that the CPU kernels take, so that short prompts are cached too.
 CPU_FLAGS = (
@@ -218,6 +219,35 @@ class NativeServer(VllmServer):
         command = [str(vllm_python()), "-P", "-m", "dual_rollout.cli", "serve-native"]
         models = [self.model] if self.target is None else [self.model, self.target]
         return [*command, *map(str, models), *self._settings]
+
+
+class DocumentedServer(NativeServer):
+    """A native server that is started as recipes/native/README.md says, by the only command there for so many models.
+
+    The variables and flags are that page's, and `flags` follow them; nothing of this file's is added. Models, their
+    name and the port are the test's. The page's flags are for a CPU: on a GPU the server is a ``NativeServer``.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        target: str | os.PathLike[str] | None = None,
+        *,
+        flags: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(model, target, flags=flags, **options)
+        if ON_GPU:
+            return
+        models = 1 if target is None else 2
+        ((settings, words),) = [
+            (settings, words)
+            for settings, words in commands_with_settings(NATIVE_RECIPES)
+            if words[:2] == ["dual-rollout", "serve-native"] and words[2 + models].startswith("--")
+        ]
+        words[words.index("--port") + 1] = str(self.port)
+        self._environment = {**os.environ, **OFFLINE, **settings}
+        self._flags = [*words[2 + models :], *flags]
 
 
 @contextlib.contextmanager

@@ -1,34 +1,37 @@
-"""The documents' flags of vLLM are flags of the vLLM that is installed here."""
+"""vLLM's flags of the documents, and their values, are such that the vLLM that is installed here takes them."""
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 
 from dual_rollout.cli import serve_native
 from dual_rollout.native.refusals import names_of
+from dual_rollout.sessions.wire import MIDDLEWARE, SCHEDULER
 from tests.documents import PAGES, arguments_of
-from tests.hang import HANG
-from tests.vllm.servers import vllm_python
+from tests.vllm.servers import run_in_vllms_python
 
 SERVER = ["-m", "vllm.entrypoints.openai.api_server"]
+# As its API server reads them: it ends with an error where it does not know one.
+READ = """
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+for flags in {lines!r}:
+    parser.parse_args(flags)
+"""
 
 
-def test_the_documents_flags_of_vllm_are_there() -> None:
+def test_vllm_takes_the_documents_flags() -> None:
     """Those of its API server, and those that `serve-native` hands on to it."""
     parser = argparse.ArgumentParser()
     serve_native.add_parser(parser.add_subparsers())
-    named = set()
+    lines = []
     for page in PAGES:
         for words in arguments_of("dual-rollout", page):
             if words[0] == "serve-native":
-                named |= names_of(parser.parse_known_args(words)[1])
-        named |= {name for words in arguments_of("python", page) if words[:2] == SERVER for name in names_of(words[2:])}
-    command = [str(vllm_python()), *SERVER, "--help=all"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG)
-    assert (
-        {"--max-logprobs", "--middleware", "--enable-lora"}
-        < named
-        <= set(re.findall(r"--[a-z][a-z0-9-]+", shown.stdout))
-    )
+                lines.append(parser.parse_known_args(words)[1])
+        lines += [words[2:] for words in arguments_of("python", page) if words[:2] == SERVER]
+    lines = [[word for word in words if word != "..."] for words in lines]
+    assert {"--max-logprobs", "--middleware", "--enable-lora"} < {name for words in lines for name in names_of(words)}
+    assert any({MIDDLEWARE, SCHEDULER} < set(words) for words in lines), "those of sessions"
+    run_in_vllms_python(READ.format(lines=lines))

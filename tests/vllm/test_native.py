@@ -22,12 +22,13 @@ from dual_rollout import CoordinatorConfig, DualGRPOTrainer, DualVLLMCoordinator
 from dual_rollout.cli import main
 from dual_rollout.functional.kl_symmetry import solve_alpha
 from tests.chi_square import chi_square_p_value
+from tests.documents import subcommands
 from tests.integration.test_doctor import report
 from tests.integration.test_training import chat_dataset, count_of_the, grpo_config
 from tests.tiny_model import make_tiny_model, make_tokenizer, perturbed_copy
 from tests.vllm import pairs as of_pairs
 from tests.vllm.pairs import Pairs, distributions_of, ragged_prompts
-from tests.vllm.servers import REPOSITORY, NativeServer, metric, run_in_vllms_python, running
+from tests.vllm.servers import REPOSITORY, DocumentedServer, NativeServer, metric, run_in_vllms_python, running
 from tests.vllm.trl_transfer import send_by_files
 
 VOCAB_SIZE = len(make_tokenizer())
@@ -84,7 +85,7 @@ def both_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nat
     t = perturbed_copy(theta, folder / "t", noise=0.2, seed=1)
     nearby = NativeServer(theta, t, settings=Q_STAR_FOR_ALL, flags=SMALL_CACHE, log=folder / "nearby.log")
     theta, t = make_tiny_model(folder / "llama", hidden_size=64), make_tiny_qwen3(folder / "qwen3")
-    unlike = NativeServer(theta, t, log=folder / "unlike.log")
+    unlike = DocumentedServer(theta, t, log=folder / "unlike.log")
     with running(nearby, unlike):
         yield tuple(Native(server, load(server.model), load(server.target)) for server in (nearby, unlike))
 
@@ -97,7 +98,7 @@ def native(both_servers: tuple[Native, Native]) -> Native:
 
 @pytest.fixture
 def unlike(both_servers: tuple[Native, Native]) -> Native:
-    """Two architectures, depths and sizes of cache entries; ordinary requests get π_θ."""
+    """Two architectures, depths and sizes of cache entries; ordinary requests get π_θ. Started by a page's command."""
     return both_servers[1]
 
 
@@ -415,11 +416,15 @@ def test_a_trainer_learns_from_it(native: Native, tmp_path: Path) -> None:
     assert_right(largest_errors(native, generate(native, [[4, 5]], max_tokens=20)))
 
 
-def test_the_recipe_trains(native: Native, tmp_path: Path) -> None:
-    """Two steps of recipes/native by the command line, with a small model in place of the recipe's."""
+def test_the_recipe_trains(unlike: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of recipes/native/README.md, after the one that started this server: two steps with a small model
+    in place of the recipe's."""
+    monkeypatch.chdir(REPOSITORY)
+    doctor, train = (subcommands("recipes/native/README.md", name)[0] for name in ("doctor", "train"))
+    assert main([unlike.url if word == "http://127.0.0.1:8000" else word for word in doctor]) == 0
     changes = {
-        "model_name_or_path": native.server.model,
-        "dual_theta_url": native.url,
+        "model_name_or_path": unlike.server.model,
+        "dual_theta_url": unlike.url,
         "output_dir": tmp_path,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -427,14 +432,14 @@ def test_the_recipe_trains(native: Native, tmp_path: Path) -> None:
     }
     flags = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
     try:
-        assert main(["train", str(REPOSITORY / "recipes/native/grpo_native_cpu.yaml"), *flags]) == 0
+        assert main([*train, *flags]) == 0
         steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in steps] == [1, 2]
         assert all(0 < entry["sampling/alpha/mean"] < 1 for entry in steps)
         assert all(0 < entry["sampling/importance_sampling_ratio/mean"] < 3 for entry in steps)
         assert max(entry["sampling/policy_drift/max"] for entry in steps) < 1e-3
     finally:
-        reload_policy(native, native.server.model)
+        reload_policy(unlike, unlike.server.model)
 
 
 class CheckedGRPOTrainer(GRPOTrainer):

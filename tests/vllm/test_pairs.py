@@ -24,6 +24,7 @@ from dual_rollout.cli import main
 from dual_rollout.config import AlphaRule
 from dual_rollout.samplers.examination import Examination
 from tests.chi_square import chi_square_p_value
+from tests.documents import run_snippet, snippet, subcommands
 from tests.fault_proxy import FaultProxy, changed
 from tests.integration.test_doctor import report
 from tests.tiny_model import make_tokenizer
@@ -43,6 +44,7 @@ from tests.vllm.pairs import (
 )
 from tests.vllm.servers import (
     LORA_FLAGS,
+    ON_GPU,
     VllmServer,
     metric,
 )
@@ -348,6 +350,33 @@ def test_the_coordinator_draws_pairs(ample: Pairs) -> None:
     assert stats.policy_tokens == 5 * 24
 
 
+def test_the_documents_commands_and_python(ample: Pairs) -> None:
+    """Of docs/native.md, beside the command that starts this server, which is that of recipes/native/README.md."""
+    address = "http://127.0.0.1:8000"
+    (doctor,) = subcommands("docs/native.md", "doctor")
+    assert main([ample.server.url if word == address else word for word in doctor]) == 0
+    (dry_run,) = (words for words in subcommands("docs/native.md", "serve-native") if "--dry-run" in words)
+    models = dict.fromkeys(("THETA", "T"), str(ample.server.model))
+    assert main([models.get(word, word) for word in dry_run]) == 0
+
+    source = snippet("docs/native.md", "DualVLLMCoordinator").replace(address, ample.server.url)
+    questions, names = (
+        prompts_of(4, seed=12),
+        {type_.__name__: type_ for type_ in (CoordinatorConfig, DualVLLMCoordinator)},
+    )
+    thetas, ts = map(list, zip(*questions, strict=True))
+    outputs = run_snippet(source, questions=thetas, questions_with_answers=ts, **names)["outputs"]
+    for output, t_prompt in zip(outputs, ts, strict=True):
+        assert output.error is None and output.generated_tokens
+        rollout = {"prompts": (output.prompt_token_ids, t_prompt), "token_ids": output.generated_tokens}
+        alpha = np.array(output.alpha_history)
+        logp_theta, _, log_q = distributions_of({**rollout, "alpha": alpha}, ample.model, ample.model)
+        chosen = np.arange(len(alpha)), output.generated_tokens
+        assert output.logprobs_q == pytest.approx(log_q[chosen], abs=TOLERANCE)
+        kl = (np.exp(log_q) * (log_q - logp_theta)).sum(1)
+        assert kl.max() == pytest.approx(0.05, abs=1e-4), "the page's bound, which prompts so unlike reach"
+
+
 def test_rows_are_generated_with_a_prompt_for_each_side(ample: Pairs, tmp_path: Path) -> None:
     thetas, ts = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]]
     rows = [json.dumps({"prompt": theta, "hint": t}) for theta, t in zip(thetas, ts, strict=True)]
@@ -374,7 +403,7 @@ def test_bench_compares_pairs_with_plain_generation_of_both_contexts(ample: Pair
 
 def test_doctor_compares_values(ample: Pairs) -> None:
     found = report(ample.server.url, None)
-    assert found["ok"] and found["servers"]["native"]["max_requests"] == 16
+    assert found["ok"] and found["servers"]["native"]["max_requests"] == (16 if ON_GPU else 32)
     (values,) = [check["detail"] for check in found["checks"] if check["name"] == "values"]
     assert "both sides within" in values
 

@@ -26,6 +26,7 @@ from dual_rollout.training.connections import ADAPTER_NAME
 from dual_rollout.training.policy_check import evaluating
 from dual_rollout.training.schedules import AlphaSchedule
 from tests.async_loop import LoopInThread, make_loop
+from tests.documents import subcommands
 from tests.integration.conftest import TinyPair
 from tests.integration.test_async_trainer import LENGTH, Kept, check_samples
 from tests.integration.test_async_trainer import make as make_async_trainer  # noqa: F401 (a fixture)
@@ -268,9 +269,15 @@ def test_a_trainer_distils_the_policy_from_itself(trained: Pairs, tmp_path: Path
     ],
     ids=["full weights", "adapter", "adapter in both roles"],
 )
-def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str, further: list[str]) -> None:
-    """Two steps of recipes/native by the command line, with a small model in place of the recipe's: full weights, which
-    the target follows, and an adapter, whose target is the model that the server was started with, or follows too."""
+def test_the_recipes_train(
+    trained: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, further: list[str]
+) -> None:
+    """By the commands of recipes/native/README.md, one of which started this server: two steps with a small model in
+    place of the recipe's. Full weights, which the target follows, and an adapter, whose target is the model that the
+    server was started with, or follows too."""
+    monkeypatch.chdir(REPOSITORY)
+    doctor, train = (subcommands("recipes/native/README.md", name)[-1] for name in ("doctor", "train"))
+    assert main([trained.server.url if word == "http://127.0.0.1:8000" else word for word in doctor]) == 0
     changes: dict[str, Any] = {
         "model_name_or_path": trained.server.model,
         "dual_theta_url": trained.server.url,
@@ -281,10 +288,8 @@ def test_the_recipes_train(trained: Pairs, tmp_path: Path, recipe: str, further:
     }
     flags = [*further, *(str(word) for key, value in changes.items() for word in (f"--{key}", value))]
     adapter = "lora" in recipe
-    if adapter:
-        flags += ["--lora_target_modules", "q_proj", "down_proj"]
     before = served(trained.server.url, trained.server.name)
-    assert main(["train", str(REPOSITORY / f"recipes/native/{recipe}.yaml"), *flags]) == 0
+    assert main([word.replace("self_distillation_cpu", recipe) for word in train] + flags) == 0
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps] == [1, 2]
     assert max(entry["sampling/policy_drift/max"] for entry in steps) < 1e-3
