@@ -33,7 +33,7 @@ TOGETHER_FLAGS = ("--scheduler-cls", SCHEDULER)
 TIGHT = ("--max-num-seqs=9", "--max-num-batched-tokens=80", "--num-gpu-blocks-override=17")
 # Of 32 tokens, for sixteen sequences of 512: 1.6 GiB less than by default, which the servers of later tests need too.
 BLOCKS = () if ON_GPU else ("--num-gpu-blocks-override=260",)
-AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", *BLOCKS)
+AMPLE = ("--no-enable-prefix-caching", "--enable-log-requests", "--max-logprobs=200", *BLOCKS)
 FAULT_FLAGS = ("--middleware", "tests.vllm.carrier_faults.CarrierFaults")
 
 
