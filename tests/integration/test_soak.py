@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 
 from aiohttp import web
@@ -39,7 +40,7 @@ def test_by_default_each_sequence_has_a_connection(tiny_pair: TinyPair) -> None:
     the answers wait for."""
 
     async def wait_for_all(exchange: Exchange) -> web.StreamResponse:
-        while theta.most_open < 40:
+        while json.loads(exchange.body)["max_tokens"] > 1 and theta.most_open < 40:
             await asyncio.sleep(0.01)
         return await passed_on(exchange)
 
@@ -47,14 +48,12 @@ def test_by_default_each_sequence_has_a_connection(tiny_pair: TinyPair) -> None:
         async with theta.running():
             config = CoordinatorConfig(theta_url=theta.url, t_url=tiny_pair.t_url, top_k=20, max_concurrency=40)
             async with DualVLLMCoordinator(config) as coordinator:
-                await coordinator.generate_batch([prompt(0)], max_tokens=1)
-                theta.fault = wait_for_all
                 outputs = await coordinator.generate_batch(
                     [prompt(i) for i in range(40)], targets=["none"] * 40, max_tokens=2
                 )
-            assert all(output.error is None for output in outputs)
+            assert all(output.error is None for output in outputs) and theta.most_open == 40
 
-    theta = FaultProxy(tiny_pair.theta_url)
+    theta = FaultProxy(tiny_pair.theta_url, wait_for_all)
     asyncio.run(asyncio.wait_for(run(), HANG))
 
 
