@@ -355,9 +355,9 @@ def test_the_documents_commands_and_python(ample: Pairs) -> None:
     address = "http://127.0.0.1:8000"
     (doctor,) = subcommands("docs/native.md", "doctor")
     assert main([ample.server.url if word == address else word for word in doctor]) == 0
-    (dry_run,) = (words for words in subcommands("docs/native.md", "serve-native") if "--dry-run" in words)
-    models = dict.fromkeys(("THETA", "T"), str(ample.server.model))
-    assert main([models.get(word, word) for word in dry_run]) == 0
+    models = dict.fromkeys(("MODEL", "THETA", "T"), str(ample.server.model))
+    for command in subcommands("docs/native.md", "serve-native"):
+        assert main([*(models.get(word, word) for word in command if word != "..."), "--dry-run"]) == 0
 
     source = snippet("docs/native.md", "DualVLLMCoordinator").replace(address, ample.server.url)
     questions, names = (
