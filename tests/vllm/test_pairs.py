@@ -408,7 +408,7 @@ def test_doctor_compares_values(ample: Pairs) -> None:
     assert "both sides within" in values
 
 
-@pytest.mark.parametrize(("drawn", "advice"), [(4, "speed: raise max_concurrency, 4, to fill them"), (16, "")])
+@pytest.mark.parametrize(("drawn", "advice"), [(4, "speed: raise max_concurrency, 4, to fill them"), (32, "")])
 def test_doctor_says_that_places_stay_empty(ample: Pairs, drawn: int, advice: str) -> None:
     async def examine() -> Examination:
         config = CoordinatorConfig(engine="native", theta_url=ample.server.url, max_concurrency=drawn)
