@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from vllm.exceptions import VLLMClientError
 
 _KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 503: "ServiceUnavailableError"}
@@ -25,15 +25,15 @@ class UnknownModelError(RefusedError):
     status = 404
 
 
-async def answered(request: Request, work: Callable[[Any], Coroutine[Any, Any, dict[str, Any]]]) -> JSONResponse:
-    """What `work` makes of the request's body, or, in the form of vLLM's own errors, why there is nothing.
+async def answered(request: Request, work: Callable[[Any], Coroutine[Any, Any, Response]]) -> Response:
+    """The response that `work` makes of the request's body, or, in the form of vLLM's own errors, why there is nothing.
 
     A `RefusedError` has its status, `ValueError` and vLLM's refusals are 400, `RuntimeError` is 503. The work is
     cancelled when the client goes away.
     """
     try:
         body = await request.json()
-        return JSONResponse(await _while_connected(request.receive, work(body)))
+        return await _while_connected(request.receive, work(body))
     except RefusedError as error:
         return _refusal(error.status, str(error))
     except (ValueError, VLLMClientError) as error:
@@ -42,9 +42,7 @@ async def answered(request: Request, work: Callable[[Any], Coroutine[Any, Any, d
         return _refusal(503, str(error))
 
 
-async def _while_connected(
-    receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, dict[str, Any]]
-) -> dict[str, Any]:
+async def _while_connected(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, Response]) -> Response:
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass

@@ -102,25 +102,13 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     """
     if support not in ("union", "tail"):
         raise ValueError(f'support must be "union" or "tail", got {support!r}')
-    width = theta.token_ids.shape[1]
-    size = min((top.vocab_size for top in (theta, t) if top.vocab_size is not None), default=_LAST)
-    ids = np.concatenate([theta.token_ids, t.token_ids], axis=1)
-    ids[(ids == NO_TOKEN) | (ids >= size)] = _LAST
-    ids, order = _sorted(ids)
-    starts = ids.shape[1] * np.arange(len(ids))[:, None]
-    logp = np.concatenate([theta.logprobs, t.logprobs], axis=1).ravel()[starts + order]
-
-    valid = ids != _LAST
-    pair = np.zeros_like(valid)
-    pair[:, :-1] = valid[:, :-1] & (ids[:, :-1] == ids[:, 1:])
-    second = np.zeros_like(valid)
-    second[:, 1:] = pair[:, :-1]
-    from_theta = valid & (order < width)
-    keep = valid & ~second
-    exact_theta = np.where(from_theta, logp, np.nan)
-    exact_t = np.where(pair, np.roll(logp, -1, axis=1), np.where(valid & ~from_theta, logp, np.nan))
-
     has_tail = support == "tail"
+    size = min((top.vocab_size for top in (theta, t) if top.vocab_size is not None), default=_LAST)
+    token_ids, places = _union(np.concatenate([theta.token_ids, t.token_ids], axis=1), size)
+    of_theta, of_t = np.split(places, [theta.token_ids.shape[1]], axis=1)
+    exact_theta, exact_t = _placed(theta.logprobs, of_theta, token_ids), _placed(t.logprobs, of_t, token_ids)
+
+    keep = token_ids != NO_TOKEN
     outside = (keep.sum(axis=1) < size) & has_tail
     on_theta, coverage_theta = _on_candidates(exact_theta, keep, theta, outside=outside)
     on_t, coverage_t = _on_candidates(exact_t, keep, t, outside=outside)
@@ -129,16 +117,13 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     exact_tail = np.where(known, on_theta[:, -1], np.nan)
     if has_tail:
         on_t[np.isneginf(on_theta[:, -1]), -1] = -np.inf  # the tail is drawn from π_θ
-        ids, keep = _with_column(ids, _LAST), _with_column(keep, False)
-        exact_theta, exact_t = _with_column(exact_theta, np.nan), _with_column(exact_t, np.nan)
-    else:
-        on_theta, on_t = on_theta[:, :-1], on_t[:, :-1]
+    columns = slice(None if has_tail else -1)
     return Candidates(
-        token_ids=np.where(keep, ids, NO_TOKEN),
-        logp_theta=_normalise(on_theta),
-        logp_t=_normalise(on_t),
-        exact_theta=np.where(keep, exact_theta, np.nan),
-        exact_t=np.where(keep, exact_t, np.nan),
+        token_ids=token_ids[:, columns],
+        logp_theta=_normalise(on_theta[:, columns]),
+        logp_t=_normalise(on_t[:, columns]),
+        exact_theta=exact_theta[:, columns],
+        exact_t=exact_t[:, columns],
         coverage_theta=coverage_theta,
         coverage_t=coverage_t,
         has_tail=has_tail,
@@ -147,41 +132,61 @@ def merge_lists(theta: TopK, t: TopK, support: Support = "union") -> Candidates:
     )
 
 
-def _sorted(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row of ids sorted, and the columns that they come from. Of a token in both lists the π_θ entry comes first,
-    the π_t entry right behind it.
+def _union(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The different ids below `size` of each row of S, `(B, S + 1)`, ascending, then `NO_TOKEN`; and the column there
+    of every given id, which for those that are left out is the last.
 
     An id and its column are sorted as one number, which takes a tenth of a stable `argsort`.
     """
+    ids = np.where((ids == NO_TOKEN) | (ids >= size), _LAST, ids)
     bits = ids.shape[1].bit_length()
     keys = np.sort(ids << bits | np.arange(ids.shape[1]), axis=1)
-    return keys >> bits, keys & (1 << bits) - 1
+    ids, columns = keys >> bits, keys & (1 << bits) - 1
+    first = ids != _LAST
+    first[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    sorted_places = np.cumsum(first, axis=1) - 1
+    sorted_places[ids == _LAST] = ids.shape[1]
+    union = np.full((len(ids), ids.shape[1] + 1), NO_TOKEN, dtype=np.int64)
+    _put(union, sorted_places, np.where(ids == _LAST, NO_TOKEN, ids))
+    places = np.empty_like(columns)
+    _put(places, columns, sorted_places)
+    return union, places
+
+
+def _placed(logprobs: np.ndarray, places: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """Log-probabilities in their columns of the union; NaN where there is none."""
+    placed = np.full(token_ids.shape, np.nan)
+    _put(placed, places, logprobs)
+    placed[:, -1] = np.nan
+    return placed
+
+
+def _put(array: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+    """As `np.put_along_axis` for the columns of a new array."""
+    starts = array.shape[1] * np.arange(len(array))[:, None]
+    array.ravel()[starts + columns] = values
 
 
 def _on_candidates(
     exact: np.ndarray, keep: np.ndarray, top: TopK, *, outside: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities on S, missing candidates floored and `-inf` at holes, and in one more column of what is
+    """Log-probabilities on S, missing candidates floored and `-inf` at holes, and in the last column of what is
     `outside`; and the mass of the whole list, which may hold tokens that are no candidates.
 
     The open mass is shared with the tail, if there is one: floors that used it up would leave the tail nothing, and
     q* would lose the support that the tail is there to keep.
     """
-    listed = keep & ~np.isnan(exact)
-    logp = np.where(listed, exact, -np.inf)
+    missing = keep & np.isnan(exact)
     coverage = np.exp(top.logprobs).sum(axis=1)
-    missing = keep & ~listed
     count = missing.sum(axis=1)
     smallest = np.where(top.token_ids != NO_TOKEN, top.logprobs, np.inf).min(axis=1)
     open_mass = np.where(top.complete, 0.0, np.maximum(1.0 - coverage, ROUNDING))
     with np.errstate(divide="ignore"):
         floor = np.minimum(smallest, np.log(open_mass) - np.log(np.maximum(count + outside, 1)))
         tail = np.log(np.where(outside, open_mass - count * np.exp(floor), 0.0))
-    return np.hstack([np.where(missing, floor[:, None], logp), tail[:, None]]), coverage
-
-
-def _with_column(array: np.ndarray, value: float) -> np.ndarray:
-    return np.hstack([array, np.full((len(array), 1), value, dtype=array.dtype)])
+    logp = np.where(missing, floor[:, None], np.where(keep, exact, -np.inf))
+    logp[:, -1] = tail
+    return logp, coverage
 
 
 def _normalise(logp: np.ndarray) -> np.ndarray:

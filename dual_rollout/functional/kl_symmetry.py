@@ -124,28 +124,33 @@ def solve_alpha(logp_theta: Array, logp_t: Array, *, tol: float = 1e-10, max_ite
     _refuse_disjoint(logp_theta, logp_t)
     common = np.isfinite(logp_theta) & np.isfinite(logp_t)
     base = np.where(common, logp_theta, -np.inf)
-    slope = np.where(common, logp_t, 0.0) - np.where(common, logp_theta, 0.0)
+    with np.errstate(invalid="ignore"):
+        slope = np.where(common, logp_t - logp_theta, 0.0)
 
-    alpha = np.full(len(base), 0.5)
+    found = np.full(len(base), 0.5)
+    rows = np.flatnonzero(np.any(slope != 0.0, axis=1))
+    base, slope, alpha = base[rows], slope[rows], found[rows]
     low, high = np.full_like(alpha, -1e-300), np.full_like(alpha, 1.0 + 1e-15)
-    active = np.flatnonzero(np.any(slope != 0.0, axis=1))
-    base, slope = base[active], slope[active]
+    powers = _powers(slope)
     for _ in range(max_iter):
-        if not len(active):
-            break
-        imbalance, log_ratio, newton = _balance(base, slope, alpha[active])
-        low[active] = np.where(log_ratio < 0, alpha[active], low[active])
-        high[active] = np.where(log_ratio > 0, alpha[active], high[active])
+        imbalance, log_ratio, newton = _balance(base, slope, powers, alpha)
+        low, high = np.where(log_ratio < 0, alpha, low), np.where(log_ratio > 0, alpha, high)
         # No root inside: ψ is monotone on the whole interval and its minimum is at the end just evaluated.
-        at_end = (high[active] <= 0.0) | (low[active] >= 1.0)
+        at_end = (high <= 0.0) | (low >= 1.0)
         todo = (np.abs(imbalance) > tol) & ~at_end
-        if not np.all(todo):
-            active, base, slope, newton = active[todo], base[todo], slope[todo], newton[todo]
-        step = np.clip(alpha[active] + newton, 0.0, 1.0)
-        outside = ~((step > low[active]) & (step < high[active]))
-        middle = 0.5 * (np.maximum(low[active], 0.0) + np.minimum(high[active], 1.0))
-        alpha[active] = np.where(outside, middle, step)
-    return np.clip(alpha, NEAREST_0, NEAREST_1)
+        if not todo.any():
+            break
+        step = np.minimum(np.maximum(alpha + newton, 0.0), 1.0)
+        middle = 0.5 * (np.maximum(low, 0.0) + np.minimum(high, 1.0))
+        better = np.where((step > low) & (step < high), step, middle)
+        alpha = np.where(todo, better, alpha)
+        if 2 * np.count_nonzero(todo) <= len(rows):  # copying the others is less work than to go on with all
+            found[rows] = alpha
+            rows, base, slope, powers, alpha, low, high = (
+                array[todo] for array in (rows, base, slope, powers, alpha, low, high)
+            )
+    found[rows] = alpha
+    return np.clip(found, NEAREST_0, NEAREST_1)
 
 
 def limit_from_inside(alpha: Array, logp_theta: Array, logp_t: Array) -> Array:
@@ -156,18 +161,23 @@ def limit_from_inside(alpha: Array, logp_theta: Array, logp_t: Array) -> Array:
     return np.clip(alpha, low, high)
 
 
-def _balance(base: Array, slope: Array, alpha: Array) -> tuple[Array, Array, Array]:
+def _powers(slope: Array) -> Array:
+    """`(B, 5, K)`: of each ℓ the positive part, the negative part, the squares of both, and 1."""
+    up = np.maximum(slope, 0.0)
+    down = up - slope
+    return np.stack([up, down, up * up, down * down, np.ones_like(slope)], axis=1)
+
+
+def _balance(base: Array, slope: Array, powers: Array, alpha: Array) -> tuple[Array, Array, Array]:
     """ψ′(α), log A − log B and the Newton step for it, each `(B,)`; an empty side makes both infinite."""
     path = base + alpha[:, None] * slope
     weight = np.exp(path - path.max(axis=1, keepdims=True))
-    up, down = np.maximum(slope, 0.0), np.maximum(-slope, 0.0)
-    a, b = np.einsum("bk,bk->b", weight, up), np.einsum("bk,bk->b", weight, down)
+    a, b, a_rate, b_rate, total = (powers @ weight[:, :, None])[:, :, 0].T
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = np.log(a) - np.log(b)
-        rate = np.einsum("bk,bk,bk->b", weight, up, up) / a + np.einsum("bk,bk,bk->b", weight, down, down) / b
         # Without one of the sides ψ is monotone, unless it underflowed: the step goes to the end, which tells.
-        step = -log_ratio / np.where((a > 0) & (b > 0), rate, 1.0)
-    return (a - b) / weight.sum(axis=1), log_ratio, step
+        step = -log_ratio / np.where((a > 0) & (b > 0), a_rate / a + b_rate / b, 1.0)
+    return (a - b) / total, log_ratio, step
 
 
 def _checked_logs(probs_theta: Array, probs_t: Array) -> tuple[Array, Array]:

@@ -13,12 +13,14 @@ from dual_rollout.types import NO_TOKEN, TopK
 def filled(token_ids: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> TopK:
     """Rows of `lengths` `(B,)` tokens each, which stand one after the other in both arrays. Impossible tokens (`-inf`)
     are left out."""
-    ids = np.full((len(lengths), int(lengths.max())), NO_TOKEN, dtype=np.int64)
-    values = np.full(ids.shape, -np.inf)
-    present = np.arange(ids.shape[1]) < lengths[:, None]
-    ids[present], values[present] = token_ids, logprobs
-    ids[values == -np.inf] = NO_TOKEN
-    return TopK(ids, values)
+    shape = len(lengths), int(lengths.max())
+    if len(token_ids) == shape[0] * shape[1]:  # all are equally long
+        ids, values = token_ids.reshape(shape), logprobs.reshape(shape)
+    else:
+        ids, values = np.full(shape, NO_TOKEN, dtype=np.int64), np.full(shape, -np.inf)
+        present = np.arange(shape[1]) < lengths[:, None]
+        ids[present], values[present] = token_ids, logprobs
+    return TopK(np.where(values == -np.inf, NO_TOKEN, ids), values)
 
 
 def joined(lists: Sequence[TopK]) -> TopK:

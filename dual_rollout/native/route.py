@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
@@ -71,12 +71,12 @@ def add_route(app: FastAPI) -> None:
         return server.describe()
 
     @router.post("/generate")
-    async def generate(request: Request) -> JSONResponse:
-        async def work(body: Any) -> dict[str, Any]:
+    async def generate(request: Request) -> Response:
+        async def work(body: Any) -> Response:
             rollout = RolloutRequest.from_json(body, server.limits())
             server.check_steps(rollout)
             server.check_adapters(rollout)
-            return await server.generate(rollout)
+            return JSONResponse(await server.generate(rollout))
 
         return await answered(request, work)
 

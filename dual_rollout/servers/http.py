@@ -24,6 +24,7 @@ from dual_rollout.exceptions import (
     EngineRejectedError,
 )
 from dual_rollout.servers.retry import NoAnswerError, RetryPolicy
+from dual_rollout.sessions.wire import ARRAYS
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ class HttpTransport:
         return content.decode("utf-8", "replace")
 
     async def post(self, path: str, payload: Any = None, *, max_bytes: int = USUAL_RESPONSE_BYTES) -> Any:
-        """The parsed JSON answer to a POST of `payload` as JSON (None for an empty body).
+        """The parsed JSON answer to a POST of `payload` as JSON (None for an empty body). Of `ARRAYS` it is the JSON of
+        the first line, with what follows as the bytes "arrays".
 
         Args:
             max_bytes: a longer answer is not read to its end, and is an `EngineOversizedError`.
@@ -201,12 +203,16 @@ class HttpTransport:
         return content
 
     def _parse(self, path: str, content: bytes | bytearray, content_type: str) -> Any:
-        if not content or content_type != "application/json":
+        arrays: bytes | bytearray | None = None
+        if content_type == ARRAYS:
+            content, _, arrays = content.partition(b"\n")
+        if not content or content_type not in ("application/json", ARRAYS):
             return None
         try:
-            return orjson.loads(content)
+            answer = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise EngineProtocolError(f"{path} answered with broken JSON ({error})", url=self.url) from error
+        return answer if arrays is None or not isinstance(answer, dict) else {**answer, "arrays": arrays}
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

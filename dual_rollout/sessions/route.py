@@ -14,12 +14,12 @@ import logging
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
 from dual_rollout.sessions.engine_requests import EngineOutputs
 from dual_rollout.sessions.request import DrawRequest, ListRequest
 from dual_rollout.sessions.server import SessionServer
-from dual_rollout.sessions.wire import DRAW_PATH, PATH, SESSIONS_PATH
+from dual_rollout.sessions.wire import ARRAYS, DRAW_PATH, PATH, SESSIONS_PATH
 from dual_rollout.vllm_routes import answered
 
 logger = logging.getLogger(__name__)
@@ -74,16 +74,16 @@ def add_route(app: FastAPI) -> SessionServer | None:
         return server.describe()
 
     @router.post(PATH)
-    async def next_top_k(request: Request) -> JSONResponse:
-        async def work(body: Any) -> dict[str, Any]:
-            return await server.answer(ListRequest.from_json(body, server.limits()))
+    async def next_top_k(request: Request) -> Response:
+        async def work(body: Any) -> Response:
+            return Response(await server.answer(ListRequest.from_json(body, server.limits())), media_type=ARRAYS)
 
         return await answered(request, work)
 
     @router.post(DRAW_PATH)
-    async def draw(request: Request) -> JSONResponse:
-        async def work(body: Any) -> dict[str, Any]:
-            return await server.draw(DrawRequest.from_json(body, server.limits()))
+    async def draw(request: Request) -> Response:
+        async def work(body: Any) -> Response:
+            return Response(await server.draw(DrawRequest.from_json(body, server.limits())), media_type=ARRAYS)
 
         return await answered(request, work)
 

@@ -69,8 +69,8 @@ class SessionServer:
     def describe(self) -> dict[str, int]:
         return {"sessions": len(self._sessions), "places": self._places() if self._keeps() else 0}
 
-    async def answer(self, request: ListRequest) -> dict[str, Any]:
-        """The lists after all texts, as the answer's JSON.
+    async def answer(self, request: ListRequest) -> bytes:
+        """The lists after all texts, as the answer's content.
 
         Raises:
             UnknownSessionError: a session is not here; none has gone on.
@@ -86,17 +86,16 @@ class SessionServer:
         found = await self._lists(asked, request.model, params)
         answers = iter(found)
         rows = [next(answers) if lists is None else lists for lists in before]
-        kept = [text.session in self._sessions for text in request.texts]
-        return {
+        answer = {
             "request_id": request.request_id,
             "model": request.model,
             "usage": {"prompt_tokens": sum(text.known + len(text.token_ids) for text in request.texts)},
-            "kept": kept,
-            **encoded(np.stack([row.token_ids for row in rows]), np.stack([row.logprobs for row in rows])),
+            "kept": [text.session in self._sessions for text in request.texts],
         }
+        return encoded(answer, np.stack([row.token_ids for row in rows]), np.stack([row.logprobs for row in rows]))
 
-    async def draw(self, request: DrawRequest) -> dict[str, Any]:
-        """The tokens after all texts and the log-probabilities of named ones, as the answer's JSON. None is kept.
+    async def draw(self, request: DrawRequest) -> bytes:
+        """The tokens after all texts and the log-probabilities of named ones, as the answer's content. None is kept.
 
         Raises:
             ValueError, VLLMClientError: a text is refused.
@@ -110,12 +109,12 @@ class SessionServer:
             found = [_raised(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)]
         finally:
             self._at_work -= 1
-        return {
+        answer = {
             "request_id": request.request_id,
             "model": request.model,
             "usage": {"prompt_tokens": sum(len(draw.token_ids) for draw in request.draws)},
-            **encoded_draws(*zip(*found, strict=True)),
         }
+        return encoded_draws(answer, *zip(*found, strict=True))
 
     @contextlib.asynccontextmanager
     async def without_sessions(self) -> AsyncIterator[None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,45 +27,50 @@ MIDDLEWARE = "dual_rollout.sessions.route.SessionMiddleware"
 SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
 """The --scheduler-cls that takes the tokens of all."""
 
-_IDS, _LOGPROBS = "<i4", "<f4"
+ARRAYS = "application/octet-stream"
+"""The media type of answers: a line of JSON, and behind it arrays, which the client finds under "arrays"."""
+
+_IDS, _LOGPROBS = np.dtype("<i4"), np.dtype("<f4")
 
 
-def encoded(token_ids: np.ndarray, logprobs: np.ndarray) -> dict[str, Any]:
-    """Lists `(B, k)` as fields of a JSON object."""
-    return {"k": token_ids.shape[1], "token_ids": _base64(token_ids, _IDS), "logprobs": _base64(logprobs, _LOGPROBS)}
+def encoded(answer: Mapping[str, Any], token_ids: np.ndarray, logprobs: np.ndarray) -> bytes:
+    """An answer with lists `(B, k)`."""
+    return _bytes({**answer, "k": token_ids.shape[1]}, token_ids, logprobs)
 
 
-def decoded(answer: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray]:
+def decoded(answer: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray]:
     """The token ids and log-probabilities, both `(count, k)`, of an answer.
 
     Raises:
         ValueError, KeyError, TypeError: it has none, or not as many.
     """
-    ids, logprobs = _array(answer["token_ids"], _IDS), _array(answer["logprobs"], _LOGPROBS)
-    shape = (count, int(answer["k"]))
-    return ids.reshape(shape), logprobs.reshape(shape)
+    k = int(answer["k"])
+    ids, logprobs = _arrays(answer["arrays"], count * k, count * k)
+    return ids.reshape(count, k), logprobs.reshape(count, k)
 
 
-def encoded_draws(token_ids: Sequence[int], named: Sequence[np.ndarray]) -> dict[str, Any]:
-    """B tokens, and for each an array of log-probabilities, as fields of a JSON object."""
-    return {"token_ids": _base64(np.array(token_ids), _IDS), "named": _base64(np.concatenate(named), _LOGPROBS)}
+def encoded_draws(answer: Mapping[str, Any], token_ids: Sequence[int], named: Sequence[np.ndarray]) -> bytes:
+    """An answer with B tokens, and for each an array of log-probabilities."""
+    return _bytes(answer, np.array(token_ids), np.concatenate(named))
 
 
-def decoded_draws(answer: dict[str, Any], counts: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
+def decoded_draws(answer: Mapping[str, Any], counts: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
     """The tokens of an answer, one for each of `counts`, and as many log-probabilities as each says.
 
     Raises:
         ValueError, KeyError, TypeError: it has none, or not as many.
     """
-    ids, values = _array(answer["token_ids"], _IDS), _array(answer["named"], _LOGPROBS)
-    if len(ids) != len(counts) or len(values) != sum(counts):
-        raise ValueError(f"{len(ids)} tokens and {len(values)} log-probabilities for {len(counts)} texts")
+    ids, values = _arrays(answer["arrays"], len(counts), sum(counts))
     return ids.tolist(), np.split(values, np.cumsum(counts)[:-1])
 
 
-def _base64(array: np.ndarray, kind: str) -> str:
-    return base64.b64encode(array.astype(kind).tobytes()).decode()
+def _bytes(head: Mapping[str, Any], token_ids: np.ndarray, logprobs: np.ndarray) -> bytes:
+    arrays = token_ids.astype(_IDS).tobytes() + logprobs.astype(_LOGPROBS).tobytes()
+    return json.dumps(head).encode() + b"\n" + arrays
 
 
-def _array(encoded: Any, kind: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(encoded), kind)
+def _arrays(content: bytes | bytearray, ids: int, logprobs: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many token ids, and behind them so many log-probabilities."""
+    if len(content) != ids * _IDS.itemsize + logprobs * _LOGPROBS.itemsize:
+        raise ValueError(f"{len(content)} bytes for {ids} token ids and {logprobs} log-probabilities")
+    return np.frombuffer(content, _IDS, ids), np.frombuffer(content, _LOGPROBS, logprobs, ids * _IDS.itemsize)
