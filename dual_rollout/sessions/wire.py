@@ -27,7 +27,7 @@ MIDDLEWARE = "dual_rollout.sessions.route.SessionMiddleware"
 SCHEDULER = "dual_rollout.sessions.scheduler.session_scheduler"
 """The --scheduler-cls that takes the tokens of all."""
 
-ARRAYS = "application/octet-stream"
+ARRAYS = "application/vnd.dual-rollout.arrays"
 """The media type of answers: a line of JSON, and behind it arrays, which the client finds under "arrays"."""
 
 _IDS, _LOGPROBS = np.dtype("<i4"), np.dtype("<f4")

@@ -129,7 +129,8 @@ def test_a_very_slow_replica(tiny_pair: TinyPair, seconds: float, taken_out: boo
             async with DualVLLMCoordinator(config) as coordinator:
                 assert tokens(await coordinator.generate_batch(prompts, max_tokens=20)) == expected
             assert slow.injected >= 1
-            assert (slow.injected <= 3) is taken_out, "no round waits for it again while it is out"
+            # It is tried again after a probation, which doubles; a busy machine has time for some of them.
+            assert (slow.injected <= 10) is taken_out, "no round waits for it again while it is out"
 
     asyncio.run(asyncio.wait_for(run(), HANG))
 

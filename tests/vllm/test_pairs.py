@@ -476,7 +476,7 @@ def test_an_aborted_side_ends_its_partner(ample: Pairs) -> None:
         begun = len(ample.server.log.read_text())
         prompts = prompts_of(4, seed=13)
         tasks = [
-            asyncio.create_task(ample.rollout(session, pair, max_tokens=160, seed=i)) for i, pair in enumerate(prompts)
+            asyncio.create_task(ample.rollout(session, pair, max_tokens=400, seed=i)) for i, pair in enumerate(prompts)
         ]
         while not all(task.done() for task in tasks):
             added = re.findall(r"Added request (dual-rollout-[0-9a-f]{32})-", ample.server.log.read_text()[begun:])
@@ -491,11 +491,11 @@ def test_an_aborted_side_ends_its_partner(ample: Pairs) -> None:
     for _ in range(20):  # they may have ended before
         rollouts = in_session(work)
         assert max(largest_errors(rollouts, ample.model).values()) < TOLERANCE
-        assert [len(rollout["token_ids"]) for rollout in rollouts] == [160] * 4
+        assert [len(rollout["token_ids"]) for rollout in rollouts] == [400] * 4
         if any(ample.fell_apart(rollout) > 0 for rollout in rollouts):
             break
     else:
         raise AssertionError("none was aborted")
     assert distribution_p_value(rollouts, ample.model) > 1e-4
-    undisturbed = ample.rollouts(prompts_of(4, seed=13), [{"max_tokens": 160, "seed": i} for i in range(4)])
+    undisturbed = ample.rollouts(prompts_of(4, seed=13), [{"max_tokens": 400, "seed": i} for i in range(4)])
     assert [one["token_ids"] for one in rollouts] == [one["token_ids"] for one in undisturbed]
