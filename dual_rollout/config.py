@@ -183,12 +183,16 @@ class CoordinatorConfig:
     temperature: float = _option(1.0, "Divides both models' logits before the geometric path.", _ABOVE_0)
     seed: int | None = _option(None, "Seed of all random streams; fresh ones each call when unset.", _FROM_0)
     ignore_eos: bool = _option(False, "Do not stop at EOS.")
-    max_concurrency: int = _option(64, "Sequences in flight at once.", _FROM_1)
+    max_concurrency: int | None = _option(
+        None,
+        "Sequences in flight at once; when unset 64, and 256 on a native server, as far as it has places.",
+        _FROM_1,
+    )
     max_retries: int = _option(5, "Times that one request is sent again, whatever went wrong (docs/scale.md).", _FROM_0)
     request_timeout: float = _option(120.0, "Seconds one attempt of a request may take.", _ABOVE_0)
     total_timeout: float = _option(600.0, "Seconds one request may take with all its repeats.", _ABOVE_0)
     connection_pool_size: int | None = _option(
-        None, "Open connections per server; as many as max_concurrency when unset.", _FROM_1
+        None, "Open connections per server; as many as sequences in flight when unset.", _FROM_1
     )
     show_progress: bool = _option(False, "Show a progress bar.")
 
@@ -222,6 +226,11 @@ class CoordinatorConfig:
     def alpha_rule(self) -> AlphaRule:
         """How α is chosen for each token."""
         return AlphaRule(**{spec.name: getattr(self, spec.name) for spec in fields(AlphaRule)})
+
+    @property
+    def concurrency(self) -> int:
+        """`max_concurrency`, or what it is when unset."""
+        return self.max_concurrency or (256 if self.engine == "native" else 64)
 
     def with_alpha_rule(self, rule: AlphaRule) -> CoordinatorConfig:
         """The same with another rule for α."""

@@ -52,9 +52,9 @@ class DualVLLMCoordinator:
     """
 
     def __init__(self, config: CoordinatorConfig, *, tokenizer: Any = None):
-        if config.max_concurrency > _MAX_PROMPTS_PER_REQUEST:
+        if config.concurrency > _MAX_PROMPTS_PER_REQUEST:
             raise ValueError(
-                f"max_concurrency must be at most {_MAX_PROMPTS_PER_REQUEST}, got {config.max_concurrency}"
+                f"max_concurrency must be at most {_MAX_PROMPTS_PER_REQUEST}, got {config.concurrency}"
             )
         self.config = config
         self._clients = Clients(config)
@@ -166,7 +166,7 @@ class DualVLLMCoordinator:
             PreflightError: the servers cannot serve what the config asks.
             EngineUnavailableError: a server is gone for longer than the retries allow: what comes after would fail too.
         """
-        drawn = self._draw(requests, self._call(options), look_ahead=self.config.max_concurrency)
+        drawn = self._draw(requests, self._call(options), look_ahead=self.config.concurrency)
         try:
             async for request, sequence in drawn:
                 if isinstance(sequence.failure, EngineUnavailableError):

@@ -65,7 +65,7 @@ class Scheduler:
     async def run(self, mode: Mode, *, groups: int, rounds: int | None = None) -> None:
         """Advance every group by `rounds` rounds, or to the end of all sequences when None."""
         active = [sequence for group in self._groups for sequence in group]
-        await self._fill(active, self._call.config.max_concurrency)
+        await self._fill(active, self._call.config.concurrency)
         groups = max(1, min(groups, len(active)))
         self._groups = [active[i::groups] for i in range(groups)]
         tasks = [asyncio.create_task(self._run_group(group, mode, rounds)) for group in self._groups]
@@ -116,7 +116,7 @@ class Scheduler:
 
     async def _fill(self, group: list[DecodingSequence], capacity: int) -> None:
         while len(group) < capacity:
-            while len(self._completing) >= self._call.config.max_concurrency:
+            while len(self._completing) >= self._call.config.concurrency:
                 await self._collect(asyncio.FIRST_COMPLETED)
             sequence = next(self._waiting, None)
             if sequence is None:

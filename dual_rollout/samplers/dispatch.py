@@ -67,7 +67,7 @@ class Dispatcher:
         """
         begun: dict[DecodingSequence, GenerationRequest] = {}
         finished: asyncio.Queue[DecodingSequence | None] = asyncio.Queue()
-        places = asyncio.Semaphore(call.config.max_concurrency)  # for finished sequences that wait to be taken
+        places = asyncio.Semaphore(call.config.concurrency)  # for finished sequences that wait to be taken
 
         async def hand_over(sequence: DecodingSequence) -> None:
             await places.acquire()
@@ -162,7 +162,7 @@ async def _draw_side_by_side(
     """Draw all parts to their end, each with its share of the places."""
     if not parts:
         return
-    places = call.config.max_concurrency
+    places = call.config.concurrency
     drawing = []
     for part, share in zip(parts, shares([part.count for part in parts], places), strict=True):
         assert part.sampler is not None

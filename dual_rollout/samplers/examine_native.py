@@ -53,7 +53,7 @@ class NativeServer:
         reloads = await answered(engine.reloads_weights(), deadline) is True
         loads_lora = await answered(engine.loads_lora(), deadline) is True
         checks = [
-            *_server_checks(server, f"{info.model} at {engine.url}", self._config.max_concurrency),
+            *_server_checks(server, f"{info.model} at {engine.url}", self._config.concurrency),
             _values_check(server, difference),
             *_weight_sync_checks(server, reloads, loads_lora),
             await weights_check(self.policy_name, engine, info.model, deadline),

@@ -72,7 +72,7 @@ class NativeSampler:
             if sequence.done:
                 cache.note(len(sequence.tokens))
 
-        await draw_concurrently(sequences, settings, self._weights, settings.config.max_concurrency, extend)
+        await draw_concurrently(sequences, settings, self._weights, settings.config.concurrency, extend)
 
     def _note_wait(self, held: int, places: int) -> None:
         """A rollout waits while the KV cache holds `held` of its size, and there are `places` for such."""

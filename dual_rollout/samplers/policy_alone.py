@@ -51,7 +51,7 @@ class PolicyAloneSampler:
         call = DecodingCall(self._theta, self._theta, settings, self._stats)
         scheduler = Scheduler(sequences, call, self._weights)
         try:
-            await scheduler.run(PolicyAlone(call, lost=self._lost), groups=settings.config.max_concurrency)
+            await scheduler.run(PolicyAlone(call, lost=self._lost), groups=settings.config.concurrency)
             await scheduler.finish()
         finally:
             scheduler.abandon()

@@ -45,7 +45,7 @@ class Clients:
             max_retries=config.max_retries if max_retries is None else max_retries,
             request_timeout=config.request_timeout,
             total_timeout=config.total_timeout,
-            pool_size=config.connection_pool_size or config.max_concurrency,
+            pool_size=config.connection_pool_size or config.concurrency,
             stats=stats,
         )
         self._open.append(transport)

@@ -75,6 +75,12 @@ def test_adaptive_lists_need_the_tail():
     assert CoordinatorConfig(top_k="auto", support="tail").top_k == "auto"
 
 
+@pytest.mark.parametrize(("values", "expected"), [({}, 64), ({"engine": "native"}, 256)])
+def test_sequences_in_flight_depend_on_the_engine_unless_they_are_set(values, expected):
+    assert CoordinatorConfig(**values).concurrency == expected
+    assert CoordinatorConfig(**values, max_concurrency=3).concurrency == 3
+
+
 def test_every_field_is_tested_for_bad_values():
     assert set(FIELDS) - set(INVALID) == set()
 
