@@ -53,9 +53,7 @@ class DualVLLMCoordinator:
 
     def __init__(self, config: CoordinatorConfig, *, tokenizer: Any = None):
         if config.concurrency > _MAX_PROMPTS_PER_REQUEST:
-            raise ValueError(
-                f"max_concurrency must be at most {_MAX_PROMPTS_PER_REQUEST}, got {config.concurrency}"
-            )
+            raise ValueError(f"max_concurrency must be at most {_MAX_PROMPTS_PER_REQUEST}, got {config.concurrency}")
         self.config = config
         self._clients = Clients(config)
         self._weights = PolicyWeights()
