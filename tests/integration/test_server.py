@@ -663,7 +663,7 @@ def test_signals_stop_the_server_before_its_work_is_done(model_dir: Path, number
         assert unfinished <= 4 * 60 and _unfinished(server) <= 4 * 60
         assert _call(server, "/health")[0] == 200 and not any(answer.done() for answer in answers)
         server.process.send_signal(number)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(HANG) == 0
         told = [answer.exception(100) or answer.result()[0] for answer in answers]
     # A step that takes longer than the server waits leaves its clients without an answer.
     assert all(status == 503 or isinstance(status, OSError) for status in told), told

@@ -227,6 +227,8 @@ class Servers:
                 stderr=subprocess.STDOUT,
                 # No proxy reaches this machine's loopback address, and none is asked.
                 env={**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+                # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def healthy(self) -> list[bool]:
@@ -259,20 +261,20 @@ def test_both_servers_start_and_stop_with_the_script(
         assert until(lambda: "Both servers are ready" in servers.output.read_text()), servers.output.read_text()
         assert servers.healthy() == [True, True]
         servers.process.send_signal(ending)
-        assert servers.process.wait(60) == 128 + ending
+        assert servers.process.wait(HANG) == 128 + ending
         assert servers.healthy() == [False, False]
     finally:
         servers.process.terminate()
-        servers.process.wait(60)
+        servers.process.wait(HANG)
 
 
 def test_a_server_that_dies_is_shown_and_the_other_stopped(tiny_models: tuple[Path, Path], tmp_path: Path) -> None:
     servers = Servers(tiny_models[0], tmp_path, tmp_path / "no such model")
     try:
-        assert servers.process.wait(60) == 1
+        assert servers.process.wait(HANG) == 1
         output = servers.output.read_text()
         assert "t died while starting" in output and "no such model" in output
         assert servers.healthy() == [False, False]
     finally:
         servers.process.terminate()
-        servers.process.wait(60)
+        servers.process.wait(HANG)

@@ -14,6 +14,7 @@ import pytest
 
 from dual_rollout.cli import main
 from tests.documents import arguments_of, subcommands
+from tests.hang import HANG
 from tests.vllm.servers import REPOSITORY, _free_port, vllm_python
 
 MODEL = "outputs/models/SmolLM2-135M-Instruct"
@@ -57,10 +58,10 @@ def test_servers_start_are_checked_and_train(tmp_path: Path, monkeypatch: pytest
         assert any((tmp_path / "inductor").rglob("*.so")), "the test needs that something was compiled"
         check_and_train(*(f"http://127.0.0.1:{port}" for port in ports), tmp_path / "run")
         run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 128 + signal.SIGINT
+        assert run.wait(HANG) == 128 + signal.SIGINT
     finally:
         run.terminate()
-        run.wait(60)
+        run.wait(HANG)
 
 
 def check_and_train(theta_url: str, t_url: str, folder: Path) -> None:
