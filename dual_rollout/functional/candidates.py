@@ -147,24 +147,18 @@ def _union(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     sorted_places = np.cumsum(first, axis=1) - 1
     sorted_places[ids == _LAST] = ids.shape[1]
     union = np.full((len(ids), ids.shape[1] + 1), NO_TOKEN, dtype=np.int64)
-    _put(union, sorted_places, np.where(ids == _LAST, NO_TOKEN, ids))
+    np.put_along_axis(union, sorted_places, np.where(ids == _LAST, NO_TOKEN, ids), axis=1)
     places = np.empty_like(columns)
-    _put(places, columns, sorted_places)
+    np.put_along_axis(places, columns, sorted_places, axis=1)
     return union, places
 
 
 def _placed(logprobs: np.ndarray, places: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     """Log-probabilities in their columns of the union; NaN where there is none."""
     placed = np.full(token_ids.shape, np.nan)
-    _put(placed, places, logprobs)
+    np.put_along_axis(placed, places, logprobs, axis=1)
     placed[:, -1] = np.nan
     return placed
-
-
-def _put(array: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
-    """As `np.put_along_axis` for the columns of a new array."""
-    starts = array.shape[1] * np.arange(len(array))[:, None]
-    array.ravel()[starts + columns] = values
 
 
 def _on_candidates(

@@ -227,8 +227,6 @@ class Servers:
                 stderr=subprocess.STDOUT,
                 # No proxy reaches this machine's loopback address, and none is asked.
                 env={**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
-                # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def healthy(self) -> list[bool]:

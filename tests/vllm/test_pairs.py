@@ -360,11 +360,8 @@ def test_the_documents_commands_and_python(ample: Pairs) -> None:
         assert main([*(models.get(word, word) for word in command if word != "..."), "--dry-run"]) == 0
 
     source = snippet("docs/native.md", "DualVLLMCoordinator").replace(address, ample.server.url)
-    questions, names = (
-        prompts_of(4, seed=12),
-        {type_.__name__: type_ for type_ in (CoordinatorConfig, DualVLLMCoordinator)},
-    )
-    thetas, ts = map(list, zip(*questions, strict=True))
+    names = {type_.__name__: type_ for type_ in (CoordinatorConfig, DualVLLMCoordinator)}
+    thetas, ts = map(list, zip(*prompts_of(4, seed=12), strict=True))
     outputs = run_snippet(source, questions=thetas, questions_with_answers=ts, **names)["outputs"]
     for output, t_prompt in zip(outputs, ts, strict=True):
         assert output.error is None and output.generated_tokens

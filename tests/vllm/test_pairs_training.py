@@ -178,8 +178,9 @@ def test_both_sides_have_the_weights_that_they_should(
     assert len(sent) == (3 if "TRL" in kind else 0)
     assert len(trainer.errors) == 3 and max(trainer.errors) < TOLERANCE
     assert trainer.apart[-1] > 0.05 > TOLERANCE > trainer.apart[0], "the policy has left where it began"
-    # A token of which both are all but sure is balanced by any α, and may have 0 or 1.
-    assert trainer.imbalance < 1e-4 and 0 < np.median(trainer.alphas) < 1 and np.ptp(trainer.alphas) > 0
+    alphas = np.array(trainer.alphas)
+    assert trainer.imbalance < 1e-4 and 0 <= alphas.min() < alphas.max() <= 1
+    assert ((alphas > 0) & (alphas < 1)).mean() > 0.9, "only where both are all but sure may float32 have 0 or 1"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 3 and np.isfinite([log["loss"] for log in logs]).all()
     assert max(log["sampling/policy_check"] for log in logs) < TOLERANCE

@@ -46,8 +46,6 @@ def test_servers_start_are_checked_and_train(tmp_path: Path, monkeypatch: pytest
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **caches, "PATH": path},
-            # A shell ignores SIGINT in what it starts in the background, and its children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         while run.poll() is None and "Both servers are ready" not in output.read_text():
